@@ -1,0 +1,39 @@
+# `make reproduce` runs the notebooks on a small real model; `make test` runs every test. Both need only
+# Python 3.11 or newer, make and git.
+
+PYTHON ?= python3
+RECIPE ?= proxy
+DATASET ?=
+RUN ?=
+
+.PHONY: setup reproduce test lab figures notebooks
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+# make reproduce [RECIPE=tiny|proxy|paper|FILE] [DATASET=mine.md] [RUN=runs/mine]
+reproduce: setup
+	.venv/bin/mini-symposium reproduce --recipe '$(RECIPE)' $(if $(RUN),--run '$(RUN)') $(if $(DATASET),-p 'DATASET=$(DATASET)')
+
+test: setup
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/python -m pytest --durations=10
+
+# step through the notebooks
+lab: setup
+	.venv/bin/jupyter lab notebooks
+
+# redraw figures/ from the committed metrics, without torch
+figures: setup
+	.venv/bin/mini-symposium figures figures/proxy
+
+# put the outputs of runs/proxy into notebooks/, and its metrics and figures into figures/
+notebooks: reproduce
+	.venv/bin/python -m mini_symposium.publish runs/proxy

@@ -1,0 +1,3 @@
+from mini_symposium.cli import main
+
+main()

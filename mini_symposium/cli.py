@@ -1,0 +1,195 @@
+"""The command line. Each command loads only what it needs, so `--help` and bad input answer at once."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mini_symposium import InputError, RunError
+
+app = typer.Typer(
+    help="Fine-tune a language model on a dozen handwritten examples, and know what happened.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+RecipeOption = Annotated[str, typer.Option(help="tiny, proxy, paper, or the path of a recipe.yml")]
+RunOption = Annotated[str, typer.Option(help="run directory; runs/RECIPE if not given")]
+Parameters = Annotated[
+    list[str] | None,
+    typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a notebook parameter; may be repeated"),
+]
+
+
+@app.command()
+def reproduce(
+    recipe: RecipeOption = "proxy",
+    run: RunOption = "",
+    parameter: Parameters = None,
+    only: Annotated[str, typer.Option(help="numbers of notebooks, e.g. 02,05")] = "",
+    overwrite: Annotated[bool, typer.Option(help="run finished notebooks again")] = False,
+):
+    """Execute the notebooks in order into the run directory, then show what they recorded."""
+    from mini_symposium.reproduce import parse_parameters, print_summary
+    from mini_symposium.reproduce import reproduce as execute
+
+    chosen = [number.strip() for number in only.split(",") if number.strip()] or None
+    summary = execute(recipe, run or None, parse_parameters(parameter or []), chosen, overwrite, console=console)
+    print_summary(summary, console)
+
+
+@app.command()
+def train(
+    recipe: RecipeOption = "proxy",
+    run: RunOption = "",
+    parameter: Parameters = None,
+    overwrite: Annotated[bool, typer.Option(help="train again what is there")] = False,
+):
+    """Train as notebook 02 does, without the notebook; an interrupted run goes on at its last checkpoint."""
+    from mini_symposium.reproduce import check_parameters, parse_parameters
+
+    given = check_parameters(parse_parameters(parameter or []), "02_finetune")
+    from mini_symposium.finetune import prepare
+    from mini_symposium.finetune import train as run_training
+
+    chosen, examples, directory = prepare(
+        given.get("RECIPE", recipe), given.get("DATASET", ""), given.get("RUN", run), given.get("NUM_EPOCHS", 0)
+    )
+    travels = run_training(
+        chosen,
+        examples,
+        directory,
+        given.get("LEARNING_RATES") or chosen.contrast,
+        given.get("CHECKPOINT_EPOCHS") or None,
+        given.get("REPORT_TO", "none"),
+        overwrite,
+    )
+    table = Table(
+        "learning rate", "steps", "bound LR x steps", "A moved", "A travel, rms", "B travel, rms", "B travel, max"
+    )
+    for t in travels:
+        figures = [t.dose, t.a_travel_rms, t.b_travel_rms, t.b_travel_max]
+        bound, a_rms, b_rms, b_max = (f"{figure:.2e}" for figure in figures)
+        table.add_row(f"{t.learning_rate:g}", str(t.steps), bound, f"{t.a_moved_share:.2%}", a_rms, b_rms, b_max)
+    console.print(table)
+    console.print(f"adapters and metrics: {directory.path}", soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(help="a dataset: .md, .jsonl, .json, or a folder of them")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    axolotl: Annotated[str, typer.Option(metavar="OUT.jsonl", help="also write the rows as JSONL for Axolotl")] = "",
+):
+    """Validate and describe a dataset."""
+    from mini_symposium.dataset import describe, lint, load_examples, write_axolotl_jsonl
+
+    examples = load_examples(file)
+    description, warnings = describe(examples), lint(examples)
+    if axolotl:
+        write_axolotl_jsonl(examples, Path(axolotl))
+    if as_json:
+        print(json.dumps({**description, "warnings": warnings}, indent=2, ensure_ascii=False))
+        return
+    table = Table("where", "query", "sections", "words", title=f"{file}: {len(examples)} examples")
+    for row in description["examples"]:
+        cells = [row["source"], row["query"], " > ".join(row["headings"]), str(row["words"])]
+        table.add_row(*map(escape, cells))
+    console.print(table)
+    for warning in warnings:
+        console.print(f"[yellow]note[/] {escape(warning)}", soft_wrap=True)
+
+
+@app.command()
+def ask(
+    model_or_run: Annotated[str, typer.Argument(help="a run directory, a model directory, or tiny, proxy, paper")],
+    query: Annotated[str, typer.Argument()],
+    format: Annotated[
+        list[str] | None,
+        typer.Option("--format", help='a built-in name, "### Heading" or a preset.json; may be repeated'),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+):
+    """Ask one query in several prompt formats, and show the answers side by side."""
+    from mini_symposium.prompt_formats import prompt_format
+    from mini_symposium.recipe import SHIPPED, load_recipe
+    from mini_symposium.run_directory import RunDirectory
+
+    formats = [prompt_format(name) for name in format or ["new-query", "alpaca", "chatml", "bare"]]
+    checkpoints, four_bit = {}, True
+    run = RunDirectory(model_or_run)
+    if model_or_run in SHIPPED:
+        base = load_recipe(model_or_run).base_model
+    elif run.recipe_file.exists():
+        base, checkpoints = load_recipe(run.recipe_file).base_model, run.newest_checkpoints()
+    elif run.path.is_dir():
+        base, four_bit = str(run.path), False
+    else:
+        raise InputError(f"{model_or_run}: neither a run nor a model directory, nor one of {', '.join(SHIPPED)}")
+    from mini_symposium.base_models import load_tokenizer
+    from mini_symposium.generation import answer_grid, load_with_adapters
+
+    model, tokenizer = load_with_adapters(base, checkpoints, four_bit), load_tokenizer(base)
+    for cell in answer_grid(model, tokenizer, ["base", *checkpoints], formats, [query], max_new_tokens):
+        console.rule(
+            f"[bold]{escape(cell['format'])}[/] · {escape(cell['model'])} · {cell['tokens']} tokens, {cell['stop_reason']}"
+        )
+        console.print(cell["answer"], markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def render(
+    preset: Annotated[str, typer.Argument(metavar="PRESET.json")],
+    chat: Annotated[str, typer.Argument(metavar="CHAT.json")],
+):
+    """Print the prompt and the stop strings that a SillyTavern preset makes of a chat, as JSON."""
+    from mini_symposium.prompt_formats import load_chat, load_preset
+
+    form, talk = load_preset(preset), load_chat(chat)
+    prompt = form.render_chat(talk["messages"], talk["user"], talk["char"])
+    print(json.dumps({"prompt": prompt, "stop": form.stop_strings(talk["user"], talk["char"])}, ensure_ascii=False))
+
+
+@app.command()
+def doctor(recipe: RecipeOption = "proxy"):
+    """Versions, device, whether 4-bit works here, and whether the recipe fits its memory."""
+    from mini_symposium.recipe import load_recipe
+
+    chosen = load_recipe(recipe)
+    from mini_symposium.base_models import device, four_bit_works, memory, predicted_bytes
+    from mini_symposium.run_directory import environment
+
+    found = environment()
+    table = Table("what", "found", title=f"recipe {chosen.name}: {chosen.base_model}")
+    for key in ("mini_symposium", "commit", "python", "platform", "cores"):
+        table.add_row(key, str(found[key]))
+    table.add_row("packages", ", ".join(f"{name} {version}" for name, version in found["packages"].items()))
+    works = four_bit_works()
+    table.add_row(f"4-bit on {device().type}", "works" if works else "[red]does not work: reinstall bitsandbytes[/]")
+    parts = predicted_bytes(chosen)
+    for part, size in parts.items():
+        table.add_row(f"predicted: {part}", f"{size / 2**20:,.0f} MiB")
+    needed, there = sum(parts.values()), memory()
+    fits = needed < there
+    table.add_row(
+        "fits", f"{'yes' if fits else '[red]no[/]'}: {needed / 2**30:.2f} GiB predicted, {there / 2**30:.2f} GiB free"
+    )
+    console.print(table)
+    if not (works and fits):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line: 0 done, 1 a run failed, 2 bad input or usage; the kit's own errors print as one line."""
+    try:
+        app()
+    except (InputError, RunError) as error:
+        print(f"mini-symposium: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)

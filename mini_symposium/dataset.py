@@ -1,0 +1,345 @@
+"""Handwritten examples: read, checked, described, and turned into the tokens that training sees.
+
+A document is a series of examples. The first `### ` heading of the file opens each of them and its text is
+the request; the sections below are what the model is to write. The prompt ends with the first of their
+headings, so that at inference a heading of one's choice asks for the answer:
+
+    ### New Query            <- opens an example
+    Why is the sky blue?
+                             <- one blank line between sections
+    ### Complete Response    <- the prompt ends with this line
+    Because air scatters ...
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from rapidfuzz import fuzz
+
+from mini_symposium import InputError
+from mini_symposium.run_directory import ROOT, find, written_whole
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and the text below it."""
+
+    heading: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A request and what is to be learned; `prompt` + `completion` is the text of the training row."""
+
+    query: str
+    sections: tuple[Section, ...]
+    prompt: str
+    completion: str
+    source: str
+    """Where it stands, as `data/minisymposium.md:41`."""
+
+    @property
+    def text(self) -> str:
+        """The whole row, without special tokens."""
+        return self.prompt + self.completion
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tokenised example: `completion_mask` is 1 over the tokens that enter the loss."""
+
+    input_ids: list[int]
+    completion_mask: list[int]
+    source: str
+
+
+def load_examples(path: str | Path) -> list[Example]:
+    """Read a .md or .txt document, a .jsonl or .json table, or a folder of them.
+
+    Tables hold objects with `prompt` and `completion`, or `text`, or Alpaca's `instruction`, `input` and
+    `output`, or `messages`.
+
+    Raises
+    ------
+    InputError
+        Naming file, line and remedy, for whatever cannot be trained on as it stands.
+    """
+    path = find(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file; give a .md, .jsonl or .json file, or a folder of them")
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS and file.is_file())
+        examples = [example for file in files for example in _read(file)]
+    else:
+        examples = _read(path)
+    if not examples:
+        raise InputError(f"{path}: no examples in it; write one that starts with `### New Query`")
+    seen: dict[str, str] = {}
+    for example in examples:
+        first = seen.setdefault(example.query, example.source)
+        if first != example.source:
+            raise InputError(f"{example.source}: the query stands already at {first}; keep one, or ask something else")
+    return examples
+
+
+def _read(path: Path) -> list[Example]:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"{path}: cannot read *{path.suffix}; give one of {', '.join(READERS)}")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}:{data[: error.start].count(10) + 1}: not UTF-8; save the file as UTF-8") from error
+    name = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+    return list(reader(text.replace("\r\n", "\n").replace("\r", "\n"), name))
+
+
+def _sections(text: str) -> tuple[str, list[tuple[int, str, str]]]:
+    """What stands before the first heading, and (line, heading, text) of each; fenced code holds no headings."""
+    before: list[str] = []
+    found: list[tuple[int, str, list[str]]] = []
+    fence = None
+    for number, line in enumerate(text.split("\n"), start=1):
+        mark = line.lstrip(" ")[:3]
+        if fence is None and mark in ("```", "~~~"):
+            fence = mark
+        elif fence is not None and mark == fence:
+            fence = None
+        if fence is None and line.startswith("### ") and line[4:].strip():
+            found.append((number, line[4:].strip(), []))
+        else:
+            (found[-1][2] if found else before).append(line)
+    return "\n".join(before).strip(), [(number, heading, "\n".join(body).strip()) for number, heading, body in found]
+
+
+def _from_markdown(text: str, name: str) -> Iterator[Example]:
+    before, sections = _sections(text)
+    if before:
+        raise InputError(f"{name}:1: text before the first heading; start the file with `### New Query`")
+    if not sections:
+        return
+    opening = sections[0][1]
+    starts = [i for i, (_, heading, _) in enumerate(sections) if heading == opening] + [len(sections)]
+    for start, end in pairwise(starts):
+        yield _example(sections[start:end], lambda line: f"{name}:{line}")
+
+
+def _example(sections: Sequence[tuple[int, str, str]], where: Callable[[int], str]) -> Example:
+    for line, heading, text in sections:
+        if not text:
+            raise InputError(f"{where(line)}: nothing below `### {heading}`; write its text or delete the heading")
+    (line, opening, query), *rest = sections
+    if not rest:
+        raise InputError(f"{where(line)}: a request without an answer; add a `### Complete Response` below it")
+    prompt = f"### {opening}\n{query}\n\n### {rest[0][1]}\n"
+    completion = "\n\n".join([rest[0][2], *(f"### {heading}\n{text}" for _, heading, text in rest[1:])])
+    return Example(query, tuple(Section(heading, text) for _, heading, text in rest), prompt, completion, where(line))
+
+
+def _from_jsonl(text: str, name: str) -> Iterator[Example]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield _from_object(json.loads(line), f"{name}:{number}")
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise InputError(f"{name}:{number}: not JSON ({error}); one object a line") from error
+
+
+def _from_json(text: str, name: str) -> Iterator[Example]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{name}:{error.lineno}: not JSON ({error.msg})") from error
+    except RecursionError as error:
+        raise InputError(f"{name}: nested too deeply to be a dataset") from error
+    if not isinstance(rows, list):
+        raise InputError(f"{name}:1: holds a {type(rows).__name__}; a .json dataset is a list of objects")
+    for number, row in enumerate(rows, start=1):
+        yield _from_object(row, f"{name}, row {number}")
+
+
+def _from_object(row, where: str) -> Example:
+    """One row of a table, in whichever of the four forms it is."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: a {type(row).__name__}; each row is an object")
+    fields = set(row)
+    if {"prompt", "completion"} <= fields:
+        prompt, completion = _strings(row, where, "prompt", "completion")
+        return Example(prompt.strip(), (), prompt, completion, where)
+    if {"instruction", "output"} <= fields:
+        instruction, output = _strings(row, where, "instruction", "output")
+        context = row.get("input") or ""
+        if not isinstance(context, str):
+            raise InputError(f"{where}: `input` is a {type(context).__name__}; write text")
+        sections = [(1, "Instruction", instruction), (1, "Response", output)]
+        if context.strip():
+            sections.insert(1, (1, "Input", context.strip()))
+        text = "\n\n".join(f"### {heading}\n{body}" for _, heading, body in sections[:-1])
+        return Example(instruction, (Section("Response", output),), f"{text}\n\n### Response\n", output, where)
+    if "messages" in fields:
+        return _from_messages(row["messages"], where)
+    if "text" in fields:
+        [text] = _strings(row, where, "text")
+        before, sections = _sections(text)
+        if sections and not before:
+            return _example(sections, lambda _: where)
+        return Example(text[:80], (), "", text, where)
+    found = ", ".join(sorted(map(str, fields))) or "nothing"
+    raise InputError(
+        f"{where}: found {found}; a row has prompt and completion, or text, or instruction and output, or messages"
+    )
+
+
+def _strings(row: dict, where: str, *names: str) -> list[str]:
+    for name in names:
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise InputError(f"{where}: `{name}` is {json.dumps(row[name])[:40]}; write text")
+    return [row[name].rstrip() if name != "prompt" else row[name] for name in names]
+
+
+def _from_messages(messages, where: str) -> Example:
+    """A chat as sections: user lines under `### New Query`, the assistant's under `### Complete Response`."""
+    headings = {"user": "New Query", "assistant": "Complete Response"}
+    parts, system = [], ""
+    for turn in messages if isinstance(messages, list) else []:
+        content = turn.get("content") if isinstance(turn, dict) else None
+        if not isinstance(content, str) or not content.strip() or turn.get("role") not in ("system", *headings):
+            raise InputError(f"{where}: a message needs a role (system, user, assistant) and a content that is text")
+        if turn["role"] == "system":
+            system += content.strip() + "\n\n"
+        else:
+            parts.append((1, headings[turn["role"]], content.strip()))
+    if len(parts) < 2 or parts[-1][1] != "Complete Response":
+        raise InputError(f"{where}: messages must end with the assistant's answer to a user's; that is what is learned")
+    *asked, (_, _, answer) = parts
+    prompt = system + "".join(f"### {heading}\n{text}\n\n" for _, heading, text in asked) + "### Complete Response\n"
+    query = asked[0][2] if len(asked) == 1 else prompt
+    return Example(query, (Section("Complete Response", answer),), prompt, answer, where)
+
+
+READERS = {".md": _from_markdown, ".txt": _from_markdown, ".jsonl": _from_jsonl, ".json": _from_json}
+
+
+def write_axolotl_jsonl(examples: Sequence[Example], path: str | Path, overwrite: bool = False) -> None:
+    """Write rows of `{"text": ...}`, what Axolotl's `type: completion` reads; refuses to overwrite unless told to."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: is there already; delete it first or choose another name")
+    with written_whole(path) as temporary:
+        lines = (json.dumps({"text": example.text}, ensure_ascii=False) + "\n" for example in examples)
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """A SHA-256 of all that is learned from, to tell whether two runs saw the same data."""
+    return hashlib.sha256("\0".join(f"{e.prompt}\1{e.completion}" for e in examples).encode()).hexdigest()
+
+
+def tokenize(examples: Sequence[Example], tokenizer, sequence_len: int, completion_only: bool) -> list[Row]:
+    """The rows as training sees them: the tokenizer's own special tokens around the text, EOS at the end.
+
+    Guards against the ways in which small fine-tunes break silently: a prompt whose tokens are not a prefix of
+    the row's (so that training sees another boundary than inference), a second BOS, no EOS in the loss, nothing
+    in the loss, a row cut at `sequence_len`.
+
+    Parameters
+    ----------
+    tokenizer
+        A transformers tokenizer.
+    completion_only
+        Supervise the completion and EOS alone; otherwise every token.
+
+    Raises
+    ------
+    InputError
+        Naming the example that breaks a guard.
+    """
+    special = set(tokenizer.all_special_ids)
+    bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else []
+    rows = []
+    for example in examples:
+        prompt, ids = list(tokenizer(example.prompt).input_ids), list(tokenizer(example.text).input_ids)
+        prompt = bos if not example.prompt else prompt
+        if ids[-1] != tokenizer.eos_token_id:
+            ids.append(tokenizer.eos_token_id)
+        spelled = [i for i in ids[len(bos) : -1] if i in special]
+        if ids[: len(bos)] != bos or spelled:
+            names = ", ".join(sorted(set(tokenizer.convert_ids_to_tokens(spelled)))) or "no BOS"
+            raise InputError(f"{example.source}: the text spells a special token ({names}); write it differently")
+        if ids[: len(prompt)] != prompt:
+            at = next(i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b)
+            parted = tokenizer.decode(ids[max(0, at - 1) : at + 2])
+            raise InputError(
+                f"{example.source}: prompt and completion melt into one token near {parted!r}, so the model would "
+                "train on a boundary it never meets; end the prompt with a newline"
+            )
+        if len(ids) - len(prompt) < 2:
+            raise InputError(f"{example.source}: nothing to learn after the prompt; write a completion")
+        if len(ids) > sequence_len:
+            raise InputError(
+                f"{example.source}: {len(ids)} tokens, but sequence_len is {sequence_len}; "
+                f"shorten it, or set sequence_len to {-(-len(ids) // 64) * 64}"
+            )
+        unsupervised = len(prompt) if completion_only else 0
+        rows.append(Row(ids, [0] * unsupervised + [1] * (len(ids) - unsupervised), example.source))
+    return rows
+
+
+def describe(examples: Sequence[Example]) -> dict:
+    """The dataset in numbers, ready for JSON: counts, headings, and a line per example."""
+    rows = [
+        {
+            "source": example.source,
+            "query": " ".join(example.query.split())[:70],
+            "headings": [section.heading for section in example.sections],
+            "words": len(example.text.split()),
+        }
+        for example in examples
+    ]
+    return {
+        "n": len(examples),
+        "lines": sum(example.text.count("\n") + 2 for example in examples),
+        "words": sum(row["words"] for row in rows),
+        "headings": dict(Counter(heading for row in rows for heading in row["headings"]).most_common()),
+        "examples": rows,
+    }
+
+
+ASSISTANT_PHRASES = re.compile(
+    r"as an ai\b|language model|i'm sorry, but|i cannot assist|\bcertainly!|\bi hope this helps|feel free to|"
+    r"happy to help|great question|it's important to note|\bdelve",
+    re.IGNORECASE,
+)
+INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+
+
+def lint(examples: Sequence[Example]) -> list[str]:
+    """What does not stop a run but is worth a look, each as `file:line: what`."""
+    notes = []
+    for example in examples:
+        notes += [
+            f"{example.source}: {m.group()!r} is an assistant model's phrase"
+            for m in ASSISTANT_PHRASES.finditer(example.text)
+        ]
+        notes += [
+            f"{example.source}: an invisible character U+{ord(c):04X}"
+            for c in sorted(set(INVISIBLE.findall(example.text)))
+        ]
+        if len(example.completion.split()) < 4:
+            notes.append(f"{example.source}: the completion has only {len(example.completion.split())} words")
+    for i, one in enumerate(examples):
+        for other in examples[i + 1 : i + 200]:
+            if fuzz.ratio(one.query[:500], other.query[:500]) > 90:
+                notes.append(f"{other.source}: nearly the query of {one.source}")
+    return notes

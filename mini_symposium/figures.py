@@ -1,0 +1,436 @@
+"""What the notebooks show, drawn from results alone: metrics lines and dicts, never torch, never a model.
+
+The rules:
+
+- a picture carries the very numbers that it draws (`Picture.drawn`) and is saved with them, as png and csv;
+- the same numbers give the same bytes, so that a figure changes in git only when a result did;
+- each picture names its scale and says what to look at;
+- `matplotlib.figure.Figure`, never pyplot: its global state breaks when a widget draws from another thread.
+"""
+
+import io
+import math
+import textwrap
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib import style
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
+
+from mini_symposium import InputError
+from mini_symposium.run_directory import written_whole
+
+SCALES = {"tiny": "tiny: random weights", "proxy": "proxy: SmolLM2-135M", "paper": "paper: Mistral-7B"}
+RATES_DO_NOT_TRANSFER = {"proxy": " (learning rates do not transfer to 7B)"}
+
+INK, GREY, PALE = "#222222", "#5c5c5c", "#dddddd"
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: safe for colour-blind eyes
+COLOUR_MAP = "viridis"
+WIDTH, DPI = 9.0, 150  # inches; 1350 pixels, so that 10 points are still 13 pixels in a README 830 pixels wide
+
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
+    "font.size": 10,
+    "text.color": INK,
+    "text.parse_math": False,  # a dataset may say "$5"
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "grid.color": "#ececec",
+    "legend.frameon": False,
+}
+
+
+def _styled():
+    """Matplotlib's defaults and ours, whatever the user's matplotlibrc says; ticks are styled as late as at drawing."""
+    return style.context(["default", STYLE])
+
+
+class Picture(Figure):
+    """A Figure that shows itself in a notebook without pyplot, and knows the numbers that it draws.
+
+    Attributes
+    ----------
+    drawn : pandas.DataFrame
+        A row per mark: what its csv holds.
+    """
+
+    drawn: pd.DataFrame
+
+    def png(self) -> bytes:
+        """The same pixels each time, without a date or a version; what the font lacks is a box, without a warning."""
+        with _styled(), io.BytesIO() as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")
+            self.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+            return file.getvalue()
+
+    def _repr_png_(self) -> tuple[bytes, dict]:
+        return self.png(), {"width": round(WIDTH * 100)}
+
+    def save(self, path: str | Path) -> "Picture":
+        """Write `path`.png and `path`.csv with the numbers drawn; return the picture, so that a notebook shows it."""
+        return save(self, self.drawn, path)
+
+
+def save(figure: Picture, rows: pd.DataFrame | Sequence[Mapping], path: str | Path) -> Picture:
+    """Write `path`.png and, with `rows` in a fixed order and six digits, `path`.csv: both, or neither.
+
+    Raises
+    ------
+    InputError
+        If the directory cannot be written.
+    """
+    table = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(_flat(rows))
+    table = table.sort_values(list(table.columns), key=lambda c: c if c.dtype.kind in "iufb" else c.astype(str))
+    with written_whole(f"{path}.csv") as csv, written_whole(f"{path}.png") as png:
+        table.to_csv(csv, index=False, float_format="%.6g", lineterminator="\n", encoding="utf-8")
+        png.write_bytes(figure.png())
+    return figure
+
+
+def _flat(rows) -> list[dict]:
+    """Rows as they are; metrics by learning rate one after the other."""
+    return [row for part in rows.values() for row in part] if isinstance(rows, Mapping) else list(rows)
+
+
+def _steps(metrics) -> pd.DataFrame:
+    """Metrics lines as a table by learning rate (highest first) and step."""
+    rows = _flat(metrics)
+    if not rows:
+        raise InputError("metrics: no step has been logged; run notebook 02 or `mini-symposium train` first")
+    table = pd.DataFrame(rows, columns=["learning_rate", "step", "epoch", "example", "loss"])
+    if not np.isfinite(table["loss"].astype(float)).all():
+        raise InputError("metrics: a loss is missing or no number; train that learning rate again")
+    return table.sort_values(["learning_rate", "step"], ascending=[False, True], kind="stable", ignore_index=True)
+
+
+def _number(value: float) -> str:
+    """Scientific and short.
+
+    >>> [_number(x) for x in (1e-4, 2.5e-5, 0.0038999)]
+    ['1e-4', '2.5e-5', '3.9e-3']
+    """
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def _short(text: str, width: int) -> str:
+    """On one line, cut at a word.
+
+    >>> _short("Why is the sky blue,\\nand not violet?", 24)
+    'Why is the sky blue, …'
+    """
+    line = " ".join(text.split())
+    if len(line) > width:
+        line = textwrap.shorten(line, width, placeholder=" …") if " " in line[:width] else line[: width - 1] + "…"
+    return line
+
+
+def _picture(height: float, title: str, scale: str, look: str, rates: bool = True) -> Picture:
+    """An empty picture with its heading: title, then scale and what to look at; the axes get the room below."""
+    named = SCALES.get(scale, scale) + (RATES_DO_NOT_TRANSFER.get(scale, "") if rates else "")
+    lines = textwrap.wrap(f"{named}. {look}", 118)
+    total = height + 0.42 + 0.18 * len(lines)
+    figure = Picture(figsize=(WIDTH, total), facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(rect=(0.005, 0.01, 0.99, height / total - 0.01), w_pad=0.06, wspace=0.03)
+    figure.text(0.1 / WIDTH, 1 - 0.1 / total, title, va="top", weight="bold", size=12)
+    figure.text(0.1 / WIDTH, 1 - 0.36 / total, "\n".join(lines), va="top", color=GREY, size=9.5, linespacing=1.25)
+    return figure
+
+
+def _log(axes) -> None:
+    """A log x axis with a tick per decade, written as learning rates are."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _number(x)))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _name_rows(axes, at, names, size: float = 10) -> None:
+    """A name before each row, the first row on top, without an axis line."""
+    axes.set_yticks(at, names, color=INK, fontsize=size)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.yaxis.set_inverted(True)
+
+
+def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, scale: str) -> Picture:
+    """Training loss of each learning rate, by epoch and by dose = learning_rate x steps.
+
+    A dot is a step's loss; the line its mean over `n_examples` steps, one epoch, drawn at the middle of that
+    window: drawn at its end it would lag by half an epoch, which is ten times the dose at ten times the rate,
+    and the comparison by dose would be biased.
+
+    Parameters
+    ----------
+    metrics
+        For each learning rate the lines of its metrics.jsonl.
+    n_examples
+        Examples in the dataset, that is steps in an epoch at batch 1.
+
+    Raises
+    ------
+    InputError
+        If nothing has been logged.
+    """
+    if n_examples < 1:
+        raise InputError(f"{n_examples} examples: a moving mean over one epoch needs at least 1")
+    table = _steps(metrics)
+    table["epochs"] = table["step"] / n_examples
+    table["dose"] = table["learning_rate"] * table["step"]
+    by_rate = table.groupby("learning_rate", sort=False)
+    for column in ("loss", "epochs", "dose"):
+        table[f"smoothed_{column}"] = by_rate[column].transform(lambda values: values.rolling(n_examples).mean())
+
+    with _styled():
+        look = (
+            "Dots are single steps, lines the mean over an epoch. Left, the rates may look like different behaviours; "
+            "right, if dose is all that separates them, the lower curve lies on the beginning of the higher one's."
+        )
+        figure = _picture(3.5, "Training loss, by epoch and by dose", scale, look)
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, x in zip(panels, ("epochs", "dose"), strict=True):
+            ends = []
+            for i, (rate, part) in enumerate(by_rate):
+                colour, width = COLOURS[i % len(COLOURS)], 3.4 if i == 0 else 1.6  # a thin line shows on a thick one
+                axes.scatter(part[x], part["loss"], color=colour, alpha=0.25, s=4, linewidths=0)
+                axes.plot(part[f"smoothed_{x}"], part["smoothed_loss"], color=colour, linewidth=width)
+                smooth = part.dropna(subset="smoothed_loss")
+                end = smooth[[f"smoothed_{x}", "smoothed_loss"]] if len(smooth) else part[[x, "loss"]]
+                ends.append((*end.iloc[-1], f"LR {_number(rate)}", colour))
+            axes.grid(axis="y")
+            _label_ends(axes, ends, table["loss"].max() * 1.05)
+        panels[0].set(title="by epoch", xlabel="epochs", ylabel="loss, nats a token")
+        panels[0].set_xlim(0)
+        panels[1].set(title="by dose", xlabel="dose = learning rate × steps (log)")
+        _log(panels[1])
+    figure.drawn = table
+    return figure
+
+
+def _label_ends(axes, ends: Sequence[tuple[float, float, str, str]], top: float) -> None:
+    """Name each line at its end, in its colour, above the end where another line may go on; labels never overlap."""
+    axes.set_ylim(0, top)
+    gap, lowest = top * 0.065, -math.inf
+    last = max(end[0] for end in ends)
+    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
+        axes.plot(x, y, "o", color=colour, markersize=5.5, markeredgecolor="white")
+        lowest = max(y if x > 0.9 * last else y + gap, lowest + gap)
+        shift = axes.transData + ScaledTranslation(7 / 72, 0, axes.figure.dpi_scale_trans)
+        axes.text(x, lowest, name, color=colour, weight="bold", va="center", transform=shift, path_effects=HALO)
+
+
+def example_heatmap(
+    metrics: Mapping[float, Sequence[Mapping]] | Sequence[Mapping], titles: Sequence[str], scale: str
+) -> Picture:
+    """Loss of each example at each epoch, for one learning rate or several beside each other on one colour scale.
+
+    Parameters
+    ----------
+    metrics
+        Lines of one metrics.jsonl, or for each learning rate its lines.
+    titles
+        A title for each example, by its index in the dataset.
+
+    Raises
+    ------
+    InputError
+        If nothing has been logged, or an example has no title.
+    """
+    table = _steps(metrics)
+    if (most := int(table["example"].max())) >= len(titles):
+        raise InputError(f"metrics name example {most}, the dataset has {len(titles)}; was another dataset trained on?")
+    table = table.groupby(["learning_rate", "example", "epoch"], as_index=False)["loss"].mean()
+    table["title"] = [titles[example] for example in table["example"]]
+    rates = sorted(table["learning_rate"].unique(), reverse=True)
+    at_highest = table[table["learning_rate"] == rates[0]]
+    order = list(at_highest.groupby("example")["loss"].mean().sort_values(kind="stable").index)
+
+    with _styled():
+        look = "A row is an example, a column an epoch; dark is learned. The top row has the lowest loss over the run"
+        look += f" at {_number(rates[0])}." if len(rates) > 1 else "."
+        figure = _picture(0.23 * len(order) + 0.85, "Which examples are learned, and when", scale, look)
+        panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
+        for axes, rate in zip(panels, rates, strict=True):
+            part = table[table["learning_rate"] == rate].pivot(index="example", columns="epoch", values="loss")
+            cells = part.reindex(index=order, columns=range(int(part.columns.max()) + 1))
+            edges = np.arange(cells.shape[1] + 1), np.arange(len(order) + 1)
+            mesh = axes.pcolormesh(*edges, cells, cmap=COLOUR_MAP, vmin=0, vmax=table["loss"].max())
+            axes.set(title=f"LR {_number(rate)}", xlabel="epoch", facecolor=PALE)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.spines[:].set_visible(False)
+            axes.tick_params(axis="y", length=0)
+        _name_rows(panels[0], np.arange(len(order)) + 0.5, [_short(titles[i], 36) for i in order], 9)
+        bar = figure.colorbar(mesh, ax=list(panels), label="loss, nats a token", aspect=30, pad=0.015)
+        bar.outline.set_visible(False)
+    figure.drawn = table
+    return figure
+
+
+def token_lengths(rows: Sequence[Mapping], scale: str, sequence_len: int) -> Picture:
+    """How many tokens each example has, prompt and completion stacked, beside the longest row that is allowed.
+
+    Parameters
+    ----------
+    rows
+        For each example {"title", "prompt", "completion"}: a text and two numbers of tokens.
+
+    Raises
+    ------
+    InputError
+        If there are no rows.
+    """
+    if not rows:
+        raise InputError("no rows to measure; is the dataset empty?")
+    table = pd.DataFrame(rows, columns=["title", "prompt", "completion"])
+    table.insert(0, "example", range(len(table)))
+    table["sequence_len"] = sequence_len
+    totals = table["prompt"] + table["completion"]
+    with _styled():
+        look = f"Every row must fit into sequence_len = {sequence_len}: a longer one is refused, never cut."
+        figure = _picture(0.24 * len(table) + 0.8, "How long the examples are", scale, look, rates=False)
+        axes = figure.subplots()
+        axes.barh(table["example"], table["prompt"], color=COLOURS[4], label="prompt")
+        axes.barh(table["example"], table["completion"], left=table["prompt"], color=COLOURS[1], label="completion")
+        for example, total in zip(table["example"], totals, strict=True):
+            label = axes.annotate(f"{total:,}", (total, example), (4, 0), textcoords="offset points", fontsize=9)
+            label.set_va("center_baseline")
+        if sequence_len <= 1.6 * totals.max():
+            axes.axvline(sequence_len, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+            name = axes.text(sequence_len, -0.75, "sequence_len ", ha="right", va="bottom", color=GREY, fontsize=9)
+            name.set_in_layout(False)
+        _name_rows(axes, table["example"], [_short(title, 46) for title in table["title"]], 9)
+        axes.set(xlabel="tokens", ylim=(len(table) - 0.4, -0.6))
+        axes.margins(x=0.08)
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=2, borderpad=0, handlelength=1, handleheight=1)
+    figure.drawn = table
+    return figure
+
+
+def travel(rows: Sequence[Mapping], scale: str) -> Picture:
+    """How far lora_A and lora_B moved in training, beside what Adam's rule predicts.
+
+    Adam (Kingma and Ba 2015) moves an element by at most about one learning rate a step, so learning_rate x steps
+    bounds the travel; one whose gradient changes sign at random goes about learning_rate x sqrt(steps).
+
+    Parameters
+    ----------
+    rows
+        For each learning rate {learning_rate, dose, a_moved_share, a_travel_rms, b_travel_rms, b_travel_max}.
+
+    Raises
+    ------
+    InputError
+        If there are no rows.
+    """
+    if not rows:
+        raise InputError("no training to measure; run notebook 02 or `mini-symposium train` first")
+    parts = {"b_travel_max": "lora_B, largest", "b_travel_rms": "lora_B, rms", "a_travel_rms": "lora_A, rms"}
+    table = pd.DataFrame(
+        {
+            "learning_rate": row["learning_rate"],
+            "part": name,
+            "measured": row[key],
+            "random_signs": math.sqrt(row["dose"] * row["learning_rate"]),  # rate x sqrt(steps)
+            "bound": row["dose"],
+            "a_moved_share": row["a_moved_share"],
+        }
+        for row in sorted(rows, key=lambda row: -row["learning_rate"])
+        for key, name in parts.items()
+    )
+    with _styled():
+        look = (
+            "Dots are measured, grey is what Adam's rule predicts. lora_A may lie left of it: its gradient is tiny "
+            "while lora_B still is."
+        )
+        figure = _picture(0.3 * len(table) + 1.0, "How far the adapters moved", scale, look)
+        axes = figure.subplots()
+        heights = [i + i // len(parts) * 0.7 for i in range(len(table))]
+        axes.barh(heights, table["bound"] - table["random_signs"], left=table["random_signs"], color=PALE, height=0.62)
+        least = table.loc[table["measured"] > 0, "measured"].min()
+        left = np.nanmin([table["random_signs"].min(), least]) / 2
+        for at, said, side in (
+            ("random_signs", "rate × √steps", "right"),
+            ("bound", "rate × steps, the bound", "left"),
+        ):
+            axes.text(table[at].iloc[0], -0.42, said, ha=side, va="bottom", fontsize=8.5, color=GREY)
+        for y, row in zip(heights, table.itertuples(), strict=True):
+            colour = COLOURS[0] if row.part.startswith("lora_B") else COLOURS[1]
+            (dot,) = axes.plot(max(row.measured, left), y, "o", color=colour, markersize=7, markeredgecolor="white")
+            said = f"{_number(row.measured)}, {row.measured / row.bound:.0%} of the bound"
+            if not row.measured:
+                said = "did not move"
+                dot.set(markerfacecolor="white", markeredgecolor=colour)
+            if row.part.startswith("lora_A"):
+                said += f"; {row.a_moved_share:.2%} of its elements moved"
+            label = axes.annotate(said, (max(row.measured, row.bound), y), (10, 0), textcoords="offset points")
+            label.set(fontsize=9, va="center_baseline")
+        rates = [f"LR {_number(rate)}   " for rate in table["learning_rate"]]
+        names = [part if i % len(parts) else rates[i] + part for i, part in enumerate(table["part"])]
+        _name_rows(axes, heights, names)
+        axes.set(xlabel="travel of an element in training (log)", ylim=(heights[-1] + 0.6, -1.1))
+        _log(axes)
+        axes.set_xlim(left * 0.8, table["bound"].max() * 1.3)
+    figure.drawn = table
+    return figure
+
+
+def format_grid(grid: Sequence[Mapping], value: str, scale: str) -> Picture:
+    """A number for each prompt format (row), model (panel) and query (column), written in its cell.
+
+    Parameters
+    ----------
+    grid
+        Cells {"format", "model", "query", value}; one without "query" is of one nameless query.
+    value
+        Which of the cell's numbers: a share such as "recall", or an amount such as "tokens".
+
+    Raises
+    ------
+    InputError
+        If there are no cells, or one has no such value.
+    """
+    if not grid or any(value not in cell for cell in grid):
+        raise InputError(
+            f"{len(grid)} answers, some or all without {value!r}: nothing to draw; measure it for each first"
+        )
+    table = pd.DataFrame([{"query": "", **cell} for cell in grid], columns=["model", "query", "format", value])
+    table = table.groupby(["model", "query", "format"], as_index=False, sort=False)[value].mean()
+    models, queries, formats = (list(table[column].unique()) for column in ("model", "query", "format"))
+    size = min(9, 170 / (len(models) * len(queries)))  # numbers stay inside their cells
+    low, high = min(0, table[value].min()), max(table[value].max(), 1)
+    numbers = [str(i + 1) if len(queries) > 1 else "" for i in range(len(queries))]
+    with _styled():
+        look = "A row is a prompt format. A model whose panel is uneven from top to bottom depends on the format."
+        height = 0.27 * len(formats) + 0.55 + 0.19 * len(queries)
+        figure = _picture(height, f"{value.replace('_', ' ').capitalize()}, by format and model", scale, look)
+        panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+        for axes, model in zip(panels, models, strict=True):
+            cells = table[table["model"] == model].pivot(index="format", columns="query", values=value)
+            cells = cells.reindex(index=formats, columns=queries).to_numpy(dtype=float)
+            axes.pcolormesh(cells, cmap=COLOUR_MAP, vmin=low, vmax=high, edgecolors="white", linewidth=1.5)
+            for (y, x), number in np.ndenumerate(cells):
+                said = "" if np.isnan(number) else f"{number:.2f}" if high == 1 else f"{number:.4g}"
+                cell = axes.text(x + 0.5, y + 0.5, said, ha="center", va="center_baseline", fontsize=size)
+                cell.set_color("white" if (number - low) / (high - low) < 0.6 else INK)
+            axes.set(title=_short(str(model), 28), facecolor=PALE)
+            axes.set_xticks(np.arange(len(queries)) + 0.5, numbers)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+        _name_rows(panels[0], np.arange(len(formats)) + 0.5, [_short(form, 28) for form in formats])
+        key = [f"{n}  {_short(query, 110)}".strip() for n, query in zip(numbers, queries, strict=True)]
+        figure.supxlabel("\n".join(key), x=0.1 / WIDTH, ha="left", color=GREY, fontsize=9)
+    figure.drawn = table
+    return figure

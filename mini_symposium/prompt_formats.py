@@ -1,0 +1,271 @@
+"""Prompt formats: a query, or a chat between two named people, as the text that a model continues.
+
+A format *is* a SillyTavern instruct preset, the built-in ones too, so there is one renderer and whatever works
+here can be taken there. It follows SillyTavern's instruct mode to the byte:
+
+- each message is sequence, separator, [`Name: `] text, suffix; the separator is a newline if `wrap` is set, and
+  then a missing suffix is a newline as well;
+- the first message takes the `first_*` sequence and the last user message `last_input_sequence`, where given;
+- the line to generate from is separator, `last_output_sequence` or `output_sequence`, separator;
+- a system message is a narrator's message: it carries no name, and stands where it stands in the chat.
+
+What SillyTavern puts before the chat, its story string with the character card, is not part of a preset and not
+rendered here; put such text into a system message.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from mini_symposium import InputError
+from mini_symposium.run_directory import find, write_json
+
+SPACE = "\t\n\v\f\r \xa0\u1680\u2028\u2029\u202f\u205f\u3000\ufeff" + "".join(map(chr, range(0x2000, 0x200B)))
+"""What JavaScript's `trim` removes, which is not quite what Python's `strip` does."""
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """One instruct preset; the fields are the keys of its JSON.
+
+    >>> print(FORMATS["new-query"].render("Why is the sky blue?"), end="")
+    ### New Query
+    Why is the sky blue?
+    <BLANKLINE>
+    ### Complete Response
+    """
+
+    name: str
+    input_sequence: str = ""
+    """Before what the user says."""
+    input_suffix: str = ""
+    output_sequence: str = ""
+    """Before what the model says."""
+    output_suffix: str = ""
+    system_sequence: str = ""
+    """Before what a narrator says."""
+    system_suffix: str = ""
+    first_input_sequence: str = ""
+    last_input_sequence: str = ""
+    first_output_sequence: str = ""
+    last_output_sequence: str = ""
+    last_system_sequence: str = ""
+    stop_sequence: str = ""
+    wrap: bool = True
+    """Sequences stand on lines of their own."""
+    macro: bool = True
+    """Expand {{user}}, {{char}} and {{name}} in sequences."""
+    names_behavior: str = "force"
+    """always: `Name: ` before every message; force (in groups only) and none: never, in a chat of two."""
+    activation_regex: str = ""
+    skip_examples: bool = False
+    user_alignment_message: str = ""
+    """Said by the user ahead of a chat that does not begin with a user's message."""
+    system_same_as_user: bool = False
+    """A narrator speaks with the user's sequences."""
+    other: Mapping = field(default_factory=dict)
+    """Keys of other SillyTavern versions; kept, not used."""
+
+    def render(self, query: str, user: str = "User", char: str = "Assistant") -> str:
+        """The prompt for a single query."""
+        return self.render_chat([{"role": "user", "content": query}], user, char)
+
+    def render_chat(self, messages: Sequence[Mapping], user: str = "User", char: str = "Assistant") -> str:
+        """The prompt for a chat, ending where the character is to speak.
+
+        Parameters
+        ----------
+        messages
+            Dicts with `role` (system, user, assistant) and `content`, oldest first.
+        """
+        last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        text = ""
+        if self.user_alignment_message and messages[0]["role"] != "user":
+            text = self._message("user", self.user_alignment_message, "first", user, char)
+        for i, message in enumerate(messages):
+            place = "last" if i == last_user else "first" if i == 0 else ""
+            text += self._message(message["role"], message["content"], place, user, char)
+        return text + self._line_to_generate_from(user, char)
+
+    def _message(self, role: str, content: str, place: str, user: str, char: str) -> str:
+        kind, name = {"user": ("input", user), "assistant": ("output", char)}.get(role, ("system", "System"))
+        named = role != "system" and self.names_behavior == "always" and name
+        if role == "system":
+            kind = "input" if self.system_same_as_user else "system"
+            place = ""
+        sequence = getattr(self, f"{kind}_sequence")
+        if place:
+            sequence = getattr(self, f"{place}_{kind}_sequence") or sequence
+        prefix = self._expand(sequence, user, char, name)
+        suffix = self._expand(getattr(self, f"{kind}_suffix"), user, char, name) or ("\n" if self.wrap else "")
+        said = (f"{name}: " if named else "") + content + suffix
+        return ("\n" if self.wrap else "").join(part for part in (prefix, said) if part)
+
+    def _line_to_generate_from(self, user: str, char: str) -> str:
+        named = self.names_behavior == "always" and char
+        sequence = self.last_output_sequence or self.output_sequence
+        filler = ""
+        if named and self.last_output_sequence and self.output_sequence:
+            # Mistral's presets end their output sequence, but not the last one, with the space before a name.
+            spaced = self.output_sequence[-1] in SPACE and self.last_output_sequence[-1] not in SPACE
+            filler = self.output_sequence[-1] if spaced else ""
+        separator = "\n" if self.wrap else ""
+        text = separator + self._expand(sequence, user, char, char)
+        if named:
+            text += separator + filler + f"{char}:"
+        return (text.rstrip(SPACE) if self.wrap else text) + ("" if named else separator)
+
+    def _expand(self, sequence: str, user: str, char: str, name: str) -> str:
+        if not self.macro or not sequence:
+            return sequence
+        return re.sub(r"\{\{name\}\}", lambda _: name or "System", _substitute(sequence, user, char), flags=re.I)
+
+    def stop_strings(self, user: str = "User", char: str = "Assistant") -> list[str]:
+        """What ends an answer: each distinct line of the sequences that is not blank, after a newline if `wrap`."""
+        names = {"input": user, "output": char, "system": "System"}
+        lines = self.stop_sequence.split("\n")
+        for kind in ("input", "output", "first_output", "last_output", "system", "last_system"):
+            sequence = getattr(self, f"{kind}_sequence")
+            named = re.sub(r"\{\{name\}\}", lambda _, k=kind: names[k.split("_")[-1]], sequence, flags=re.I)
+            lines += named.split("\n")
+        stops = [("\n" if self.wrap else "") + line for line in dict.fromkeys(lines) if line.strip(SPACE)]
+        return [_substitute(stop, user, char) for stop in stops] if self.macro else stops
+
+    def to_preset(self) -> dict:
+        """The JSON that SillyTavern imports."""
+        values = asdict(self)
+        return {**values.pop("other"), **values}
+
+    def save(self, path: str | Path) -> None:
+        """Write the preset as JSON."""
+        write_json(path, self.to_preset())
+
+
+def _substitute(text: str, user: str, char: str) -> str:
+    """SillyTavern's macros that mean something in a sequence; those of its other features are left as they are."""
+    for tag, value in (("user", user), ("bot|char|group|charifnotgroup", char)):
+        text = re.sub(rf"<(?:{tag})>", lambda _, value=value: value, text, flags=re.I)
+    if "{{" not in text:
+        return text
+    text = re.sub(r"\{\{newline\}\}", "\n", text, flags=re.I)
+    text = re.sub(r"[\r\n]*\{\{trim\}\}[\r\n]*", "", text, flags=re.I)
+    text = re.sub(r"\{\{noop\}\}", "", text, flags=re.I)
+    for macro, value in (("user", user), ("char", char), ("group|charIfNotGroup", char)):
+        text = re.sub(rf"\{{\{{(?:{macro})\}}\}}", lambda _, value=value: value, text, flags=re.I)
+    return re.sub(r"\{\{//[^}]*\}\}", "", text)
+
+
+FORMATS = {
+    form.name: form
+    for form in (
+        PromptFormat("new-query", "### New Query", output_sequence="### Complete Response"),
+        PromptFormat("character", "### {{user}}", output_sequence="### {{char}}"),
+        PromptFormat("alpaca", "### Instruction", output_sequence="### Response"),
+        PromptFormat(
+            "chatml",
+            input_sequence="<|im_start|>user\n",
+            input_suffix="<|im_end|>\n",
+            output_sequence="<|im_start|>assistant\n",
+            output_suffix="<|im_end|>\n",
+            system_sequence="<|im_start|>system\n",
+            system_suffix="<|im_end|>\n",
+            stop_sequence="<|im_end|>",
+            wrap=False,
+        ),
+        PromptFormat("vicuna", "USER: ", " ", "ASSISTANT:", "</s>", wrap=False),
+        PromptFormat("mistral", "[INST] ", " [/INST]", "", "</s>", wrap=False),
+        PromptFormat("qa", "Question: ", "\n", "Answer:", "\n", wrap=False),
+        PromptFormat("bare", input_suffix="\n", output_suffix="\n", wrap=False),
+    )
+}
+"""The built-in formats by name; the first is the card's baseline, the second its advice for SillyTavern."""
+
+
+def role(heading: str) -> PromptFormat:
+    """The baseline with another heading for the answer, as the card suggests: `### Software Engineer`."""
+    return PromptFormat(heading, "### New Query", output_sequence=heading)
+
+
+def prompt_format(name: str | Path) -> PromptFormat:
+    """A built-in format by name, any `### Heading`, or a SillyTavern preset by its path.
+
+    >>> prompt_format("### Software Engineer").render("Reverse a list.").splitlines()[-1]
+    '### Software Engineer'
+    """
+    text = str(name)
+    if text in FORMATS:
+        return FORMATS[text]
+    if text.startswith("### ") and text[4:].strip() and "\n" not in text:
+        return role(text.rstrip())
+    if text.endswith(".json"):
+        return load_preset(name)
+    near = difflib.get_close_matches(text, FORMATS, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise InputError(f"{text}: no such format{hint} Give {', '.join(FORMATS)}, a '### Heading', or a preset.json")
+
+
+def load_preset(path: str | Path) -> PromptFormat:
+    """Read a SillyTavern instruct preset, of this or an older form.
+
+    Raises
+    ------
+    InputError
+        If it is not JSON, or a key has another type than SillyTavern gives it.
+    """
+    preset = dict(_load_object(path))
+    if "separator_sequence" in preset:
+        preset["output_suffix"] = preset.pop("separator_sequence") or ""
+    if "names" in preset:
+        groups = preset.pop("names_force_groups", False)
+        preset["names_behavior"] = "always" if preset.pop("names") else "force" if groups else "none"
+    preset.setdefault("name", Path(path).stem)
+    known = {f.name: f.type for f in fields(PromptFormat) if f.name != "other"}
+    if not {"input_sequence", "output_sequence"} & set(preset):
+        raise InputError(f"{path}: neither input_sequence nor output_sequence; this is no instruct preset")
+    values = {}
+    for key, kind in known.items():
+        value = preset.pop(key, None)
+        if value is not None:
+            if not isinstance(value, kind):
+                raise InputError(
+                    f"{path}: {key} is {json.dumps(value)[:40]}; it takes {'text' if kind is str else 'true or false'}"
+                )
+            values[key] = value
+    if values.get("names_behavior", "none") not in ("none", "force", "always"):
+        raise InputError(f"{path}: names_behavior is {values['names_behavior']!r}; it is none, force or always")
+    return PromptFormat(**values, other=preset)
+
+
+def load_chat(path: str | Path) -> dict:
+    """Read `{"user", "char", "messages": [{"role", "content"}]}`; raises InputError naming what is wrong."""
+    chat = _load_object(path)
+    messages = chat.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{path}: no messages; write a list of {{role, content}}")
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+            raise InputError(f"{path}: message {number}: its role is one of system, user, assistant")
+        if not isinstance(message.get("content"), str):
+            raise InputError(f"{path}: message {number}: its content is text")
+    names = {key: chat.get(key, default) for key, default in (("user", "User"), ("char", "Assistant"))}
+    if not all(isinstance(name, str) for name in names.values()):
+        raise InputError(f"{path}: user and char are names")
+    return {**names, "messages": messages}
+
+
+def _load_object(path: str | Path) -> dict:
+    path = find(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({type(error).__name__})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}:1: holds a {type(value).__name__}, not an object")
+    return value

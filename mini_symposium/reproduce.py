@@ -1,0 +1,280 @@
+"""Execute the notebooks in order through papermill, and fail if anything in them failed.
+
+papermill lets more pass than one expects: an unknown parameter is a warning, `with Output():` swallows an
+exception, a widget callback's exception is only displayed, `sys.exit(0)` skips the rest. The rules here:
+
+- what is wrong with the input is said before a kernel starts;
+- any error that a kernel reports ends the run at that cell, whoever caught it on the way;
+- an executed copy gets its name only once it finished, and carries what it was made from;
+- as in make, a copy is up to date if it was made from the same and nothing before it is newer.
+"""
+
+import ast
+import difflib
+import fcntl
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column
+
+from mini_symposium import InputError, RunError
+from mini_symposium.dataset import fingerprint, load_examples
+from mini_symposium.recipe import KEYS, load_recipe
+from mini_symposium.run_directory import ROOT, RunDirectory
+
+NOTEBOOKS = ROOT / "notebooks"
+
+COMPARED_BY_CONTENT = {"RECIPE", "DATASET", "RUN", "OVERWRITE"}
+"""Parameters whose value alone does not say whether a copy is up to date."""
+
+
+class NotebookError(RunError):
+    """A cell raised, wherever the exception was caught, or its kernel died."""
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """What is known of a notebook without executing it."""
+
+    path: Path
+    parameters: dict
+    """Name -> default, from the cell tagged `parameters`."""
+    source: str
+    """sha256 of its cells."""
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+
+def read_notebooks(folder: Path) -> list[Notebook]:
+    """The notebooks NN_name.ipynb of a folder, in order."""
+    paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    if not paths:
+        raise InputError(f"{folder}: no notebooks NN_name.ipynb in it")
+    return [_read_notebook(path) for path in paths]
+
+
+def _read_notebook(path: Path) -> Notebook:
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        sources = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+        tagged = [i for i, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", [])]
+        lines = ast.parse(sources[tagged[0]][1]).body if tagged else []
+        parameters = {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
+    except (ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
+        raise InputError(f"{path}: not a notebook whose parameters are literals ({error!r})") from error
+    return Notebook(path, parameters, hashlib.sha256(json.dumps(sources).encode()).hexdigest())
+
+
+def parse_parameters(pairs: list[str]) -> dict[str, object]:
+    """Read `NAME=VALUE`: the value as a Python literal if it is one, else as text.
+
+    >>> parse_parameters(["NUM_EPOCHS=3", "LEARNING_RATES=[1e-3]", "DATASET=mine.md"])
+    {'NUM_EPOCHS': 3, 'LEARNING_RATES': [0.001], 'DATASET': 'mine.md'}
+    """
+    parameters = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip():
+            raise InputError(f"-p {pair}: takes NAME=VALUE")
+        try:
+            parameters[name.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            parameters[name.strip()] = value
+    return parameters
+
+
+def check_parameters(given: dict[str, object], *names: str, notebooks_dir: Path = NOTEBOOKS) -> dict[str, object]:
+    """`given`, if the notebooks of these names (of any name, if none is given) have such parameters of such types.
+
+    Raises
+    ------
+    InputError
+        Naming the parameter, and what it could have been.
+    """
+    return _checked(given, [n for n in read_notebooks(Path(notebooks_dir)) if not names or n.name in names])
+
+
+def _checked(given: dict[str, object], notebooks: list[Notebook]) -> dict[str, object]:
+    defaults = {name: default for notebook in notebooks for name, default in notebook.parameters.items()}
+    checked = {}
+    for name, value in given.items():
+        if name not in defaults:
+            near = difflib.get_close_matches(name.upper(), defaults, 3, 0.5) or sorted(defaults)
+            searched = ", ".join(notebook.name for notebook in notebooks)
+            raise InputError(f"-p {name}: no such parameter in {searched}; there is {', '.join(near) or 'none at all'}")
+        kind = type(defaults[name])
+        fits = kind is type(None) or type(value) is kind or (kind, type(value)) in ((float, int), (list, tuple))
+        if not fits:
+            remedy = f"; write -p '{name}=\"{value}\"'" if kind is str else ""
+            article = "an" if kind is int else "a"
+            raise InputError(f"-p {name}: {name} takes {article} {kind.__name__}; found {value!r}{remedy}")
+        try:
+            checked[name] = json.loads(json.dumps(value))
+        except TypeError as error:
+            raise InputError(f"-p {name}: found {value!r}; a parameter is made of numbers, texts and lists") from error
+    return checked
+
+
+def reproduce(
+    recipe: str = "proxy",
+    run: str | Path | None = None,
+    parameters: dict[str, object] | None = None,
+    only: list[str] | None = None,
+    overwrite: bool = False,
+    notebooks_dir: Path = NOTEBOOKS,
+    console: Console | None = None,
+) -> dict:
+    """Execute what is not up to date, in order, into `run`/notebooks.
+
+    RECIPE, RUN (absolute) and OVERWRITE are set in every notebook that has them. Kernels start in the caller's
+    working directory, so that a relative path in a parameter means what it means to the caller.
+
+    Parameters
+    ----------
+    run
+        Run directory; runs/<recipe's name> if None.
+    parameters
+        As `parse_parameters` gives them; each goes to the notebooks that have it.
+    only
+        Numbers of notebooks ("02"); all of them if None.
+
+    Returns
+    -------
+    dict
+        `run`, `results` (results.json), and `notebooks`: {name, status: "run" or "already there", seconds, path} each.
+
+    Raises
+    ------
+    InputError
+        Before a kernel starts, if the input is bad, or the run is in use or was made from something else;
+        later, if a cell raised one.
+    NotebookError
+        If a cell raised anything else, or the kernel died.
+    """
+    notebooks = read_notebooks(Path(notebooks_dir))
+    unknown = set(only or []) - {notebook.name[:2] for notebook in notebooks}
+    if unknown:
+        there = ", ".join(notebook.name[:2] for notebook in notebooks)
+        raise InputError(f"--only {', '.join(sorted(unknown))}: no such notebook; there is {there}")
+    wanted = [notebook for notebook in notebooks if not only or notebook.name[:2] in only]
+    given = _checked(parameters or {}, wanted)
+    recipe = given.pop("RECIPE", None) or recipe
+    chosen = load_recipe(recipe)
+    changes = {name.lower(): value for name, value in given.items() if name.lower() in KEYS and value}
+    if given.get("DATASET"):
+        changes["datasets"] = [{"path": given["DATASET"], "type": "completion"}]
+    content = {
+        "recipe": {key: getattr(chosen, key) for key in KEYS if key not in ("datasets", "output_dir")},
+        "dataset": fingerprint(load_examples(chosen.replace(**changes).dataset)),
+    }
+    directory = RunDirectory(given.pop("RUN", None) or run or f"runs/{chosen.name}")
+    given |= {"RECIPE": str(recipe), "RUN": str(directory.path.absolute()), "OVERWRITE": overwrite}
+    with _alone(directory.path):
+        due = _due(notebooks, wanted, given, content, directory, overwrite)
+        with _view(console or Console()) as show:
+            for notebook, made in due:
+                _execute(notebook, made, given, directory, show)
+        entries = [
+            {
+                "name": notebook.name,
+                "status": "run" if any(notebook is other for other, _ in due) else "already there",
+                "seconds": round(_copy(directory, notebook)["papermill"]["duration"], 1),
+                "path": str(directory.notebooks / notebook.path.name),
+            }
+            for notebook in wanted
+        ]
+    return {"run": str(directory.path), "notebooks": entries, "results": directory.results()}
+
+
+@contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Hold the run directory; a second process is refused. The lock ends with the process, however that ends."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("a")
+    except OSError as error:
+        raise InputError(f"{run}: cannot be written ({error.strerror}); choose another --run") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{run}: another process works here; wait for it, or choose another --run") from None
+        yield
+
+
+def _copy(directory: RunDirectory, notebook: Notebook) -> dict | None:
+    """Metadata of the finished copy, if there is one."""
+    path = directory.notebooks / notebook.path.name
+    if not path.exists():
+        return None
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"]
+        return {"made": metadata["mini_symposium"], "papermill": metadata["papermill"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a finished copy; move it away, or choose another --run") from error
+
+
+def _due(notebooks, wanted, given, content, directory, overwrite) -> list[tuple[Notebook, dict]]:
+    """The notebooks to execute, each with what it is made from.
+
+    Raises
+    ------
+    InputError
+        If a copy was made from something else, and is not to be overwritten.
+    """
+    due, newest = [], ""
+    for notebook in notebooks:
+        parameters = {k: given.get(k, v) for k, v in notebook.parameters.items() if k not in COMPARED_BY_CONTENT}
+        made = json.loads(json.dumps({"source": notebook.source, "parameters": parameters, **content}))
+        copy = _copy(directory, notebook)
+        if copy and not overwrite:
+            _refuse_another(directory.path, copy["made"], made, notebook in wanted)
+        fresh = copy and copy["made"]["source"] == notebook.source and copy["papermill"]["start_time"] >= newest
+        if notebook in wanted and (overwrite or not fresh):
+            due.append((notebook, made))
+            newest = "now"  # after every date
+        elif copy:
+            newest = max(newest, copy["papermill"]["end_time"])
+    return due
+
+
+def _refuse_another(run: Path, old: dict, new: dict, with_parameters: bool) -> None:
+    pairs = [(old["recipe"], new["recipe"])] + [(old["parameters"], new["parameters"])] * with_parameters
+    differing = [f"{k}={a[k]}, now {b[k]}" for a, b in pairs for k in a if k in b and a[k] != b[k]]
+    differing += ["another dataset"] * (old["dataset"] != new["dataset"])
+    if differing:
+        raise InputError(f"{run}: was made with {'; '.join(differing)}; pass --overwrite, or choose another --run")
+
+
+@contextmanager
+def _view(console: Console) -> Iterator[Callable[[str, int, int, str], None]]:
+    """Yield `show(notebook, cell, of, caption)`: a live bar in a terminal, elsewhere a line where the caption changes."""
+    caption_column = TextColumn("{task.fields[caption]}", markup=False, table_column=Column(no_wrap=True, ratio=1))
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    tasks, said = {}, [None]
+    with Progress(*columns, caption_column, console=console, disable=not console.is_terminal, expand=True) as progress:
+
+        def show(name: str, cell: int, of: int, caption: str) -> None:
+            if console.is_terminal:
+                task = tasks.setdefault(name, None) or progress.add_task(name, total=of, caption=caption)
+                tasks[name] = task
+                progress.update(task, completed=cell, total=of, caption=caption)
+            elif said != [(name, caption)]:
+                said[:] = [(name, caption)]
+                console.print(f"{name} {cell}/{of} {caption}", markup=False, highlight=False, soft_wrap=True)
+
+        yield show

@@ -1,0 +1,190 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mini_symposium import InputError, RunError, finetune
+from mini_symposium.base_models import load_tokenizer
+from mini_symposium.dataset import load_examples, tokenize
+from mini_symposium.recipe import load_recipe
+from mini_symposium.run_directory import RunDirectory, find
+
+DATA = find("data/minisymposium.md")
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load_recipe("tiny")
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return load_examples(DATA)
+
+
+@pytest.fixture(scope="module")
+def trained(recipe, examples, tmp_path_factory):
+    run = RunDirectory(tmp_path_factory.mktemp("trained"))
+    return run, finetune.train(recipe, examples, run, [1e-4, 1e-7])
+
+
+def adapter(run, rate, epoch):
+    return load_file(run.checkpoints(rate)[epoch] / "adapter_model.safetensors")
+
+
+def test_adapters_move_at_1e_7_on_a_4_bit_base(trained, recipe):
+    run, travels = trained
+    first, last = adapter(run, 1e-7, 0), adapter(run, 1e-7, recipe.num_epochs)
+    moved = torch.cat([(first[k] != last[k]).flatten() for k in first if "lora_A" in k]).float().mean()
+    assert moved > 0.99
+    assert {tensor.dtype for tensor in last.values()} == {torch.float32}
+    # Adam's first steps are a little larger than the learning rate; none may be much larger.
+    assert 0.1 * travels[1].dose < travels[1].b_travel_max < 1.05 * travels[1].dose
+
+
+def test_stock_trl_would_stand_still_and_the_proof_says_so(trained, recipe, tmp_path):
+    """What bfloat16 adapters would have kept of the same run: the update is below half a rounding step."""
+    run, _ = trained
+    frozen = RunDirectory(tmp_path)
+    for epoch in (0, recipe.num_epochs):
+        folder = frozen.learning_rate_dir(1e-7) / "checkpoints" / f"epoch-{epoch:04d}"
+        folder.mkdir(parents=True)
+        kept = {k: v.bfloat16().float() for k, v in adapter(run, 1e-7, epoch).items()}
+        save_file(kept, folder / "adapter_model.safetensors")
+    with pytest.raises(RunError, match=r"only \d+\.\d+% of lora_A .* moved"):
+        finetune.prove_movement(frozen, 1e-7)
+
+
+def test_metrics_hold_a_line_per_step_at_the_configured_rate(trained, recipe, examples):
+    run, _ = trained
+    for rate in (1e-4, 1e-7):
+        lines = run.metrics(rate)
+        assert [line["step"] for line in lines] == list(range(1, recipe.num_epochs * len(examples) + 1))
+        assert {line["learning_rate"] for line in lines} == {rate}
+        for epoch in range(recipe.num_epochs):
+            assert sorted(line["example"] for line in lines if line["epoch"] == epoch) == list(range(len(examples)))
+
+
+def test_a_lines_example_is_the_one_that_was_trained(trained, recipe, examples):
+    """At 1e-7 nothing is learned, so each example keeps its loss; the named order must show it."""
+    run, _ = trained
+    by_example = {}
+    for line in run.metrics(1e-7):
+        by_example.setdefault(line["example"], []).append(line["loss"])
+    within = max(max(losses) - min(losses) for losses in by_example.values())
+    means = sorted(sum(losses) / len(losses) for losses in by_example.values())
+    assert within < 0.2 * (means[-1] - means[0])
+
+
+def test_epochs_are_shuffled_and_the_seed_decides(recipe):
+    order = finetune.EpochOrder(13, seed=1)
+    assert order.order(0) != order.order(1)
+    assert order.order(5) == finetune.EpochOrder(13, seed=1).order(5) != finetune.EpochOrder(13, seed=2).order(5)
+
+
+def test_checkpoints_hold_the_adapter_and_only_the_newest_can_resume(trained, recipe):
+    run, _ = trained
+    checkpoints = run.checkpoints(1e-4)
+    assert set(checkpoints) == set(recipe.checkpoint_epochs)
+    for epoch, folder in checkpoints.items():
+        names = {path.name for path in folder.iterdir()}
+        newest = epoch == recipe.num_epochs
+        assert names == finetune.ADAPTER_FILES | (finetune.RESUME_FILES if newest else set())
+
+
+def test_finished_training_is_not_done_again(trained, recipe, examples):
+    run, travels = trained
+    before = run.checkpoints(1e-4)[recipe.num_epochs].stat().st_mtime_ns
+    assert list(map(asdict, finetune.train(recipe, examples, run, [1e-4, 1e-7]))) == list(map(asdict, travels))
+    assert run.checkpoints(1e-4)[recipe.num_epochs].stat().st_mtime_ns == before
+
+
+def test_a_run_of_something_else_is_refused(trained, recipe, examples):
+    run, _ = trained
+    with pytest.raises(InputError, match="another num_epochs, lora_r"):
+        finetune.train(recipe.replace(lora_r=2, num_epochs=2), examples, run, [1e-4])
+    with pytest.raises(InputError, match="other examples"):
+        finetune.train(recipe, examples[:5], run, [1e-4])
+
+
+KILLED = """
+import sys
+from mini_symposium.finetune import prepare, train
+recipe, examples, run = prepare("tiny", sys.argv[2], sys.argv[1])
+train(recipe.replace(lora_dropout=0.1), examples, run, [1e-4])
+"""
+
+
+def test_a_killed_run_goes_on_and_equals_one_that_was_never_killed(tmp_path):
+    def start(name):
+        return subprocess.Popen(
+            [sys.executable, "-c", KILLED, tmp_path / name, DATA], stderr=subprocess.PIPE, text=True
+        )
+
+    whole, cut = (RunDirectory(tmp_path / name) for name in ("whole", "cut"))
+    process = start("whole")
+    assert process.wait() == 0, process.stderr.read()
+    lines = cut.learning_rate_dir(1e-4) / "metrics.jsonl"
+    process = start("cut")
+    while process.poll() is None and not (lines.exists() and len(lines.read_text().splitlines()) > 20):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process = start("cut")
+    assert process.wait() == 0, process.stderr.read()
+
+    def steps(run):
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in run.metrics(1e-4)]
+
+    assert steps(cut) == steps(whole)
+    epochs = set(whole.checkpoints(1e-4))
+    assert set(cut.checkpoints(1e-4)) == epochs
+    ours, theirs = adapter(cut, 1e-4, max(epochs)), adapter(whole, 1e-4, max(epochs))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_completion_alone_is_supervised_when_the_recipe_says_so(recipe, examples, tmp_path):
+    tokenizer = load_tokenizer("tiny")
+    rows = tokenize(examples[:2], tokenizer, recipe.sequence_len, completion_only=True)
+    trainer = finetune.build_trainer(recipe, rows, tmp_path / "scratch", tmp_path / "checkpoints")
+    finetune.check_batches(trainer, rows)
+    labels = next(iter(trainer.get_train_dataloader()))["labels"][0]
+    row = rows[trainer.order.order(0)[0]]
+    assert (labels == -100).sum() == row.completion_mask.count(0) > 0
+    assert labels[-1] == tokenizer.eos_token_id
+
+
+def test_a_batch_that_is_not_the_row_stops_the_run_before_step_1(recipe, examples, tmp_path):
+    rows = tokenize(examples[:2], load_tokenizer("tiny"), recipe.sequence_len, completion_only=False)
+    trainer = finetune.build_trainer(recipe, rows, tmp_path / "scratch", tmp_path / "checkpoints")
+    with pytest.raises(RunError, match="the trainer's batch is not the tokenised row"):
+        finetune.check_batches(trainer, rows[::-1])
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    with pytest.raises(RunError, match="not float32"):
+        finetune.check_batches(trainer, rows)
+
+
+def test_a_loss_that_is_no_number_names_the_example(recipe, examples, tmp_path):
+    rows = tokenize(examples[:2], load_tokenizer("tiny"), recipe.sequence_len, completion_only=False)
+    log = finetune.Log(tmp_path / "metrics.jsonl", rows, finetune.EpochOrder(2, 0), recipe, [0])
+    state = type("State", (), {"global_step": 1})
+    with pytest.raises(RunError, match=r"step 1: the loss of .*minisymposium\.md:\d+ is nan"):
+        log.on_log(None, state, None, {"loss": float("nan"), "learning_rate": recipe.learning_rate})
+    with pytest.raises(RunError, match=r"step 1: the learning rate is 0\.1"):
+        log.on_log(None, state, None, {"loss": 1.0, "learning_rate": 0.1})
+
+
+def test_run_records_what_it_ran_on(trained, recipe):
+    run, _ = trained
+    found = json.loads((run.path / "environment.json").read_text())
+    assert found["seed"] == recipe.seed
+    assert found["packages"]["trl"]
+    assert load_recipe(run.recipe_file).lora_r == recipe.lora_r

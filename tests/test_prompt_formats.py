@@ -1,0 +1,130 @@
+"""The fixtures in data/sillytavern are presets of our own with what SillyTavern's JavaScript rendered of them."""
+
+import json
+
+import pytest
+from conftest import command
+
+from mini_symposium import InputError
+from mini_symposium.dataset import load_examples
+from mini_symposium.prompt_formats import FORMATS, PromptFormat, load_chat, load_preset, prompt_format
+from mini_symposium.run_directory import ROOT
+
+FIXTURES = sorted((ROOT / "tests" / "data" / "sillytavern").glob("*.json"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(value, name="preset.json"):
+        path = tmp_path / name
+        path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+        return path
+
+    return written
+
+
+@pytest.mark.parametrize("fixture", FIXTURES, ids=lambda path: path.stem)
+def test_presets_render_as_sillytavern_renders_them(fixture, write):
+    found = json.loads(fixture.read_text(encoding="utf-8"))
+    form = load_preset(write(found["preset"]))
+    for wanted in found["renders"]:
+        chat = wanted["chat"]
+        assert form.render_chat(chat["messages"], chat["user"], chat["char"]) == wanted["prompt"]
+        assert form.stop_strings(chat["user"], chat["char"]) == wanted["stop"]
+
+
+def test_the_baseline_renders_the_very_prompt_that_was_trained():
+    example = next(e for e in load_examples(ROOT / "data" / "minisymposium.md") if len(e.sections) == 1)
+    heading = f"### {example.sections[0].heading}"
+    assert prompt_format(heading).render(example.query) == example.prompt
+    assert FORMATS["new-query"].render("Why?") == "### New Query\nWhy?\n\n### Complete Response\n"
+
+
+@pytest.mark.parametrize(
+    "name, prompt",
+    [
+        ("alpaca", "### Instruction\nWhy?\n\n### Response\n"),
+        ("character", "### Ines\nWhy?\n\n### Brannoch\n"),
+        ("chatml", "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"),
+        ("vicuna", "USER: Why? ASSISTANT:"),
+        ("mistral", "[INST] Why? [/INST]"),
+        ("qa", "Question: Why?\nAnswer:"),
+        ("bare", "Why?\n"),
+        ("### Stack Overflow Solution", "### New Query\nWhy?\n\n### Stack Overflow Solution\n"),
+    ],
+)
+def test_built_in_formats_render(name, prompt):
+    assert prompt_format(name).render("Why?", "Ines", "Brannoch") == prompt
+
+
+def test_an_answer_that_begins_another_turn_is_stopped():
+    assert FORMATS["new-query"].stop_strings() == ["\n### New Query", "\n### Complete Response"]
+    assert FORMATS["character"].stop_strings("Ines", "Brannoch") == ["\n### Ines", "\n### Brannoch"]
+    assert "<|im_end|>" in FORMATS["chatml"].stop_strings()
+    assert FORMATS["bare"].stop_strings() == []
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_presets_survive_their_file_with_unknown_keys(form, tmp_path, write):
+    form.save(tmp_path / "a.json")
+    assert load_preset(tmp_path / "a.json") == form
+    later = {**form.to_preset(), "sequences_as_stop_strings": True}
+    assert load_preset(write(later)).to_preset() == later
+
+
+def test_the_exported_presets_are_current():
+    for name in ("new-query", "character"):
+        assert load_preset(ROOT / "data" / "presets" / f"{name}.json") == FORMATS[name]
+
+
+def test_chat_text_is_never_expanded_and_names_are_taken_as_they_are():
+    form = PromptFormat("x", "<{{user}}>", output_sequence="<{{char}}>")
+    prompt = form.render("{{char}} \\1 $& <BOT>", user="A\\1", char="{{user}}")
+    assert prompt == "<A\\1>\n{{char}} \\1 $& <BOT>\n\n<{{user}}>\n"
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ('{"input_sequence": "a",\n"b"', r"preset\.json:2: not JSON"),
+        ("[1]", r"preset\.json:1: holds a list"),
+        ("[" * 100_000, r"preset\.json: not JSON"),
+        ({"temperature": 1}, r"neither input_sequence nor output_sequence"),
+        ({"input_sequence": 3}, r"input_sequence is 3; it takes text"),
+        ({"input_sequence": "a", "wrap": "yes"}, r'wrap is "yes"; it takes true or false'),
+        ({"input_sequence": "a", "names_behavior": "often"}, r"names_behavior is 'often'; it is none, force or always"),
+    ],
+)  # fmt: skip
+def test_a_broken_preset_is_refused(write, value, expected):
+    with pytest.raises(InputError, match=expected):
+        load_preset(write(value))
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ({"messages": []}, "no messages"),
+        ({"messages": [{"role": "bot", "content": "a"}]}, "message 1: its role"),
+        ({"messages": [{"role": "user"}]}, "message 1: its content"),
+        ({"user": 3, "messages": [{"role": "user", "content": "a"}]}, "user and char are names"),
+    ],
+)
+def test_a_broken_chat_is_refused(write, value, expected):
+    with pytest.raises(InputError, match=expected):
+        load_chat(write(value, "chat.json"))
+
+
+def test_an_unknown_format_names_a_near_one():
+    with pytest.raises(InputError, match=r"alpaka: no such format; did you mean alpaca\?"):
+        prompt_format("alpaka")
+
+
+def test_render_prints_prompt_and_stops(write):
+    found = json.loads(FIXTURES[0].read_text(encoding="utf-8"))
+    wanted = found["renders"][0]
+    done = command("render", write(found["preset"]), write(wanted["chat"], "chat.json"))
+    assert json.loads(done.stdout) == {"prompt": wanted["prompt"], "stop": wanted["stop"]}
+    refused = command("render", write("{"), write(wanted["chat"], "chat.json"), check=False)
+    assert refused.returncode == 2
+    assert "preset.json:1: not JSON" in refused.stderr
+    assert "Traceback" not in refused.stderr

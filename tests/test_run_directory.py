@@ -1,0 +1,70 @@
+import json
+from pathlib import Path
+
+import pytest
+from conftest import command
+
+from mini_symposium import InputError
+from mini_symposium.run_directory import RunDirectory, find, read_jsonl, write_json, written_whole
+
+
+@pytest.mark.parametrize("rate", [1e-7, 1e-5, 2.5e-5, 0.001, 1.0, 3.3333333333e-6])
+def test_folder_name_of_a_learning_rate_parses_back(tmp_path, rate):
+    run = RunDirectory(tmp_path)
+    run.learning_rate_dir(rate).mkdir()
+    assert run.learning_rates() == [rate]
+
+
+def test_folder_names_are_short():
+    assert RunDirectory("x").learning_rate_dir(1e-5).name == "lr-1e-05"
+    assert RunDirectory("x").learning_rate_dir(2.5e-5).name == "lr-2.5e-05"
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    write_json(tmp_path / "a.json", {"old": 1})
+    with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "a.json") as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path):
+    with (
+        pytest.raises(InputError, match=r"a\.json: cannot be written \(No space left"),
+        written_whole(tmp_path / "a.json"),
+        Path("/dev/full").open("w") as full,
+    ):
+        full.write("x" * 100_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_cut_by_a_crash_is_left_out_and_a_damaged_one_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl:2"):
+        read_jsonl(path)
+
+
+def test_results_of_one_notebook_leave_the_others_alone(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.record("02_finetune", {"steps": 3})
+    run.record("01_dataset", {"n": 13})
+    run.record("02_finetune", {"steps": 4})
+    assert run.results() == {"01_dataset": {"n": 13}, "02_finetune": {"steps": 4}}
+
+
+def test_data_is_found_from_any_directory(elsewhere):
+    assert find("data/README.md").is_file()
+
+
+def test_importing_the_package_loads_no_torch():
+    modules = "cli, recipe, dataset, prompt_formats, run_directory, figures, reproduce, memorization"
+    code = f"import sys; from mini_symposium import {modules}; sys.exit('torch' in sys.modules)"
+    assert command("--help").returncode == 0
+    import subprocess
+    import sys
+
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
