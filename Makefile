@@ -36,4 +36,4 @@ figures: setup
 
 # put the outputs of runs/proxy into notebooks/, and its metrics and figures into figures/
 notebooks: reproduce
-	.venv/bin/python -m mini_symposium.publish runs/proxy
+	.venv/bin/mini-symposium publish runs/proxy

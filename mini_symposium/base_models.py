@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from mini_symposium.run_directory import find, written_whole
 # Loading takes seconds; its progress bars and advice would bury what the notebooks say.
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
+warnings.filterwarnings("ignore", message=".*deprecated and will be removed in v6", category=FutureWarning)
 
 
 @dataclass(frozen=True)
@@ -198,12 +200,14 @@ def nf4(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
     )
 
 
-def load_model(base_model: str, load_in_4bit: bool = True, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+def load_model(
+    base_model: str, load_in_4bit: bool = True, dtype: torch.dtype = torch.bfloat16, dequantize: bool = False
+) -> PreTrainedModel:
     """`base_model` on this machine's device, its linear layers in NF4 unless told otherwise.
 
-    The 4-bit weights are always quantised from bfloat16 and dequantised to it, as in training. With
-    `dtype=torch.float32` they are dequantised once and kept: the same numbers without rounding in between,
-    which bitsandbytes' inference kernel for CPUs would do in bfloat16 whatever it is asked for.
+    The 4-bit weights are always quantised from bfloat16 and dequantised to it, as in training. `dequantize` does
+    that once and keeps the result: the same numbers, four times the memory, much faster where there is no GPU.
+    `dtype=torch.float32` implies it, because bitsandbytes' inference kernel for CPUs rounds to bfloat16.
     """
     folder = local_directory(base_model)
     try:
@@ -221,7 +225,7 @@ def load_model(base_model: str, load_in_4bit: bool = True, dtype: torch.dtype = 
         raise InputError(
             f"{folder}: cannot be loaded as a causal language model ({str(error).splitlines()[0]})"
         ) from error
-    if load_in_4bit and dtype == torch.float32:
+    if load_in_4bit and (dequantize or dtype == torch.float32):
         model = model.dequantize().to(dtype)
     return model
 

@@ -138,9 +138,8 @@ def ask(
 
     model, tokenizer = load_with_adapters(base, checkpoints, four_bit), load_tokenizer(base)
     for cell in answer_grid(model, tokenizer, ["base", *checkpoints], formats, [query], max_new_tokens):
-        console.rule(
-            f"[bold]{escape(cell['format'])}[/] · {escape(cell['model'])} · {cell['tokens']} tokens, {cell['stop_reason']}"
-        )
+        title = f"[bold]{escape(cell['format'])}[/] · {escape(cell['model'])}"
+        console.rule(f"{title} · {cell['tokens']} tokens, {cell['stop_reason']}")
         console.print(cell["answer"], markup=False, highlight=False, soft_wrap=True)
 
 
@@ -155,6 +154,26 @@ def render(
     form, talk = load_preset(preset), load_chat(chat)
     prompt = form.render_chat(talk["messages"], talk["user"], talk["char"])
     print(json.dumps({"prompt": prompt, "stop": form.stop_strings(talk["user"], talk["char"])}, ensure_ascii=False))
+
+
+@app.command()
+def figures(run: Annotated[str, typer.Argument(help="a run directory, or figures/proxy")]):
+    """Draw a run's figures again from its metrics and csv files; needs no model and no torch."""
+    from mini_symposium.figures import redraw
+    from mini_symposium.run_directory import RunDirectory
+
+    for path in redraw(RunDirectory(run)):
+        console.print(path, soft_wrap=True)
+
+
+@app.command()
+def publish(run: Annotated[str, typer.Argument(help="a finished run directory")]):
+    """Put a run's outputs into notebooks/, cleaned, and its metrics, results and figures into figures/NAME."""
+    from mini_symposium.publish import publish as put
+    from mini_symposium.run_directory import RunDirectory
+
+    for path in put(RunDirectory(run)):
+        console.print(path, soft_wrap=True)
 
 
 @app.command()

@@ -17,13 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib import style
+from matplotlib import patheffects, style
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from mini_symposium import InputError
-from mini_symposium.run_directory import written_whole
+from mini_symposium.dataset import load_examples
+from mini_symposium.recipe import load_recipe
+from mini_symposium.run_directory import RunDirectory, written_whole
 
 SCALES = {"tiny": "tiny: random weights", "proxy": "proxy: SmolLM2-135M", "paper": "paper: Mistral-7B"}
 RATES_DO_NOT_TRANSFER = {"proxy": " (learning rates do not transfer to 7B)"}
@@ -32,6 +34,7 @@ INK, GREY, PALE = "#222222", "#5c5c5c", "#dddddd"
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: safe for colour-blind eyes
 COLOUR_MAP = "viridis"
 WIDTH, DPI = 9.0, 150  # inches; 1350 pixels, so that 10 points are still 13 pixels in a README 830 pixels wide
+HALO = [patheffects.withStroke(linewidth=3, foreground="white")]
 
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
@@ -72,6 +75,8 @@ class Picture(Figure):
         """The same pixels each time, without a date or a version; what the font lacks is a box, without a warning."""
         with _styled(), io.BytesIO() as file, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")
+            self.draw_without_rendering()
+            self.set_layout_engine("none")  # laid out once: from where the axes now are, it would come out otherwise
             self.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
             return file.getvalue()
 
@@ -91,8 +96,11 @@ def save(figure: Picture, rows: pd.DataFrame | Sequence[Mapping], path: str | Pa
     InputError
         If the directory cannot be written.
     """
-    table = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(_flat(rows))
-    table = table.sort_values(list(table.columns), key=lambda c: c if c.dtype.kind in "iufb" else c.astype(str))
+    if isinstance(rows, pd.DataFrame):
+        table = rows  # in the order in which it was drawn, so that it can be drawn again
+    else:
+        table = pd.DataFrame(_flat(rows))
+        table = table.sort_values(list(table.columns), key=lambda c: c if c.dtype.kind in "iufb" else c.astype(str))
     with written_whole(f"{path}.csv") as csv, written_whole(f"{path}.png") as png:
         table.to_csv(csv, index=False, float_format="%.6g", lineterminator="\n", encoding="utf-8")
         png.write_bytes(figure.png())
@@ -195,8 +203,8 @@ def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, sca
 
     with _styled():
         look = (
-            "Dots are single steps, lines the mean over an epoch. Left, the rates may look like different behaviours; "
-            "right, if dose is all that separates them, the lower curve lies on the beginning of the higher one's."
+            "Dots are steps, lines the mean over an epoch. Right: where dose is all that separates the rates, "
+            "the lower one's line lies on the higher one's."
         )
         figure = _picture(3.5, "Training loss, by epoch and by dose", scale, look)
         panels = figure.subplots(1, 2, sharey=True)
@@ -226,7 +234,7 @@ def _label_ends(axes, ends: Sequence[tuple[float, float, str, str]], top: float)
     last = max(end[0] for end in ends)
     for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
         axes.plot(x, y, "o", color=colour, markersize=5.5, markeredgecolor="white")
-        lowest = max(y if x > 0.9 * last else y + gap, lowest + gap)
+        lowest = max(y if x > 0.9 * last else y + gap, lowest + gap, 0.6 * gap)
         shift = axes.transData + ScaledTranslation(7 / 72, 0, axes.figure.dpi_scale_trans)
         axes.text(x, lowest, name, color=colour, weight="bold", va="center", transform=shift, path_effects=HALO)
 
@@ -252,7 +260,7 @@ def example_heatmap(
     if (most := int(table["example"].max())) >= len(titles):
         raise InputError(f"metrics name example {most}, the dataset has {len(titles)}; was another dataset trained on?")
     table = table.groupby(["learning_rate", "example", "epoch"], as_index=False)["loss"].mean()
-    table["title"] = [titles[example] for example in table["example"]]
+    table["title"] = [_short(titles[example], 36) for example in table["example"]]
     rates = sorted(table["learning_rate"].unique(), reverse=True)
     at_highest = table[table["learning_rate"] == rates[0]]
     order = list(at_highest.groupby("example")["loss"].mean().sort_values(kind="stable").index)
@@ -260,7 +268,7 @@ def example_heatmap(
     with _styled():
         look = "A row is an example, a column an epoch; dark is learned. The top row has the lowest loss over the run"
         look += f" at {_number(rates[0])}." if len(rates) > 1 else "."
-        figure = _picture(0.23 * len(order) + 0.85, "Which examples are learned, and when", scale, look)
+        figure = _picture(0.23 * max(len(order), 5) + 0.85, "Which examples are learned, and when", scale, look)
         panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
         for axes, rate in zip(panels, rates, strict=True):
             part = table[table["learning_rate"] == rate].pivot(index="example", columns="epoch", values="loss")
@@ -361,10 +369,8 @@ def travel(rows: Sequence[Mapping], scale: str) -> Picture:
         axes.barh(heights, table["bound"] - table["random_signs"], left=table["random_signs"], color=PALE, height=0.62)
         least = table.loc[table["measured"] > 0, "measured"].min()
         left = np.nanmin([table["random_signs"].min(), least]) / 2
-        for at, said, side in (
-            ("random_signs", "rate × √steps", "right"),
-            ("bound", "rate × steps, the bound", "left"),
-        ):
+        ends = ("random_signs", "rate × √steps", "right"), ("bound", "rate × steps, the bound", "left")
+        for at, said, side in ends:
             axes.text(table[at].iloc[0], -0.42, said, ha=side, va="bottom", fontsize=8.5, color=GREY)
         for y, row in zip(heights, table.itertuples(), strict=True):
             colour = COLOURS[0] if row.part.startswith("lora_B") else COLOURS[1]
@@ -403,9 +409,7 @@ def format_grid(grid: Sequence[Mapping], value: str, scale: str) -> Picture:
         If there are no cells, or one has no such value.
     """
     if not grid or any(value not in cell for cell in grid):
-        raise InputError(
-            f"{len(grid)} answers, some or all without {value!r}: nothing to draw; measure it for each first"
-        )
+        raise InputError(f"{len(grid)} answers, some or all without {value!r}: nothing to draw; measure it for each")
     table = pd.DataFrame([{"query": "", **cell} for cell in grid], columns=["model", "query", "format", value])
     table = table.groupby(["model", "query", "format"], as_index=False, sort=False)[value].mean()
     models, queries, formats = (list(table[column].unique()) for column in ("model", "query", "format"))
@@ -434,3 +438,31 @@ def format_grid(grid: Sequence[Mapping], value: str, scale: str) -> Picture:
         figure.supxlabel("\n".join(key), x=0.1 / WIDTH, ha="left", color=GREY, fontsize=9)
     figure.drawn = table
     return figure
+
+
+def redraw(run: RunDirectory) -> list[Path]:
+    """Draw a run's figures again from its metrics, its results and the csv files beside them; return the pngs.
+
+    Raises
+    ------
+    InputError
+        If the run has no recipe or no metrics.
+    """
+    recipe, results = load_recipe(run.recipe_file), run.results()
+    examples = load_examples(recipe.dataset)
+    metrics = {rate: run.metrics(rate) for rate in run.learning_rates()}
+    pictures = {
+        "loss_curves": loss_curves(metrics, len(examples), recipe.scale),
+        "example_loss": example_heatmap(metrics, [example.query for example in examples], recipe.scale),
+    }
+    if "02_finetune" in results:
+        pictures["travel"] = travel(results["02_finetune"]["travel"], recipe.scale)
+    tables = {name: run.figures / f"{name}.csv" for name in ("token_lengths", "format_grid")}
+    rows = {name: pd.read_csv(path).to_dict("records") for name, path in tables.items() if path.exists()}
+    if "token_lengths" in rows:
+        pictures["token_lengths"] = token_lengths(rows["token_lengths"], recipe.scale, recipe.sequence_len)
+    if "format_grid" in rows:
+        pictures["format_grid"] = format_grid(rows["format_grid"], "intrusion", recipe.scale)
+    for name, picture in pictures.items():
+        picture.save(run.figures / name)
+    return [run.figures / f"{name}.png" for name in pictures]

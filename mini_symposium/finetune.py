@@ -15,7 +15,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from mini_symposium import InputError, RunError
 from mini_symposium.base_models import device, load_model, load_tokenizer
 from mini_symposium.dataset import Example, Row, fingerprint, load_examples, tokenize
-from mini_symposium.recipe import Recipe, load_recipe
+from mini_symposium.recipe import KEYS, Recipe, load_recipe
 from mini_symposium.run_directory import RunDirectory, environment, read_jsonl, write_json, written_whole
 
 MOVED_AT_LEAST = 0.99
@@ -240,7 +240,7 @@ def _claim(run: RunDirectory, recipe: Recipe, examples: Sequence[Example]) -> No
     data = fingerprint(examples)
     if run.recipe_file.exists():
         kept = load_recipe(run.recipe_file)
-        differing = [key for key, value in asdict(kept).items() if asdict(recipe)[key] != value]
+        differing = [key for key in KEYS if getattr(kept, key) != getattr(recipe, key)]
         if differing:
             raise InputError(
                 f"{run.recipe_file}: this run was made with another {', '.join(differing)}; "
@@ -363,8 +363,8 @@ def prove_movement(run: RunDirectory, learning_rate: float) -> Travel:
     if min(moved.values()) < MOVED_AT_LEAST:
         raise RunError(
             f"{run.learning_rate_dir(learning_rate)}: only {moved['lora_A']:.2%} of lora_A and "
-            f"{moved['lora_B']:.2%} of lora_B moved in training, {MOVED_AT_LEAST:.0%} are needed: updates of this size are lost to rounding "
-            "(adapters not in float32?) or to Adam's eps (too few steps?)"
+            f"{moved['lora_B']:.2%} of lora_B moved in training, {MOVED_AT_LEAST:.0%} are needed: updates of this size "
+            "are lost to rounding (adapters not in float32?) or to Adam's eps (too few steps?)"
         )
     steps = run.metrics(learning_rate)[-1]["step"]
     return Travel(

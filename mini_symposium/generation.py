@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from mini_symposium import InputError
-from mini_symposium.base_models import load_model
+from mini_symposium.base_models import device, load_model
 from mini_symposium.prompt_formats import PromptFormat
 
 
@@ -105,7 +105,7 @@ def load_with_adapters(
     InputError
         If a checkpoint is not there, is damaged, or belongs to a base of another shape.
     """
-    model = load_model(base_model, load_in_4bit, dtype)
+    model = load_model(base_model, load_in_4bit, dtype, dequantize=device().type == "cpu")
     for name, checkpoint in checkpoints.items():
         try:
             if isinstance(model, PeftModel):

@@ -1,23 +1,28 @@
 """Prompt formats: a query, or a chat between two named people, as the text that a model continues.
 
 A format *is* a SillyTavern instruct preset, the built-in ones too, so there is one renderer and whatever works
-here can be taken there. It follows SillyTavern's instruct mode to the byte:
+here can be taken there. It follows SillyTavern's instruct mode to the byte, names with a `$` in them included:
 
 - each message is sequence, separator, [`Name: `] text, suffix; the separator is a newline if `wrap` is set, and
   then a missing suffix is a newline as well;
 - the first message takes the `first_*` sequence and the last user message `last_input_sequence`, where given;
+- a chat that the user does not open is preceded by `user_alignment_message`, said by the user;
 - the line to generate from is separator, `last_output_sequence` or `output_sequence`, separator;
 - a system message is a narrator's message: it carries no name, and stands where it stands in the chat.
 
-What SillyTavern puts before the chat, its story string with the character card, is not part of a preset and not
-rendered here; put such text into a system message.
+These are the pieces as `formatInstructModeChat` and `formatInstructModePrompt` make them, one after the other. Sending
+them, SillyTavern also drops carriage returns and, under `wrap`, one newline before the last line; `new-query` sets its
+own newlines instead of `wrap`, so that it gives the trained prompt there too. What SillyTavern takes from elsewhere is
+not part of a preset and not rendered here: its story string with the character card (put such text into a system
+message), examples, the chat's opening mark, stop strings made of names.
+The chat is taken as stored: macros in what somebody said are not expanded.
 """
 
 import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from mini_symposium import InputError
@@ -66,6 +71,8 @@ class PromptFormat:
     """Said by the user ahead of a chat that does not begin with a user's message."""
     system_same_as_user: bool = False
     """A narrator speaks with the user's sequences."""
+    sequences_as_stop_strings: bool = True
+    """Sequences end an answer, as `stop_sequence` does; older SillyTavern has no such switch."""
     other: Mapping = field(default_factory=dict)
     """Keys of other SillyTavern versions; kept, not used."""
 
@@ -80,7 +87,13 @@ class PromptFormat:
         ----------
         messages
             Dicts with `role` (system, user, assistant) and `content`, oldest first.
+
+        Raises
+        ------
+        InputError
+            If there are none, or one has another role or no text.
         """
+        _check(messages, "the chat")
         last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
         text = ""
         if self.user_alignment_message and messages[0]["role"] != "user":
@@ -121,18 +134,18 @@ class PromptFormat:
     def _expand(self, sequence: str, user: str, char: str, name: str) -> str:
         if not self.macro or not sequence:
             return sequence
-        return re.sub(r"\{\{name\}\}", lambda _: name or "System", _substitute(sequence, user, char), flags=re.I)
+        return _replace("{{name}}", _substitute(sequence, user, char), name or "System")
 
     def stop_strings(self, user: str = "User", char: str = "Assistant") -> list[str]:
         """What ends an answer: each distinct line of the sequences that is not blank, after a newline if `wrap`."""
         names = {"input": user, "output": char, "system": "System"}
+        kinds = ("input", "output", "first_output", "last_output", "system", "last_system")
         lines = self.stop_sequence.split("\n")
-        for kind in ("input", "output", "first_output", "last_output", "system", "last_system"):
+        for kind in kinds if self.sequences_as_stop_strings else ():
             sequence = getattr(self, f"{kind}_sequence")
-            named = re.sub(r"\{\{name\}\}", lambda _, k=kind: names[k.split("_")[-1]], sequence, flags=re.I)
-            lines += named.split("\n")
-        stops = [("\n" if self.wrap else "") + line for line in dict.fromkeys(lines) if line.strip(SPACE)]
-        return [_substitute(stop, user, char) for stop in stops] if self.macro else stops
+            lines += _replace("{{name}}", sequence, names[kind.split("_")[-1]]).split("\n")
+        stops = [("\n" if self.wrap else "") + line for line in lines if line.strip(SPACE)]
+        return list(dict.fromkeys(_substitute(stop, user, char) if self.macro else stop for stop in stops))
 
     def to_preset(self) -> dict:
         """The JSON that SillyTavern imports."""
@@ -146,22 +159,42 @@ class PromptFormat:
 
 def _substitute(text: str, user: str, char: str) -> str:
     """SillyTavern's macros that mean something in a sequence; those of its other features are left as they are."""
-    for tag, value in (("user", user), ("bot|char|group|charifnotgroup", char)):
-        text = re.sub(rf"<(?:{tag})>", lambda _, value=value: value, text, flags=re.I)
+    for tag, value in (("user", user), ("bot", char), ("char", char), ("charifnotgroup", char), ("group", char)):
+        text = _replace(f"<{tag}>", text, value)
     if "{{" not in text:
         return text
-    text = re.sub(r"\{\{newline\}\}", "\n", text, flags=re.I)
-    text = re.sub(r"[\r\n]*\{\{trim\}\}[\r\n]*", "", text, flags=re.I)
-    text = re.sub(r"\{\{noop\}\}", "", text, flags=re.I)
-    for macro, value in (("user", user), ("char", char), ("group|charIfNotGroup", char)):
-        text = re.sub(rf"\{{\{{(?:{macro})\}}\}}", lambda _, value=value: value, text, flags=re.I)
-    return re.sub(r"\{\{//[^}]*\}\}", "", text)
+    text = _replace("{{newline}}", text, "\n")
+    if "{{trim}}" in text.lower():
+        text = re.sub(r"(?:\r?\n)*\{\{trim\}\}(?:\r?\n)*", "", text, flags=re.I | re.A)
+    text = _replace("{{noop}}", text, "")
+    for macro, value in (("user", user), ("char", char), ("charifnotgroup", char), ("group", char)):
+        text = _replace(f"{{{{{macro}}}}}", text, value, literally=True)
+    closed, brackets, rest = text.rpartition("}}")  # so that no comment is sought to the end in vain
+    return re.sub(r"\{\{//.*?\}\}", "", closed + brackets, flags=re.S) + rest
+
+
+def _replace(macro: str, text: str, value: str, literally: bool = False) -> str:
+    """JavaScript's `replace`: in a `value` not taken literally $$ is a dollar, $& the match, $` and $' what is around.
+
+    >>> _replace("{{name}}", "I am {{NAME}}.", "A$$")
+    'I am A$.'
+    """
+
+    def filled(match: re.Match) -> str:
+        if literally or "$" not in value:
+            return value
+        meant = {"$": "$", "&": match[0], "`": text[: match.start()], "'": text[match.end() :]}
+        return re.sub(r"\$([$&`'])", lambda found: meant[found[1]], value)
+
+    return re.sub(re.escape(macro), filled, text, flags=re.I | re.A)
 
 
 FORMATS = {
     form.name: form
     for form in (
-        PromptFormat("new-query", "### New Query", output_sequence="### Complete Response"),
+        PromptFormat(  # a blank line after each section, as in the training rows
+            "new-query", "### New Query\n", "\n\n", "### Complete Response\n", "\n\n", system_suffix="\n\n", wrap=False
+        ),
         PromptFormat("character", "### {{user}}", output_sequence="### {{char}}"),
         PromptFormat("alpaca", "### Instruction", output_sequence="### Response"),
         PromptFormat(
@@ -186,7 +219,7 @@ FORMATS = {
 
 def role(heading: str) -> PromptFormat:
     """The baseline with another heading for the answer, as the card suggests: `### Software Engineer`."""
-    return PromptFormat(heading, "### New Query", output_sequence=heading)
+    return replace(FORMATS["new-query"], name=heading, output_sequence=f"{heading}\n")
 
 
 def prompt_format(name: str | Path) -> PromptFormat:
@@ -204,7 +237,7 @@ def prompt_format(name: str | Path) -> PromptFormat:
         return load_preset(name)
     near = difflib.get_close_matches(text, FORMATS, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise InputError(f"{text}: no such format{hint} Give {', '.join(FORMATS)}, a '### Heading', or a preset.json")
+    raise InputError(f"{text}: no such format{hint}; give {', '.join(FORMATS)}, a '### Heading', or a preset.json")
 
 
 def load_preset(path: str | Path) -> PromptFormat:
@@ -242,18 +275,22 @@ def load_preset(path: str | Path) -> PromptFormat:
 def load_chat(path: str | Path) -> dict:
     """Read `{"user", "char", "messages": [{"role", "content"}]}`; raises InputError naming what is wrong."""
     chat = _load_object(path)
-    messages = chat.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{path}: no messages; write a list of {{role, content}}")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
-            raise InputError(f"{path}: message {number}: its role is one of system, user, assistant")
-        if not isinstance(message.get("content"), str):
-            raise InputError(f"{path}: message {number}: its content is text")
+    _check(chat.get("messages"), path)
     names = {key: chat.get(key, default) for key, default in (("user", "User"), ("char", "Assistant"))}
     if not all(isinstance(name, str) for name in names.values()):
         raise InputError(f"{path}: user and char are names")
-    return {**names, "messages": messages}
+    return {**names, "messages": chat["messages"]}
+
+
+def _check(messages, where: str | Path) -> None:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise InputError(f"{where}: no messages; write a list of {{role, content}}")
+    for number, message in enumerate(messages, start=1):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if role not in ("system", "user", "assistant"):
+            raise InputError(f"{where}: message {number}: its role is {role!r}; it is one of system, user, assistant")
+        if not isinstance(message.get("content"), str):
+            raise InputError(f"{where}: message {number}: no content; write its text")
 
 
 def _load_object(path: str | Path) -> dict:
@@ -264,8 +301,10 @@ def _load_object(path: str | Path) -> dict:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, or a number of thousands of digits; too deep
         raise InputError(f"{path}: not JSON ({type(error).__name__})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}:1: holds a {type(value).__name__}, not an object")
+    if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
+        raise InputError(f"{path}: half a character (a lone \\ud800 to \\udfff escape); write it out")
     return value

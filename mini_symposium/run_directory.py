@@ -196,7 +196,6 @@ class RunDirectory:
         path = self.path / "results.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-    def record(self, notebook: str, values: dict) -> dict:
+    def record(self, notebook: str, values: dict) -> None:
         """Put one notebook's results into results.json, leaving the other notebooks' as they are."""
         write_json(self.path / "results.json", dict(sorted({**self.results(), notebook: values}.items())))
-        return values

@@ -107,7 +107,7 @@ def test_finished_training_is_not_done_again(trained, recipe, examples):
 
 def test_a_run_of_something_else_is_refused(trained, recipe, examples):
     run, _ = trained
-    with pytest.raises(InputError, match="another num_epochs, lora_r"):
+    with pytest.raises(InputError, match="another lora_r, num_epochs"):
         finetune.train(recipe.replace(lora_r=2, num_epochs=2), examples, run, [1e-4])
     with pytest.raises(InputError, match="other examples"):
         finetune.train(recipe, examples[:5], run, [1e-4])

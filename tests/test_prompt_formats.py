@@ -1,6 +1,7 @@
 """The fixtures in data/sillytavern are presets of our own with what SillyTavern's JavaScript rendered of them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import command
@@ -58,7 +59,7 @@ def test_built_in_formats_render(name, prompt):
 
 
 def test_an_answer_that_begins_another_turn_is_stopped():
-    assert FORMATS["new-query"].stop_strings() == ["\n### New Query", "\n### Complete Response"]
+    assert FORMATS["new-query"].stop_strings() == ["### New Query", "### Complete Response"]
     assert FORMATS["character"].stop_strings("Ines", "Brannoch") == ["\n### Ines", "\n### Brannoch"]
     assert "<|im_end|>" in FORMATS["chatml"].stop_strings()
     assert FORMATS["bare"].stop_strings() == []
@@ -68,8 +69,30 @@ def test_an_answer_that_begins_another_turn_is_stopped():
 def test_presets_survive_their_file_with_unknown_keys(form, tmp_path, write):
     form.save(tmp_path / "a.json")
     assert load_preset(tmp_path / "a.json") == form
-    later = {**form.to_preset(), "sequences_as_stop_strings": True}
+    later = {**form.to_preset(), "story_string_prefix": "<s>"}
     assert load_preset(write(later)).to_preset() == later
+
+
+def test_sections_keep_their_blank_line_in_every_turn():
+    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+    blocks = ["system", "### New Query\nuser", "### Complete Response\nassistant", "### New Query\nuser"]
+    assert FORMATS["new-query"].render_chat(turns) == "\n\n".join([*blocks, "### Complete Response\n"])
+
+
+def test_only_the_stop_sequence_stops_where_sequences_are_switched_off():
+    form = replace(FORMATS["chatml"], sequences_as_stop_strings=False)
+    assert form.stop_strings() == ["<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "names, groups, behavior", [(True, False, "always"), (False, True, "force"), (False, False, "none")]
+)
+def test_older_keys_for_names_become_one(write, names, groups, behavior):
+    older = {"input_sequence": "a", "separator_sequence": None, "names": names, "names_force_groups": groups}
+    preset = load_preset(write(older)).to_preset()
+    assert preset["names_behavior"] == behavior
+    assert preset["output_suffix"] == ""
+    assert not {"names", "names_force_groups", "separator_sequence"} & set(preset)
 
 
 def test_the_exported_presets_are_current():
@@ -105,13 +128,20 @@ def test_a_broken_preset_is_refused(write, value, expected):
     [
         ({"messages": []}, "no messages"),
         ({"messages": [{"role": "bot", "content": "a"}]}, "message 1: its role"),
-        ({"messages": [{"role": "user"}]}, "message 1: its content"),
+        ({"messages": [{"role": "user"}]}, "message 1: no content"),
+        ({"messages": [{"role": "user", "content": "\ud83c"}]}, "half a character"),
         ({"user": 3, "messages": [{"role": "user", "content": "a"}]}, "user and char are names"),
     ],
 )
 def test_a_broken_chat_is_refused(write, value, expected):
     with pytest.raises(InputError, match=expected):
         load_chat(write(value, "chat.json"))
+
+
+@pytest.mark.parametrize("messages", [[], "Hello", [{"role": "tool", "content": "a"}], [{"role": "user"}], [None]])
+def test_no_chat_is_rendered_that_could_not_be_loaded(messages):
+    with pytest.raises(InputError, match=r"the chat: (no messages|message 1)"):
+        FORMATS["alpaca"].render_chat(messages)
 
 
 def test_an_unknown_format_names_a_near_one():

@@ -1,0 +1,93 @@
+"""The notebook contract, and the whole chain on real kernels: plumbing on `tiny`, behaviour on the proxy."""
+
+import ast
+import json
+import statistics
+import time
+
+import nbformat
+import pytest
+import torch
+from conftest import command
+from safetensors.torch import load_file
+
+from mini_symposium.run_directory import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_contract(path):
+    cells = nbformat.read(path, as_version=4).cells
+    first = cells[0].source.splitlines()
+    assert first[0].startswith("# ")
+    assert first[2].startswith("> ") and first[2].rstrip().endswith("?")
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    lengths = [len(cell.source.splitlines()) for cell in code]
+    assert max(lengths) <= 15
+    assert 3 <= statistics.median(lengths) <= 5.5
+    assert code[1].metadata.tags == ["parameters"]
+    for node in ast.parse(code[1].source).body:
+        assert node.targets[0].id.isupper()
+        ast.literal_eval(node.value)
+    assert code[-1].source.splitlines()[-1] == ")" and "run.record(" in code[-1].source
+    for cell in code:
+        assert not cell.source.lstrip().startswith(("!", "%", "pip "))
+        assert "notebook_login" not in cell.source
+
+
+def test_tiny_run_leaves_what_a_run_directory_holds(tiny_run):
+    assert set(tiny_run.results()) == {path.stem for path in NOTEBOOKS}
+    assert {path.name for path in tiny_run.notebooks.iterdir()} == {path.name for path in NOTEBOOKS}
+    assert {"loss_curves.png", "example_loss.csv"} <= {path.name for path in tiny_run.figures.iterdir()}
+    assert tiny_run.learning_rates() == [1e-6, 1e-7]
+    for rate in tiny_run.learning_rates():
+        checkpoints = tiny_run.checkpoints(rate)
+        first, last = (
+            load_file(checkpoints[e] / "adapter_model.safetensors") for e in (min(checkpoints), max(checkpoints))
+        )
+        moved = torch.cat([(first[k] != last[k]).flatten() for k in first if "lora_A" in k]).float().mean()
+        assert moved > 0.99
+
+
+def test_a_finished_run_is_not_run_again_and_says_so(tiny_run):
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.path.rglob("*") if path.is_file()}
+    started = time.monotonic()
+    said = command("reproduce", "--recipe", "tiny", "--run", tiny_run.path).stdout
+    assert time.monotonic() - started < 10
+    assert "already" in said or "nothing" in said
+    after = {path: path.stat().st_mtime_ns for path in tiny_run.path.rglob("*") if path.is_file()}
+    assert {p.name for p in after if after[p] != before.get(p)} <= {".lock"}
+
+
+def test_own_data_goes_through_the_whole_chain(tmp_path):
+    mine = tmp_path / "mine.md"
+    mine.write_text("### Question\nWhy?\n\n### Answer\nBecause.\n\n### Question\nWho?\n\n### Answer\nShe did it.\n")
+    run = tmp_path / "run"
+    command("reproduce", "--recipe", "tiny", "--run", run, "-p", f"DATASET={mine}", "-p", "NUM_EPOCHS=40", cwd=tmp_path)
+    results = json.loads((run / "results.json").read_text())
+    assert results["01_dataset"]["examples"] == 2
+    assert results["02_finetune"]["steps"] == 80
+    assert set(results) == {path.stem for path in NOTEBOOKS}
+
+
+def test_on_the_proxy_the_high_rate_recites_and_the_others_do_not(proxy_run):
+    """A dose that saturates in nine epochs stands for the default run's thirty at a tenth of the rate."""
+    results = proxy_run.results()
+    assert results["02_finetune"]["final_loss"]["0.001"] < 0.3
+    recitation = results["05_prompt_formats"]["recitation"]
+    assert recitation["1e-03"]["most"] > 0.9
+    assert recitation["base"]["most"] < 0.5
+    assert recitation["1e-04"]["most"] < 0.9
+    assert recitation["1e-03"]["mean"] > 2 * recitation["1e-04"]["mean"]
+
+
+def test_on_the_proxy_the_merge_keeps_the_fine_tune(proxy_run):
+    differences = proxy_run.results()["04_merge"]["differences"]
+    assert differences["merged, float32 file"]["largest"] < 1e-3
+    assert differences["merged, float32 file"]["kl"] < 1e-6 * differences["no adapter at all (yardstick)"]["kl"]
+
+
+def test_predictions_of_memory_hold_on_the_proxy(proxy_run):
+    found = proxy_run.results()["02_finetune"]
+    assert found["peak_bytes"] < 4 * 2**30

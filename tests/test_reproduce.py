@@ -1,0 +1,218 @@
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from rich.console import Console
+
+from mini_symposium import InputError, RunError
+from mini_symposium.reproduce import NotebookError, check_parameters, parse_parameters, print_summary, reproduce
+
+SETTINGS = 'RECIPE = "proxy"\nRUN = ""\nDATASET = ""\nNUM_EPOCHS = 3  # passes\nRATES = []'
+RECORD = "from mini_symposium.run_directory import RunDirectory"
+
+
+def write_notebook(folder: Path, name: str, *cells: str, parameters: str = SETTINGS) -> Path:
+    folder.mkdir(exist_ok=True)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in (parameters, *cells)])
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    # No machine has this kernel: notebooks are run by the Python that runs us, whatever they name.
+    notebook.metadata["kernelspec"] = {"name": "no-such-kernel", "display_name": "x", "language": "python"}
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+    return folder
+
+
+def run_it(folder: Path, run: Path, **more) -> dict:
+    given = {"recipe": "tiny", "run": run, "console": Console(file=io.StringIO(), width=300), **more}
+    return reproduce(notebooks_dir=folder, **given)
+
+
+def statuses(summary: dict) -> list[str]:
+    return [f"{notebook['name'][:2]} {notebook['status']}" for notebook in summary["notebooks"]]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Two notebooks: one records what it was given and where it ran, one reads what the first recorded."""
+    given = "{'given': [RECIPE, NUM_EPOCHS, RATES], 'python': sys.executable, 'ipython': os.environ['IPYTHONDIR']}"
+    first = ["# What we were given\nimport os, sys", f"{RECORD}\nRunDirectory(RUN).record('01_a', {given})"]
+    write_notebook(tmp_path / "notebooks", "01_a", *first)
+    second = f"{RECORD}\nrun = RunDirectory(RUN)\nrun.record('02_b', {{'epochs': run.results()['01_a']['given'][1]}})"
+    return write_notebook(tmp_path / "notebooks", "02_b", second, parameters='RUN = ""\nCOLOUR = "red"')
+
+
+def test_notebooks_run_in_order_once_and_again_when_something_changed(folder, tmp_path, monkeypatch):
+    poisoned = tmp_path / "jupyter" / "kernels" / "python3"
+    poisoned.mkdir(parents=True)
+    (poisoned / "kernel.json").write_text('{"argv": ["false"], "display_name": "x", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    run, parameters = tmp_path / "{braces} run", {"NUM_EPOCHS": 5, "RATES": (1e-3, 1e-4)}
+
+    summary = run_it(folder, run, parameters=parameters)
+    assert statuses(summary) == ["01 run", "02 run"]
+    recorded = summary["results"]["01_a"]
+    assert recorded["given"] == ["tiny", 5, [1e-3, 1e-4]]
+    assert recorded["python"] == sys.executable
+    assert not Path(recorded["ipython"]).exists()
+    assert summary["results"]["02_b"] == {"epochs": 5}
+    assert {path.name for path in (run / "notebooks").iterdir()} == {"01_a.ipynb", "02_b.ipynb"}
+    assert all(Path(notebook["path"]).is_file() for notebook in summary["notebooks"])
+
+    before = {path: path.read_bytes() for path in (run / "notebooks").iterdir()}
+    started = time.perf_counter()
+    assert statuses(run_it(folder, run, parameters=parameters)) == ["01 already there", "02 already there"]
+    assert time.perf_counter() - started < 1
+
+    with pytest.raises(InputError, match=r"run: was made with NUM_EPOCHS=5, now 3; RATES=.*; pass --overwrite"):
+        run_it(folder, run)
+    with pytest.raises(InputError, match=r"was made with .*lora_r=4, now "):
+        run_it(folder, run, parameters=parameters, recipe="proxy")
+    other = tmp_path / "other.md"
+    other.write_text("### New Query\nWhy?\n\n### Answer\nBecause.\n")
+    for more in (
+        {"parameters": {**parameters, "DATASET": str(other)}},
+        {"only": ["02"], "parameters": {"DATASET": str(other)}},
+    ):
+        with pytest.raises(InputError, match="was made with another dataset"):
+            run_it(folder, run, **more)
+    assert {path: path.read_bytes() for path in (run / "notebooks").iterdir()} == before
+
+    write_notebook(folder, "02_b", "1 + 1", parameters='RUN = ""\nCOLOUR = "red"')
+    assert statuses(run_it(folder, run, parameters=parameters)) == ["01 already there", "02 run"]
+    assert statuses(run_it(folder, run, parameters=parameters, only=["01"], overwrite=True)) == ["01 run"]
+    # 02 is now older than what it was made after
+    assert statuses(run_it(folder, run, parameters=parameters)) == ["01 already there", "02 run"]
+
+
+def test_bad_input_is_said_at_once_and_touches_nothing(folder, tmp_path):
+    def refused(match, **more):
+        with pytest.raises(InputError, match=match):
+            run_it(folder, tmp_path / "run", **more)
+
+    started = time.perf_counter()
+    refused(r"-p NO_SUCH: no such parameter in 01_a, 02_b; there is ", parameters={"NO_SUCH": 1})
+    refused(r"-p num_epoch: .* there is NUM_EPOCHS$", parameters={"num_epoch": 1})
+    refused("COLOUR: no such parameter in 01_a;", parameters={"COLOUR": "blue"}, only=["01"])
+    refused("NUM_EPOCHS takes an int; found 'banana'", parameters={"NUM_EPOCHS": "banana"})
+    refused("NUM_EPOCHS takes an int; found True", parameters={"NUM_EPOCHS": True})
+    refused("RATES takes a list; found 0.1", parameters={"RATES": 0.1})
+    refused("COLOUR takes a str; found 3; write -p 'COLOUR=\"3\"'", parameters={"COLOUR": 3})
+    refused("num_epochs: -3: must be at least 1", parameters={"NUM_EPOCHS": -3})
+    refused("nowhere.md: no such file", parameters={"DATASET": "nowhere.md"})
+    refused("big: no such recipe", recipe="big")
+    refused("--only 05, 09: no such notebook; there is 01, 02", only=["09", "02", "05"])
+    assert time.perf_counter() - started < 5
+    assert not (tmp_path / "run").exists()
+    assert check_parameters({"COLOUR": "blue"}, "02_b", notebooks_dir=folder) == {"COLOUR": "blue"}
+    with pytest.raises(InputError, match="COLOUR: no such parameter in 01_a"):
+        check_parameters({"COLOUR": "blue"}, "01_a", notebooks_dir=folder)
+
+
+def test_parameters_are_literals_or_text():
+    pairs = ["A=1e-7", "B=[1, 2]", "C=data/mine.md", "D=a=b", "E=", "F='3'"]
+    assert parse_parameters(pairs) == {"A": 1e-7, "B": [1, 2], "C": "data/mine.md", "D": "a=b", "E": "", "F": "3"}
+    for pair in ("A", "=1"):
+        with pytest.raises(InputError, match=f"-p {pair}: takes NAME=VALUE"):
+            parse_parameters([pair])
+
+
+FAILURES = {
+    "plain": ("1 / 0", r"01_x, cell 3/4 `1 / 0`: ZeroDivisionError: division by zero"),
+    "output": ("with Output():\n    1 / 0", r"cell 3/4 `with Output\(\):`: ZeroDivisionError"),
+    "cleared": ("with Output() as o:\n    1 / 0\no.clear_output()", "ZeroDivisionError"),
+    "captured callback": (
+        "button, out = Button(), Output()\nbutton.on_click(out.capture()(lambda _: 1 / 0))\nbutton.click()",
+        "cell 3/4 `button, out = .*ZeroDivisionError",
+    ),
+    "callback": ("button = Button()\nbutton.on_click(lambda _: 1 / 0)\nbutton.click()", "ZeroDivisionError"),
+    "exit": ("import sys; sys.exit(0)", "SystemExit: 0"),
+    "quit": ("quit()", "SystemExit: the cell called exit"),
+    "death": ("import os; os._exit(0)", "cell 3/4 `import os; os._exit.*: Kernel died"),
+    "tag": ("raise KeyError('tagged')", "KeyError: 'tagged'"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_whatever_goes_wrong_in_a_cell_fails(tmp_path, kind):
+    cell, message = FAILURES[kind]
+    folder = write_notebook(
+        tmp_path / "n", "01_x", cell, f"open({str(tmp_path / 'went on')!r}, 'w')", parameters="A = 1"
+    )
+    notebook = nbformat.read(folder / "01_x.ipynb", 4)
+    notebook.cells.insert(1, nbformat.v4.new_code_cell("from ipywidgets import Button, Output"))
+    notebook.cells[2].metadata["tags"] = ["raises-exception"] * (kind == "tag")
+    nbformat.write(notebook, folder / "01_x.ipynb")
+    with pytest.raises(NotebookError, match=rf"{message}.*; see .*run/notebooks/01_x\.failed\.ipynb$") as caught:
+        run_it(folder, tmp_path / "run")
+    assert isinstance(caught.value, RunError)
+    assert not (tmp_path / "went on").exists()
+    assert [path.name for path in (tmp_path / "run" / "notebooks").iterdir()] == ["01_x.failed.ipynb"]
+    failed = json.loads((tmp_path / "run" / "notebooks" / "01_x.failed.ipynb").read_text())
+    if kind in ("plain", "output", "captured callback"):
+        assert [output["ename"] for output in failed["cells"][2]["outputs"] if "ename" in output] == [
+            "ZeroDivisionError"
+        ]
+
+
+def test_bad_input_found_in_a_cell_stays_bad_input_and_a_repaired_notebook_leaves_no_trace(tmp_path):
+    cell = "from mini_symposium import InputError\nraise InputError('data/mine.md:41: too long; cut it')"
+    folder = write_notebook(tmp_path / "n", "01_x", cell)
+    with pytest.raises(InputError, match=r"^data/mine\.md:41: too long; cut it \(01_x, cell 3/3 `from"):
+        run_it(folder, tmp_path / "run")
+    write_notebook(folder, "01_x", "print('good')")
+    assert statuses(run_it(folder, tmp_path / "run")) == ["01 run"]
+    assert [path.name for path in (tmp_path / "run" / "notebooks").iterdir()] == ["01_x.ipynb"]
+
+
+def test_view_names_the_cells_and_the_kernels_own_noise_stays_out_of_it(tmp_path, capfd):
+    noise = "import os, sys\nos.write(1, b'NOISE')\nos.write(2, b'NOISE')\nos.system('echo NOISE >&2')\nprint('NOISE')"
+    folder = write_notebook(tmp_path / "n", "01_x", "# Look at [bold]the data\n1 + 1", noise)
+    shown = io.StringIO()
+    summary = run_it(folder, tmp_path / "run", console=Console(file=shown, width=40))
+    assert "01_x 3/4 Look at [bold]the data\n" in shown.getvalue()
+    live = io.StringIO()
+    run_it(folder, tmp_path / "live", console=Console(file=live, width=120, force_terminal=True))
+    assert "Look at [bold]the data" in live.getvalue()
+    assert "4/4 done" in live.getvalue()
+    printed = capfd.readouterr()
+    assert "NOISE" not in shown.getvalue() + live.getvalue() + printed.out + printed.err
+
+    summary["results"] = {"01_x": {"loss": {"1e-05": 0.12345678}, "rows": [{}] * 7}}
+    tables = io.StringIO()
+    print_summary(summary, Console(file=tables, width=200))
+    assert "loss.1e-05" in tables.getvalue()
+    assert "0.1235" in tables.getvalue()
+    assert "nothing to do" not in tables.getvalue()
+    tables = io.StringIO()
+    print_summary(run_it(folder, tmp_path / "run"), Console(file=tables, width=200))
+    assert "nothing to do" in tables.getvalue()
+
+
+def test_relative_paths_mean_what_they_mean_to_the_caller(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.md").write_text("### New Query\nWhy?\n\n### Answer\nBecause.\n")
+    cell = (
+        f"from pathlib import Path\n{RECORD}\nRunDirectory(RUN).record('01_x', {{'read': Path(DATASET).read_text()}})"
+    )
+    folder = write_notebook(tmp_path / "n", "01_x", cell)
+    summary = run_it(folder, "here", parameters={"DATASET": "mine.md"})
+    assert summary["results"]["01_x"]["read"] == Path("mine.md").read_text()
+    assert (tmp_path / "here" / "results.json").is_file()
+
+
+def test_a_second_process_on_the_same_run_is_refused(folder, tmp_path):
+    code = (
+        "import fcntl, pathlib, sys\nrun = pathlib.Path(sys.argv[1]); run.mkdir()\nlock = open(run / '.lock', 'a')\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    )
+    holder = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="run: another process works here"):
+            run_it(folder, tmp_path / "run")
+        process.stdin.close()
+    assert statuses(run_it(folder, tmp_path / "run", only=["01"])) == ["01 run"]
