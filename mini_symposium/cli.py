@@ -1,5 +1,6 @@
 """The command line. Each command loads only what it needs, so `--help` and bad input answer at once."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -212,3 +213,9 @@ def main() -> None:
     except (InputError, RunError) as error:
         print(f"mini-symposium: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        where = error.filename or "the run directory"
+        print(f"mini-symposium: {where}: {error.strerror}; free some space or choose another --run", file=sys.stderr)
+        sys.exit(2)

@@ -10,6 +10,7 @@ every update is rounded away. The rules here:
 - after training the share of elements that moved is measured, and a run that stood still fails.
 """
 
+import importlib.util
 import json
 import math
 import shutil
@@ -218,6 +219,8 @@ def train(
     RunError
         If the loss is no number, or fewer than 99% of lora_A's elements moved.
     """
+    if report_to != "none" and not importlib.util.find_spec(report_to):
+        raise InputError(f"report_to={report_to!r}: there is no such package here; `pip install {report_to}` adds it")
     if overwrite:
         run.clear_training()
     rows = tokenize(examples, load_tokenizer(recipe.base_model), recipe.sequence_len, not recipe.train_on_inputs)

@@ -129,10 +129,11 @@ def compare(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) ->
         largest: biggest difference of a logit; kl: mean KL(reference || other) in nats per token;
         same_choice: share of positions at which both prefer the same token.
     """
-    p, q = torch.cat(list(reference)).double(), torch.cat(list(other)).double()  # (positions, vocabulary)
-    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-    return {
-        "largest": (p - q).abs().max().item(),
-        "kl": (log_p.exp() * (log_p - log_q)).sum(-1).mean().item(),
-        "same_choice": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
-    }
+    largest, kl, same, positions = 0.0, 0.0, 0, 0
+    for p, q in zip(reference, other, strict=True):  # one text at a time: a vocabulary's logits are large
+        largest = max(largest, (p - q).abs().max().item())
+        same += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        kl += (log_p.exp() * (log_p - log_q)).sum().item()
+        positions += len(p)
+    return {"largest": largest, "kl": kl / positions, "same_choice": same / positions}

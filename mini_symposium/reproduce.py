@@ -369,9 +369,7 @@ def _engine() -> type:
                     client.execute(env={**os.environ, "IPYTHONDIR": client.scratch}, stdout=log, stderr=log)
                 except NotebookError:
                     raise
-                except (
-                    RuntimeError
-                ) as error:  # nbclient's "Kernel died", and what jupyter_client says if it never lived
+                except RuntimeError as error:  # it died, or never lived
                     log.seek(0)
                     said = [line.strip() for line in log if line.strip()] or ["perhaps memory ran out"]
                     raise NotebookError(f"{notebook}, {client.where}: {error} ({said[-1]})") from error

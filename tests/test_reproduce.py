@@ -14,14 +14,17 @@ from mini_symposium.reproduce import NotebookError, check_parameters, parse_para
 
 SETTINGS = 'RECIPE = "proxy"\nRUN = ""\nDATASET = ""\nNUM_EPOCHS = 3  # passes\nRATES = []'
 RECORD = "from mini_symposium.run_directory import RunDirectory"
+GIVEN = "{'given': [RECIPE, NUM_EPOCHS, RATES], 'python': sys.executable, 'ipython': os.environ['IPYTHONDIR']}"
+FIRST = "# What we were given\nimport os, sys", f"{RECORD}\nRunDirectory(RUN).record('01_a', {GIVEN})"
 
 
 def write_notebook(folder: Path, name: str, *cells: str, parameters: str = SETTINGS) -> Path:
     folder.mkdir(exist_ok=True)
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in (parameters, *cells)])
     notebook.cells[0].metadata["tags"] = ["parameters"]
-    # No machine has this kernel: notebooks are run by the Python that runs us, whatever they name.
-    notebook.metadata["kernelspec"] = {"name": "no-such-kernel", "display_name": "x", "language": "python"}
+    # No machine has this kernel: notebooks are run by the Python that runs us, whatever they name, if anything.
+    if name == "01_a":
+        notebook.metadata["kernelspec"] = {"name": "no-such-kernel", "display_name": "x", "language": "python"}
     nbformat.write(notebook, folder / f"{name}.ipynb")
     return folder
 
@@ -38,9 +41,7 @@ def statuses(summary: dict) -> list[str]:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Two notebooks: one records what it was given and where it ran, one reads what the first recorded."""
-    given = "{'given': [RECIPE, NUM_EPOCHS, RATES], 'python': sys.executable, 'ipython': os.environ['IPYTHONDIR']}"
-    first = ["# What we were given\nimport os, sys", f"{RECORD}\nRunDirectory(RUN).record('01_a', {given})"]
-    write_notebook(tmp_path / "notebooks", "01_a", *first)
+    write_notebook(tmp_path / "notebooks", "01_a", *FIRST)
     second = f"{RECORD}\nrun = RunDirectory(RUN)\nrun.record('02_b', {{'epochs': run.results()['01_a']['given'][1]}})"
     return write_notebook(tmp_path / "notebooks", "02_b", second, parameters='RUN = ""\nCOLOUR = "red"')
 
@@ -81,6 +82,8 @@ def test_notebooks_run_in_order_once_and_again_when_something_changed(folder, tm
             run_it(folder, run, **more)
     assert {path: path.read_bytes() for path in (run / "notebooks").iterdir()} == before
 
+    write_notebook(folder, "01_a", *FIRST, "2 + 2")
+    assert statuses(run_it(folder, run, parameters=parameters)) == ["01 run", "02 run"]
     write_notebook(folder, "02_b", "1 + 1", parameters='RUN = ""\nCOLOUR = "red"')
     assert statuses(run_it(folder, run, parameters=parameters)) == ["01 already there", "02 run"]
     assert statuses(run_it(folder, run, parameters=parameters, only=["01"], overwrite=True)) == ["01 run"]
