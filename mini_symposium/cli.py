@@ -54,7 +54,7 @@ def train(
     overwrite: Annotated[bool, typer.Option(help="train again what is there")] = False,
 ):
     """Train as notebook 02 does, without the notebook; an interrupted run goes on at its last checkpoint."""
-    from mini_symposium.reproduce import check_parameters, parse_parameters
+    from mini_symposium.reproduce import alone, check_parameters, parse_parameters
 
     given = check_parameters(parse_parameters(parameter or []), "02_finetune")
     from mini_symposium.finetune import prepare
@@ -63,22 +63,21 @@ def train(
     chosen, examples, directory = prepare(
         given.get("RECIPE", recipe), given.get("DATASET", ""), given.get("RUN", run), given.get("NUM_EPOCHS", 0)
     )
-    travels = run_training(
-        chosen,
-        examples,
-        directory,
-        given.get("LEARNING_RATES") or chosen.contrast,
-        given.get("CHECKPOINT_EPOCHS") or None,
-        given.get("REPORT_TO", "none"),
-        overwrite,
-    )
-    table = Table(
-        "learning rate", "steps", "bound LR x steps", "A moved", "A travel, rms", "B travel, rms", "B travel, max"
-    )
+    with alone(directory.path):
+        travels = run_training(
+            chosen,
+            examples,
+            directory,
+            given.get("LEARNING_RATES") or chosen.contrast,
+            given.get("CHECKPOINT_EPOCHS") or None,
+            given.get("REPORT_TO", "none"),
+            overwrite,
+        )
+    table = Table("learning rate", "steps", "LR x steps", "A moved", "A travel, rms", "B travel, rms", "B travel, max")
     for t in travels:
         figures = [t.dose, t.a_travel_rms, t.b_travel_rms, t.b_travel_max]
-        bound, a_rms, b_rms, b_max = (f"{figure:.2e}" for figure in figures)
-        table.add_row(f"{t.learning_rate:g}", str(t.steps), bound, f"{t.a_moved_share:.2%}", a_rms, b_rms, b_max)
+        dose, a_rms, b_rms, b_max = (f"{figure:.2e}" for figure in figures)
+        table.add_row(f"{t.learning_rate:g}", str(t.steps), dose, f"{t.a_moved_share:.2%}", a_rms, b_rms, b_max)
     console.print(table)
     console.print(f"adapters and metrics: {directory.path}", soft_wrap=True)
 

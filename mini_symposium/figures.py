@@ -1,176 +1,46 @@
-"""What the notebooks show, drawn from results alone: metrics lines and dicts, never torch, never a model.
+"""What the notebooks show, drawn from results alone: metrics lines and dicts, never torch, never a model."""
 
-The rules:
-
-- a picture carries the very numbers that it draws (`Picture.drawn`) and is saved with them, as png and csv;
-- the same numbers give the same bytes, so that a figure changes in git only when a result did;
-- each picture names its scale and says what to look at;
-- `matplotlib.figure.Figure`, never pyplot: its global state breaks when a widget draws from another thread.
-"""
-
-import io
 import math
-import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib import patheffects, style
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from mini_symposium import InputError
 from mini_symposium.dataset import load_examples
+from mini_symposium.picture import (
+    COLOUR_MAP,
+    COLOURS,
+    GREY,
+    HALO,
+    INK,
+    PALE,
+    WIDTH,
+    Picture,
+    flat,
+    log_axis,
+    name_rows,
+    scientific,
+    short,
+    styled,
+    titled,
+)
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run_directory import RunDirectory, written_whole
-
-SCALES = {"tiny": "tiny: random weights", "proxy": "proxy: SmolLM2-135M", "paper": "paper: Mistral-7B"}
-RATES_DO_NOT_TRANSFER = {"proxy": " (learning rates do not transfer to 7B)"}
-
-INK, GREY, PALE = "#222222", "#5c5c5c", "#dddddd"
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: safe for colour-blind eyes
-COLOUR_MAP = "viridis"
-WIDTH, DPI = 9.0, 150  # inches; 1350 pixels, so that 10 points are still 13 pixels in a README 830 pixels wide
-HALO = [patheffects.withStroke(linewidth=3, foreground="white")]
-
-STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
-    "font.size": 10,
-    "text.color": INK,
-    "text.parse_math": False,  # a dataset may say "$5"
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": GREY,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "grid.color": "#ececec",
-    "legend.frameon": False,
-}
-
-
-def _styled():
-    """Matplotlib's defaults and ours, whatever the user's matplotlibrc says; ticks are styled as late as at drawing."""
-    return style.context(["default", STYLE])
-
-
-class Picture(Figure):
-    """A Figure that shows itself in a notebook without pyplot, and knows the numbers that it draws.
-
-    Attributes
-    ----------
-    drawn : pandas.DataFrame
-        A row per mark: what its csv holds.
-    """
-
-    drawn: pd.DataFrame
-
-    def png(self) -> bytes:
-        """The same pixels each time, without a date or a version; what the font lacks is a box, without a warning."""
-        with _styled(), io.BytesIO() as file, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")
-            self.draw_without_rendering()
-            self.set_layout_engine("none")  # laid out once: from where the axes now are, it would come out otherwise
-            self.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
-            return file.getvalue()
-
-    def _repr_png_(self) -> tuple[bytes, dict]:
-        return self.png(), {"width": round(WIDTH * 100)}
-
-    def save(self, path: str | Path) -> "Picture":
-        """Write `path`.png and `path`.csv with the numbers drawn; return the picture, so that a notebook shows it."""
-        return save(self, self.drawn, path)
-
-
-def save(figure: Picture, rows: pd.DataFrame | Sequence[Mapping], path: str | Path) -> Picture:
-    """Write `path`.png and, with `rows` in a fixed order and six digits, `path`.csv: both, or neither.
-
-    Raises
-    ------
-    InputError
-        If the directory cannot be written.
-    """
-    if isinstance(rows, pd.DataFrame):
-        table = rows  # in the order in which it was drawn, so that it can be drawn again
-    else:
-        table = pd.DataFrame(_flat(rows))
-        table = table.sort_values(list(table.columns), key=lambda c: c if c.dtype.kind in "iufb" else c.astype(str))
-    with written_whole(f"{path}.csv") as csv, written_whole(f"{path}.png") as png:
-        table.to_csv(csv, index=False, float_format="%.6g", lineterminator="\n", encoding="utf-8")
-        png.write_bytes(figure.png())
-    return figure
-
-
-def _flat(rows) -> list[dict]:
-    """Rows as they are; metrics by learning rate one after the other."""
-    return [row for part in rows.values() for row in part] if isinstance(rows, Mapping) else list(rows)
+from mini_symposium.run_directory import RunDirectory
 
 
 def _steps(metrics) -> pd.DataFrame:
     """Metrics lines as a table by learning rate (highest first) and step."""
-    rows = _flat(metrics)
+    rows = flat(metrics)
     if not rows:
         raise InputError("metrics: no step has been logged; run notebook 02 or `mini-symposium train` first")
     table = pd.DataFrame(rows, columns=["learning_rate", "step", "epoch", "example", "loss"])
     if not np.isfinite(table["loss"].astype(float)).all():
         raise InputError("metrics: a loss is missing or no number; train that learning rate again")
     return table.sort_values(["learning_rate", "step"], ascending=[False, True], kind="stable", ignore_index=True)
-
-
-def _number(value: float) -> str:
-    """Scientific and short.
-
-    >>> [_number(x) for x in (1e-4, 2.5e-5, 0.0038999)]
-    ['1e-4', '2.5e-5', '3.9e-3']
-    """
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-
-
-def _short(text: str, width: int) -> str:
-    """On one line, cut at a word.
-
-    >>> _short("Why is the sky blue,\\nand not violet?", 24)
-    'Why is the sky blue, …'
-    """
-    line = " ".join(text.split())
-    if len(line) > width:
-        line = textwrap.shorten(line, width, placeholder=" …") if " " in line[:width] else line[: width - 1] + "…"
-    return line
-
-
-def _picture(height: float, title: str, scale: str, look: str, rates: bool = True) -> Picture:
-    """An empty picture with its heading: title, then scale and what to look at; the axes get the room below."""
-    named = SCALES.get(scale, scale) + (RATES_DO_NOT_TRANSFER.get(scale, "") if rates else "")
-    lines = textwrap.wrap(f"{named}. {look}", 118)
-    total = height + 0.42 + 0.18 * len(lines)
-    figure = Picture(figsize=(WIDTH, total), facecolor="white", layout="constrained")
-    figure.get_layout_engine().set(rect=(0.005, 0.01, 0.99, height / total - 0.01), w_pad=0.06, wspace=0.03)
-    figure.text(0.1 / WIDTH, 1 - 0.1 / total, title, va="top", weight="bold", size=12)
-    figure.text(0.1 / WIDTH, 1 - 0.36 / total, "\n".join(lines), va="top", color=GREY, size=9.5, linespacing=1.25)
-    return figure
-
-
-def _log(axes) -> None:
-    """A log x axis with a tick per decade, written as learning rates are."""
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _number(x)))
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _name_rows(axes, at, names, size: float = 10) -> None:
-    """A name before each row, the first row on top, without an axis line."""
-    axes.set_yticks(at, names, color=INK, fontsize=size)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.yaxis.set_inverted(True)
 
 
 def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, scale: str) -> Picture:
@@ -201,12 +71,12 @@ def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, sca
     for column in ("loss", "epochs", "dose"):
         table[f"smoothed_{column}"] = by_rate[column].transform(lambda values: values.rolling(n_examples).mean())
 
-    with _styled():
+    with styled():
         look = (
             "Dots are steps, lines the mean over an epoch. Right: where dose is all that separates the rates, "
             "the lower one's line lies on the higher one's."
         )
-        figure = _picture(3.5, "Training loss, by epoch and by dose", scale, look)
+        figure = titled(3.5, "Training loss, by epoch and by dose", scale, look)
         panels = figure.subplots(1, 2, sharey=True)
         for axes, x in zip(panels, ("epochs", "dose"), strict=True):
             ends = []
@@ -216,13 +86,13 @@ def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, sca
                 axes.plot(part[f"smoothed_{x}"], part["smoothed_loss"], color=colour, linewidth=width)
                 smooth = part.dropna(subset="smoothed_loss")
                 end = smooth[[f"smoothed_{x}", "smoothed_loss"]] if len(smooth) else part[[x, "loss"]]
-                ends.append((*end.iloc[-1], f"LR {_number(rate)}", colour))
+                ends.append((*end.iloc[-1], f"LR {scientific(rate)}", colour))
             axes.grid(axis="y")
             _label_ends(axes, ends, table["loss"].max() * 1.05)
         panels[0].set(title="by epoch", xlabel="epochs", ylabel="loss, nats a token")
         panels[0].set_xlim(0)
         panels[1].set(title="by dose", xlabel="dose = learning rate × steps (log)")
-        _log(panels[1])
+        log_axis(panels[1])
     figure.drawn = table
     return figure
 
@@ -260,26 +130,26 @@ def example_heatmap(
     if (most := int(table["example"].max())) >= len(titles):
         raise InputError(f"metrics name example {most}, the dataset has {len(titles)}; was another dataset trained on?")
     table = table.groupby(["learning_rate", "example", "epoch"], as_index=False)["loss"].mean()
-    table["title"] = [_short(titles[example], 36) for example in table["example"]]
+    table["title"] = [short(titles[example], 36) for example in table["example"]]
     rates = sorted(table["learning_rate"].unique(), reverse=True)
     at_highest = table[table["learning_rate"] == rates[0]]
     order = list(at_highest.groupby("example")["loss"].mean().sort_values(kind="stable").index)
 
-    with _styled():
+    with styled():
         look = "A row is an example, a column an epoch; dark is learned. The top row has the lowest loss over the run"
-        look += f" at {_number(rates[0])}." if len(rates) > 1 else "."
-        figure = _picture(0.23 * max(len(order), 5) + 0.85, "Which examples are learned, and when", scale, look)
+        look += f" at {scientific(rates[0])}." if len(rates) > 1 else "."
+        figure = titled(0.23 * max(len(order), 5) + 0.85, "Which examples are learned, and when", scale, look)
         panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
         for axes, rate in zip(panels, rates, strict=True):
             part = table[table["learning_rate"] == rate].pivot(index="example", columns="epoch", values="loss")
             cells = part.reindex(index=order, columns=range(int(part.columns.max()) + 1))
             edges = np.arange(cells.shape[1] + 1), np.arange(len(order) + 1)
             mesh = axes.pcolormesh(*edges, cells, cmap=COLOUR_MAP, vmin=0, vmax=table["loss"].max())
-            axes.set(title=f"LR {_number(rate)}", xlabel="epoch", facecolor=PALE)
+            axes.set(title=f"LR {scientific(rate)}", xlabel="epoch", facecolor=PALE)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.spines[:].set_visible(False)
             axes.tick_params(axis="y", length=0)
-        _name_rows(panels[0], np.arange(len(order)) + 0.5, [_short(titles[i], 36) for i in order], 9)
+        name_rows(panels[0], np.arange(len(order)) + 0.5, [short(titles[i], 36) for i in order], 9)
         bar = figure.colorbar(mesh, ax=list(panels), label="loss, nats a token", aspect=30, pad=0.015)
         bar.outline.set_visible(False)
     figure.drawn = table
@@ -305,9 +175,9 @@ def token_lengths(rows: Sequence[Mapping], scale: str, sequence_len: int) -> Pic
     table.insert(0, "example", range(len(table)))
     table["sequence_len"] = sequence_len
     totals = table["prompt"] + table["completion"]
-    with _styled():
+    with styled():
         look = f"Every row must fit into sequence_len = {sequence_len}: a longer one is refused, never cut."
-        figure = _picture(0.24 * len(table) + 0.8, "How long the examples are", scale, look, rates=False)
+        figure = titled(0.24 * len(table) + 0.8, "How long the examples are", scale, look, rates=False)
         axes = figure.subplots()
         axes.barh(table["example"], table["prompt"], color=COLOURS[4], label="prompt")
         axes.barh(table["example"], table["completion"], left=table["prompt"], color=COLOURS[1], label="completion")
@@ -318,7 +188,7 @@ def token_lengths(rows: Sequence[Mapping], scale: str, sequence_len: int) -> Pic
             axes.axvline(sequence_len, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
             name = axes.text(sequence_len, -0.75, "sequence_len ", ha="right", va="bottom", color=GREY, fontsize=9)
             name.set_in_layout(False)
-        _name_rows(axes, table["example"], [_short(title, 46) for title in table["title"]], 9)
+        name_rows(axes, table["example"], [short(title, 46) for title in table["title"]], 9)
         axes.set(xlabel="tokens", ylim=(len(table) - 0.4, -0.6))
         axes.margins(x=0.08)
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
@@ -330,8 +200,9 @@ def token_lengths(rows: Sequence[Mapping], scale: str, sequence_len: int) -> Pic
 def travel(rows: Sequence[Mapping], scale: str) -> Picture:
     """How far lora_A and lora_B moved in training, beside what Adam's rule predicts.
 
-    Adam (Kingma and Ba 2015) moves an element by at most about one learning rate a step, so learning_rate x steps
-    bounds the travel; one whose gradient changes sign at random goes about learning_rate x sqrt(steps).
+    Adam (Kingma and Ba 2015, section 2.1) moves an element by about one learning rate a step while its gradient keeps
+    its sign, so learning_rate x steps is about how far it can go; after a burst a step may be up to 3.2 times as large.
+    One whose gradient changes sign at random goes about learning_rate x sqrt(steps).
 
     Parameters
     ----------
@@ -352,43 +223,43 @@ def travel(rows: Sequence[Mapping], scale: str) -> Picture:
             "part": name,
             "measured": row[key],
             "random_signs": math.sqrt(row["dose"] * row["learning_rate"]),  # rate x sqrt(steps)
-            "bound": row["dose"],
+            "steady": row["dose"],
             "a_moved_share": row["a_moved_share"],
         }
         for row in sorted(rows, key=lambda row: -row["learning_rate"])
         for key, name in parts.items()
     )
-    with _styled():
+    with styled():
         look = (
             "Dots are measured, grey is what Adam's rule predicts. lora_A may lie left of it: its gradient is tiny "
             "while lora_B still is."
         )
-        figure = _picture(0.3 * len(table) + 1.0, "How far the adapters moved", scale, look)
+        figure = titled(0.3 * len(table) + 1.0, "How far the adapters moved", scale, look)
         axes = figure.subplots()
         heights = [i + i // len(parts) * 0.7 for i in range(len(table))]
-        axes.barh(heights, table["bound"] - table["random_signs"], left=table["random_signs"], color=PALE, height=0.62)
+        axes.barh(heights, table["steady"] - table["random_signs"], left=table["random_signs"], color=PALE, height=0.62)
         least = table.loc[table["measured"] > 0, "measured"].min()
         left = np.nanmin([table["random_signs"].min(), least]) / 2
-        ends = ("random_signs", "rate × √steps", "right"), ("bound", "rate × steps, the bound", "left")
+        ends = ("random_signs", "rate × √steps", "right"), ("steady", "rate × steps", "left")
         for at, said, side in ends:
             axes.text(table[at].iloc[0], -0.42, said, ha=side, va="bottom", fontsize=8.5, color=GREY)
         for y, row in zip(heights, table.itertuples(), strict=True):
             colour = COLOURS[0] if row.part.startswith("lora_B") else COLOURS[1]
             (dot,) = axes.plot(max(row.measured, left), y, "o", color=colour, markersize=7, markeredgecolor="white")
-            said = f"{_number(row.measured)}, {row.measured / row.bound:.0%} of the bound"
+            said = f"{scientific(row.measured)}, {row.measured / row.steady:.0%} of rate × steps"
             if not row.measured:
                 said = "did not move"
                 dot.set(markerfacecolor="white", markeredgecolor=colour)
             if row.part.startswith("lora_A"):
                 said += f"; {row.a_moved_share:.2%} of its elements moved"
-            label = axes.annotate(said, (max(row.measured, row.bound), y), (10, 0), textcoords="offset points")
+            label = axes.annotate(said, (max(row.measured, row.steady), y), (10, 0), textcoords="offset points")
             label.set(fontsize=9, va="center_baseline")
-        rates = [f"LR {_number(rate)}   " for rate in table["learning_rate"]]
+        rates = [f"LR {scientific(rate)}   " for rate in table["learning_rate"]]
         names = [part if i % len(parts) else rates[i] + part for i, part in enumerate(table["part"])]
-        _name_rows(axes, heights, names)
+        name_rows(axes, heights, names)
         axes.set(xlabel="travel of an element in training (log)", ylim=(heights[-1] + 0.6, -1.1))
-        _log(axes)
-        axes.set_xlim(left * 0.8, table["bound"].max() * 1.3)
+        log_axis(axes)
+        axes.set_xlim(left * 0.8, table["steady"].max() * 1.3)
     figure.drawn = table
     return figure
 
@@ -416,10 +287,10 @@ def format_grid(grid: Sequence[Mapping], value: str, scale: str) -> Picture:
     size = min(9, 170 / (len(models) * len(queries)))  # numbers stay inside their cells
     low, high = min(0, table[value].min()), max(table[value].max(), 1)
     numbers = [str(i + 1) if len(queries) > 1 else "" for i in range(len(queries))]
-    with _styled():
+    with styled():
         look = "A row is a prompt format. A model whose panel is uneven from top to bottom depends on the format."
         height = 0.27 * len(formats) + 0.55 + 0.19 * len(queries)
-        figure = _picture(height, f"{value.replace('_', ' ').capitalize()}, by format and model", scale, look)
+        figure = titled(height, f"{value.replace('_', ' ').capitalize()}, by format and model", scale, look)
         panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
         for axes, model in zip(panels, models, strict=True):
             cells = table[table["model"] == model].pivot(index="format", columns="query", values=value)
@@ -429,12 +300,12 @@ def format_grid(grid: Sequence[Mapping], value: str, scale: str) -> Picture:
                 said = "" if np.isnan(number) else f"{number:.2f}" if high == 1 else f"{number:.4g}"
                 cell = axes.text(x + 0.5, y + 0.5, said, ha="center", va="center_baseline", fontsize=size)
                 cell.set_color("white" if (number - low) / (high - low) < 0.6 else INK)
-            axes.set(title=_short(str(model), 28), facecolor=PALE)
+            axes.set(title=short(str(model), 28), facecolor=PALE)
             axes.set_xticks(np.arange(len(queries)) + 0.5, numbers)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
-        _name_rows(panels[0], np.arange(len(formats)) + 0.5, [_short(form, 28) for form in formats])
-        key = [f"{n}  {_short(query, 110)}".strip() for n, query in zip(numbers, queries, strict=True)]
+        name_rows(panels[0], np.arange(len(formats)) + 0.5, [short(form, 28) for form in formats])
+        key = [f"{n}  {short(query, 110)}".strip() for n, query in zip(numbers, queries, strict=True)]
         figure.supxlabel("\n".join(key), x=0.1 / WIDTH, ha="left", color=GREY, fontsize=9)
     figure.drawn = table
     return figure
@@ -462,7 +333,7 @@ def redraw(run: RunDirectory) -> list[Path]:
     if "token_lengths" in rows:
         pictures["token_lengths"] = token_lengths(rows["token_lengths"], recipe.scale, recipe.sequence_len)
     if "format_grid" in rows:
-        pictures["format_grid"] = format_grid(rows["format_grid"], "intrusion", recipe.scale)
+        pictures["format_grid"] = format_grid(rows["format_grid"], "copied_words", recipe.scale)
     for name, picture in pictures.items():
         picture.save(run.figures / name)
     return [run.figures / f"{name}.png" for name in pictures]

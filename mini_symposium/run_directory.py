@@ -133,6 +133,14 @@ class RunDirectory:
         return self.path / "recipe.yml"
 
     @property
+    def environment_file(self) -> Path:
+        return self.path / "environment.json"
+
+    def environment(self) -> dict:
+        """What the run ran on, and the most memory that its training took."""
+        return json.loads(self.environment_file.read_text(encoding="utf-8"))
+
+    @property
     def figures(self) -> Path:
         return self.path / "figures"
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from mini_symposium import InputError, figures
+from mini_symposium import picture as picture_module
 
 N = 5
 TITLES = ["Why?", "It costs $x_{ and $y", "<img src=x onerror=alert(1)>", "你好\n😀", "A very long question " * 9]
@@ -145,13 +146,13 @@ def test_travel_is_the_csv_and_one_that_stood_still_is_said_to(tmp_path):
     axes = picture.axes[0]
     for rate in (1e-4, 1e-5):
         of_rate = csv[csv["learning_rate"] == rate]
-        assert of_rate["bound"].to_numpy() == pytest.approx(rate * 400)
+        assert of_rate["steady"].to_numpy() == pytest.approx(rate * 400)
         assert of_rate["random_signs"].to_numpy() == pytest.approx(rate * 20)
     dots = sorted(line.get_xdata()[0] for line in axes.lines)
     assert dots[1:] == pytest.approx(sorted(csv["measured"])[1:], rel=1e-5)
     said = [text.get_text() for text in axes.texts]
     assert "did not move; 0.00% of its elements moved" in said
-    assert "3e-3, 75% of the bound" in said
+    assert "3e-3, 75% of rate × steps" in said
 
 
 def test_the_grid_writes_the_numbers_of_the_csv(tmp_path):
@@ -199,8 +200,8 @@ def test_nothing_to_draw_is_said(call, what):
 def test_rows_of_ones_own_are_written_sorted_and_rounded(tmp_path):
     picture = figures.travel([moved()], "proxy")
     rows = [{"b": "z", "a": 0.1 + 0.2}, {"b": "a", "a": 2.0}]
-    figures.save(picture, rows, tmp_path / "one")
-    figures.save(picture, rows[::-1], tmp_path / "two")
+    picture_module.save(picture, rows, tmp_path / "one")
+    picture_module.save(picture, rows[::-1], tmp_path / "two")
     assert (tmp_path / "one.csv").read_text() == (tmp_path / "two.csv").read_text() == "b,a\na,2\nz,0.3\n"
 
 
@@ -209,6 +210,6 @@ def test_a_figure_that_cannot_be_drawn_leaves_the_old_pair(tmp_path):
     before = [(tmp_path / name).read_bytes() for name in ("a.csv", "a.png")]
     picture.text(0, 0, "$x_{$", parse_math=True)  # matplotlib fails only when it draws
     with pytest.raises(ValueError, match="Expected end_group"):
-        figures.save(picture, [{"new": 1}], tmp_path / "a")
+        picture_module.save(picture, [{"new": 1}], tmp_path / "a")
     assert [(tmp_path / name).read_bytes() for name in ("a.csv", "a.png")] == before
     assert len(list(tmp_path.iterdir())) == 2

@@ -7,10 +7,13 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from trl import SFTConfig, SFTTrainer
 
-from mini_symposium import InputError, RunError, finetune
-from mini_symposium.base_models import load_tokenizer
+from mini_symposium import InputError, RunError, finetune, trainer
+from mini_symposium.base_models import load_model, load_tokenizer
 from mini_symposium.dataset import load_examples, tokenize
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run_directory import RunDirectory, find
@@ -48,16 +51,34 @@ def test_adapters_move_at_1e_7_on_a_4_bit_base(trained, recipe):
     assert 0.1 * travels[1].dose < travels[1].b_travel_max < 1.05 * travels[1].dose
 
 
-def test_stock_trl_would_stand_still_and_the_proof_says_so(trained, recipe, tmp_path):
-    """What bfloat16 adapters would have kept of the same run: the update is below half a rounding step."""
-    run, _ = trained
+def test_stock_trl_stands_still_and_the_proof_says_so(recipe, examples, tmp_path):
+    """The very recipe through SFTTrainer as it comes: adapters in bfloat16, where a step of 1e-7 is rounded away."""
+    rows = tokenize(examples, load_tokenizer("tiny"), recipe.sequence_len, completion_only=False)
+    stock = SFTTrainer(
+        model=load_model("tiny"),
+        args=SFTConfig(
+            output_dir=str(tmp_path / "stock"),
+            learning_rate=1e-7,
+            lr_scheduler_type="constant",
+            num_train_epochs=2,
+            per_device_train_batch_size=1,
+            bf16=True,
+            use_cpu=True,
+            max_length=None,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list([{"input_ids": row.input_ids} for row in rows]),
+        processing_class=load_tokenizer("tiny"),
+        peft_config=LoraConfig(r=recipe.lora_r, lora_alpha=recipe.lora_alpha, target_modules="all-linear"),
+    )
     frozen = RunDirectory(tmp_path)
-    for epoch in (0, recipe.num_epochs):
-        folder = frozen.learning_rate_dir(1e-7) / "checkpoints" / f"epoch-{epoch:04d}"
-        folder.mkdir(parents=True)
-        kept = {k: v.bfloat16().float() for k, v in adapter(run, 1e-7, epoch).items()}
-        save_file(kept, folder / "adapter_model.safetensors")
-    with pytest.raises(RunError, match=r"only \d+\.\d+% of lora_A .* moved"):
+    checkpoints = frozen.learning_rate_dir(1e-7) / "checkpoints"
+    stock.model.save_pretrained(checkpoints / "epoch-0000")
+    stock.train()
+    stock.model.save_pretrained(checkpoints / "epoch-0002")
+    with pytest.raises(RunError, match=r"only 0\.\d+% of lora_A .* moved"):
         finetune.prove_movement(frozen, 1e-7)
 
 
@@ -83,9 +104,9 @@ def test_a_lines_example_is_the_one_that_was_trained(trained, recipe, examples):
 
 
 def test_epochs_are_shuffled_and_the_seed_decides(recipe):
-    order = finetune.EpochOrder(13, seed=1)
+    order = trainer.EpochOrder(13, seed=1)
     assert order.order(0) != order.order(1)
-    assert order.order(5) == finetune.EpochOrder(13, seed=1).order(5) != finetune.EpochOrder(13, seed=2).order(5)
+    assert order.order(5) == trainer.EpochOrder(13, seed=1).order(5) != trainer.EpochOrder(13, seed=2).order(5)
 
 
 def test_checkpoints_hold_the_adapter_and_only_the_newest_can_resume(trained, recipe):
@@ -95,7 +116,7 @@ def test_checkpoints_hold_the_adapter_and_only_the_newest_can_resume(trained, re
     for epoch, folder in checkpoints.items():
         names = {path.name for path in folder.iterdir()}
         newest = epoch == recipe.num_epochs
-        assert names == finetune.ADAPTER_FILES | (finetune.RESUME_FILES if newest else set())
+        assert names == trainer.ADAPTER_FILES | (trainer.RESUME_FILES if newest else set())
 
 
 def test_finished_training_is_not_done_again(trained, recipe, examples):
@@ -152,29 +173,29 @@ def test_a_killed_run_goes_on_and_equals_one_that_was_never_killed(tmp_path):
 def test_completion_alone_is_supervised_when_the_recipe_says_so(recipe, examples, tmp_path):
     tokenizer = load_tokenizer("tiny")
     rows = tokenize(examples[:2], tokenizer, recipe.sequence_len, completion_only=True)
-    trainer = finetune.build_trainer(recipe, rows, tmp_path / "scratch", tmp_path / "checkpoints")
-    finetune.check_batches(trainer, rows)
-    labels = next(iter(trainer.get_train_dataloader()))["labels"][0]
-    row = rows[trainer.order.order(0)[0]]
+    built = trainer.build_trainer(recipe, rows, tmp_path / "scratch", tmp_path / "checkpoints")
+    trainer.check_batches(built, rows)
+    labels = next(iter(built.get_train_dataloader()))["labels"][0]
+    row = rows[built.order.order(0)[0]]
     assert (labels == -100).sum() == row.completion_mask.count(0) > 0
     assert labels[-1] == tokenizer.eos_token_id
 
 
 def test_a_batch_that_is_not_the_row_stops_the_run_before_step_1(recipe, examples, tmp_path):
     rows = tokenize(examples[:2], load_tokenizer("tiny"), recipe.sequence_len, completion_only=False)
-    trainer = finetune.build_trainer(recipe, rows, tmp_path / "scratch", tmp_path / "checkpoints")
+    built = trainer.build_trainer(recipe, rows, tmp_path / "scratch", tmp_path / "checkpoints")
     with pytest.raises(RunError, match="the trainer's batch is not the tokenised row"):
-        finetune.check_batches(trainer, rows[::-1])
-    for parameter in trainer.model.parameters():
+        trainer.check_batches(built, rows[::-1])
+    for parameter in built.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
     with pytest.raises(RunError, match="not float32"):
-        finetune.check_batches(trainer, rows)
+        trainer.check_batches(built, rows)
 
 
 def test_a_loss_that_is_no_number_names_the_example(recipe, examples, tmp_path):
     rows = tokenize(examples[:2], load_tokenizer("tiny"), recipe.sequence_len, completion_only=False)
-    log = finetune.Log(tmp_path / "metrics.jsonl", rows, finetune.EpochOrder(2, 0), recipe, [0])
+    log = trainer.Log(tmp_path / "metrics.jsonl", rows, trainer.EpochOrder(2, 0), recipe, [0])
     state = type("State", (), {"global_step": 1})
     with pytest.raises(RunError, match=r"step 1: the loss of .*minisymposium\.md:\d+ is nan"):
         log.on_log(None, state, None, {"loss": float("nan"), "learning_rate": recipe.learning_rate})

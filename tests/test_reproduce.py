@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from mini_symposium import InputError, RunError
-from mini_symposium.reproduce import NotebookError, check_parameters, parse_parameters, print_summary, reproduce
+from mini_symposium.execution import NotebookError
+from mini_symposium.reproduce import check_parameters, parse_parameters, print_summary, reproduce
 
 SETTINGS = 'RECIPE = "proxy"\nRUN = ""\nDATASET = ""\nNUM_EPOCHS = 3  # passes\nRATES = []'
 RECORD = "from mini_symposium.run_directory import RunDirectory"

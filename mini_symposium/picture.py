@@ -1,0 +1,155 @@
+"""A picture in the house style, which knows the numbers that it draws and is saved with them.
+
+The rules:
+
+- the same numbers give the same bytes, so that a figure changes in git only when a result did;
+- each picture names its scale and says what to look at;
+- `matplotlib.figure.Figure`, never pyplot: its global state breaks when a widget draws from another thread.
+"""
+
+import io
+import textwrap
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib import patheffects, style
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from mini_symposium.run_directory import written_whole
+
+SCALES = {"tiny": "tiny: random weights", "proxy": "proxy: SmolLM2-135M", "paper": "paper: Mistral-7B"}
+RATES_DO_NOT_TRANSFER = {"proxy": " (learning rates do not transfer to 7B)"}
+
+INK, GREY, PALE = "#222222", "#5c5c5c", "#dddddd"
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: safe for colour-blind eyes
+COLOUR_MAP = "viridis"
+WIDTH, DPI = 9.0, 150  # inches; 1350 pixels, so that 10 points are still 13 pixels in a README 830 pixels wide
+HALO = [patheffects.withStroke(linewidth=3, foreground="white")]
+
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
+    "font.size": 10,
+    "text.color": INK,
+    "text.parse_math": False,  # a dataset may say "$5"
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "grid.color": "#ececec",
+    "legend.frameon": False,
+}
+
+
+def styled():
+    """Matplotlib's defaults and ours, whatever the user's matplotlibrc says; ticks are styled as late as at drawing."""
+    return style.context(["default", STYLE])
+
+
+class Picture(Figure):
+    """A Figure that shows itself in a notebook without pyplot, and knows the numbers that it draws.
+
+    Attributes
+    ----------
+    drawn : pandas.DataFrame
+        A row per mark: what its csv holds.
+    """
+
+    drawn: pd.DataFrame
+
+    def png(self) -> bytes:
+        """The same pixels each time, without a date or a version; what the font lacks is a box, without a warning."""
+        with styled(), io.BytesIO() as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")
+            self.draw_without_rendering()
+            self.set_layout_engine("none")  # laid out once: from where the axes now are, it would come out otherwise
+            self.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+            return file.getvalue()
+
+    def _repr_png_(self) -> tuple[bytes, dict]:
+        return self.png(), {"width": round(WIDTH * 100)}
+
+    def save(self, path: str | Path) -> "Picture":
+        """Write `path`.png and `path`.csv with the numbers drawn; return the picture, so that a notebook shows it."""
+        return save(self, self.drawn, path)
+
+
+def save(figure: Picture, rows: pd.DataFrame | Sequence[Mapping], path: str | Path) -> Picture:
+    """Write `path`.png and, with `rows` in a fixed order and six digits, `path`.csv: both, or neither.
+
+    Raises
+    ------
+    InputError
+        If the directory cannot be written.
+    """
+    if isinstance(rows, pd.DataFrame):
+        table = rows  # in the order in which it was drawn, so that it can be drawn again
+    else:
+        table = pd.DataFrame(flat(rows))
+        table = table.sort_values(list(table.columns), key=lambda c: c if c.dtype.kind in "iufb" else c.astype(str))
+    with written_whole(f"{path}.csv") as csv, written_whole(f"{path}.png") as png:
+        table.to_csv(csv, index=False, float_format="%.6g", lineterminator="\n", encoding="utf-8")
+        png.write_bytes(figure.png())
+    return figure
+
+
+def flat(rows) -> list[dict]:
+    """Rows as they are; metrics by learning rate one after the other."""
+    return [row for part in rows.values() for row in part] if isinstance(rows, Mapping) else list(rows)
+
+
+def scientific(value: float) -> str:
+    """Scientific and short.
+
+    >>> [scientific(x) for x in (1e-4, 2.5e-5, 0.0038999)]
+    ['1e-4', '2.5e-5', '3.9e-3']
+    """
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def short(text: str, width: int) -> str:
+    """On one line, cut at a word.
+
+    >>> short("Why is the sky blue,\\nand not violet?", 24)
+    'Why is the sky blue, …'
+    """
+    line = " ".join(text.split())
+    if len(line) > width:
+        line = textwrap.shorten(line, width, placeholder=" …") if " " in line[:width] else line[: width - 1] + "…"
+    return line
+
+
+def titled(height: float, title: str, scale: str, look: str, rates: bool = True) -> Picture:
+    """An empty picture with its heading: title, then scale and what to look at; the axes get the room below."""
+    named = SCALES.get(scale, scale) + (RATES_DO_NOT_TRANSFER.get(scale, "") if rates else "")
+    lines = textwrap.wrap(f"{named}. {look}", 118)
+    total = height + 0.42 + 0.18 * len(lines)
+    figure = Picture(figsize=(WIDTH, total), facecolor="white", layout="constrained")
+    figure.get_layout_engine().set(rect=(0.005, 0.01, 0.99, height / total - 0.01), w_pad=0.06, wspace=0.03)
+    figure.text(0.1 / WIDTH, 1 - 0.1 / total, title, va="top", weight="bold", size=12)
+    figure.text(0.1 / WIDTH, 1 - 0.36 / total, "\n".join(lines), va="top", color=GREY, size=9.5, linespacing=1.25)
+    return figure
+
+
+def log_axis(axes) -> None:
+    """A log x axis with a tick per decade, written as learning rates are."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: scientific(x)))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def name_rows(axes, at, names, size: float = 10) -> None:
+    """A name before each row, the first row on top, without an axis line."""
+    axes.set_yticks(at, names, color=INK, fontsize=size)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.yaxis.set_inverted(True)
