@@ -32,6 +32,7 @@ from transformers import (
     LlamaTokenizer,
     MistralConfig,
     MistralForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -254,15 +255,18 @@ def four_bit_works() -> bool:
         return False
 
 
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes a weight in NF4 with double quantisation: half, and per block of 64 a byte of scale, and per 256 blocks 4."""
+
+
 def predicted_bytes(recipe: Recipe) -> dict[str, int]:
     """Memory that training `recipe` takes, by part, from the shapes alone: nothing is loaded.
 
-    NF4 keeps half a byte per weight, plus per block of 64 one byte of scale, plus per 256 blocks four bytes
-    (QLoRA, section 3). Adapters are float32: the weight, its gradient and Adam's two moments, 16 bytes each.
-    Activations are a rule of thumb for one row of `sequence_len` tokens: with gradient checkpointing each
-    layer keeps its input, without it about 34 hidden vectors and two attention maps per head.
+    NF4 takes NF4_BYTES a weight (QLoRA, section 3). Adapters are float32: the weight, its gradient and Adam's two
+    moments, 16 bytes each. Activations are a rule of thumb for one row of `sequence_len` tokens: with gradient
+    checkpointing each layer keeps its input, without it about 34 hidden vectors and two attention maps per head.
     """
-    config = _config(recipe.base_model)
+    config = model_config(recipe.base_model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name}
@@ -273,7 +277,7 @@ def predicted_bytes(recipe: Recipe) -> dict[str, int]:
     if not recipe.gradient_checkpointing:
         kept = kept * 34 + 2 * config.num_attention_heads * tokens**2 * 2
     return {
-        "base, NF4": round(weights * (0.5 + 1 / 64 + 4 / (64 * 256))),
+        "base, NF4": round(weights * NF4_BYTES),
         "base, bfloat16": 2 * (model.num_parameters() - weights),
         "adapters, gradients, optimizer": 16 * recipe.lora_r * rank_one,
         "activations": layers * kept + 3 * 4 * tokens * config.vocab_size,
@@ -285,7 +289,8 @@ def adapter_parameters(recipe: Recipe) -> int:
     return predicted_bytes(recipe)["adapters, gradients, optimizer"] // 16
 
 
-def _config(base_model: str):
+def model_config(base_model: str) -> PretrainedConfig:
+    """The configuration of `base_model`, without its weights."""
     if base_model == "mistralai/Mistral-7B-v0.1" and not find(base_model).is_dir():
         return MistralConfig()  # its defaults are that model's shape, so no download is needed to predict
     return AutoConfig.from_pretrained(local_directory(base_model))

@@ -72,6 +72,7 @@ def train(
             given.get("CHECKPOINT_EPOCHS") or None,
             given.get("REPORT_TO", "none"),
             overwrite,
+            given.get("FAST", True),
         )
     table = Table("learning rate", "steps", "LR x steps", "A moved", "A travel, rms", "B travel, rms", "B travel, max")
     for t in travels:

@@ -21,11 +21,13 @@ from safetensors.torch import load_file
 from transformers import PrinterCallback
 
 from mini_symposium import InputError, RunError
+from mini_symposium.acceleration import Acceleration, choose
 from mini_symposium.base_models import device, load_tokenizer, peak_memory
 from mini_symposium.dataset import Example, Row, fingerprint, load_examples, tokenize
 from mini_symposium.recipe import KEYS, Recipe, load_recipe
 from mini_symposium.run_directory import RunDirectory, environment, write_json, written_whole
-from mini_symposium.trainer import ADAPTER_FILES, Log, build_trainer, check_batches, keep_only
+from mini_symposium.trainer import build_trainer, check_batches, save_adapter
+from mini_symposium.training_log import Log, Part
 
 MOVED_AT_LEAST = 0.99
 """Smallest share of lora_A's elements that must differ between the first and the last checkpoint."""
@@ -68,8 +70,11 @@ def train(
     checkpoint_epochs: Sequence[int] | None = None,
     report_to: str = "none",
     overwrite: bool = False,
+    fast: bool = True,
 ) -> list[Travel]:
     """Train one adapter per learning rate into `run`, going on where an interrupted run left off.
+
+    Where memory allows, all of them in one pass over the shared base.
 
     Parameters
     ----------
@@ -77,6 +82,8 @@ def train(
         Epochs after which the adapter is kept; the recipe's own choice if None. 0 and the last are always kept.
     report_to
         Passed to the trainer: "none", "tensorboard", "trackio".
+    fast
+        False: PEFT's own layers and one rate after another, to compare with.
 
     Returns
     -------
@@ -101,12 +108,29 @@ def train(
     )
     if epochs[0] < 0 or epochs[-1] > recipe.num_epochs:
         raise InputError(f"checkpoint epochs {epochs}: they must lie between 0 and num_epochs = {recipe.num_epochs}")
-    travels = []
-    for rate in learning_rates:
-        if recipe.num_epochs not in run.checkpoints(rate):
-            _train_one(recipe.replace(learning_rate=rate), rows, run, epochs, report_to)
-        travels.append(prove_movement(run, rate))
-    return travels
+    pending = [rate for rate in learning_rates if recipe.num_epochs not in run.checkpoints(rate)]
+    if pending:
+        longest = max(len(row.input_ids) for row in rows)
+        chosen = choose(recipe, len(pending), longest, recipe.num_epochs * len(rows), fast)
+        print(f"training: {chosen}")
+        for rates, epoch in _passes(pending, run, chosen.together):
+            _train_pass(
+                [recipe.replace(learning_rate=rate) for rate in rates], rows, run, epochs, epoch, chosen, report_to
+            )
+    return [prove_movement(run, rate) for rate in learning_rates]
+
+
+def _passes(rates: Sequence[float], run: RunDirectory, together: int) -> list[tuple[Sequence[float], int | None]]:
+    """Rates to train together, and the epoch to go on from: one that they have in common, or each its own."""
+    kept = {
+        rate: {epoch for epoch, path in run.checkpoints(rate).items() if (path / "optimizer.pt").exists()}
+        for rate in rates
+    }
+    common = set.intersection(*kept.values())
+    if not common and any(kept.values()):
+        return [([rate], max(kept[rate], default=None)) for rate in rates]
+    parts = [rates[start : start + together] for start in range(0, len(rates), together)]
+    return [(part, max(common, default=None)) for part in parts]
 
 
 def _claim(run: RunDirectory, recipe: Recipe, examples: Sequence[Example]) -> None:
@@ -131,23 +155,36 @@ def _claim(run: RunDirectory, recipe: Recipe, examples: Sequence[Example]) -> No
         temporary.write_text(recipe.to_yaml(), encoding="utf-8")
 
 
-def _train_one(recipe: Recipe, rows: Sequence[Row], run: RunDirectory, epochs: Sequence[int], report_to: str) -> None:
-    folder = run.learning_rate_dir(recipe.learning_rate)
-    scratch = folder / ".trainer"
+def _train_pass(
+    recipes: Sequence[Recipe],
+    rows: Sequence[Row],
+    run: RunDirectory,
+    epochs: Sequence[int],
+    start: int | None,
+    chosen: Acceleration,
+    report_to: str,
+) -> None:
+    """Train one adapter per recipe over one base, from epoch `start` or from the beginning."""
+    folders = [run.learning_rate_dir(recipe.learning_rate) for recipe in recipes]
+    parts = [
+        Part(f"adapter{k}", recipe, folder) for k, (recipe, folder) in enumerate(zip(recipes, folders, strict=True))
+    ]
+    scratch = run.path / ".trainer"
     shutil.rmtree(scratch, ignore_errors=True)
     disable_progress_bars()
-    trainer = build_trainer(recipe, rows, scratch, folder / "checkpoints", report_to)
-    log = Log(folder / "metrics.jsonl", rows, trainer.order, recipe, epochs)
+    trainer = build_trainer(parts, rows, scratch, chosen, report_to)
+    log = Log(trainer, parts, rows, epochs)
     trainer.add_callback(log)
     trainer.remove_callback(PrinterCallback)  # it would print every step
-    resume = [path for path in run.checkpoints(recipe.learning_rate).values() if (path / "optimizer.pt").exists()]
-    if not run.checkpoints(recipe.learning_rate):
-        with written_whole(folder / "checkpoints" / "epoch-0000") as temporary:
-            trainer.model.save_pretrained(temporary)
-            keep_only(temporary, ADAPTER_FILES)
+    for part in parts:
+        first = part.checkpoints / "epoch-0000"
+        if not first.exists():
+            with written_whole(first) as temporary:
+                save_adapter(trainer.model, part.name, temporary)
     check_batches(trainer, rows)
     try:
-        trainer.train(resume_from_checkpoint=str(resume[-1]) if resume else None)
+        resume = parts[0].checkpoints / f"epoch-{start:04d}" if start is not None else None
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         found = run.environment()
         write_json(run.environment_file, {**found, "peak_bytes": max(peak_memory(), found.get("peak_bytes", 0))})
     finally:

@@ -1,176 +1,223 @@
-"""TRL's SFTTrainer with what this recipe needs: float32 adapters, an order that can be named, checkpoints by epoch."""
+"""TRL's SFTTrainer with what this recipe needs: float32 adapters, several to a pass, an order that can be named.
 
-import json
-import math
-import time
+The adapters of a pass share the base and nothing else. Each has its own learning rate and schedule, its own
+moments, its own gradient norm (clipped alone), its own order of examples and its own checkpoints, so that it
+ends where it would have ended alone.
+"""
+
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, set_seed
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from mini_symposium import RunError
+from mini_symposium.acceleration import Acceleration
 from mini_symposium.base_models import device, load_model, load_tokenizer
 from mini_symposium.dataset import Row
-from mini_symposium.recipe import Recipe
-from mini_symposium.run_directory import read_jsonl, written_whole
+from mini_symposium.fused import FusedAdapters
+from mini_symposium.run_directory import written_whole
+from mini_symposium.training_log import Part
 
 ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json"}
 RESUME_FILES = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 
 
 class EpochOrder(torch.utils.data.Sampler):
-    """A fresh shuffle per epoch that depends on (seed, epoch) alone, so that any step can name its example."""
+    """A fresh shuffle per epoch that depends on (seed, epoch) alone, so that any step can name its example.
 
-    def __init__(self, n_examples: int, seed: int):
-        self.n_examples, self.seed, self.epoch = n_examples, seed, 0
+    With several seeds, one for each adapter of a pass, the steps' examples come in turn.
+    """
+
+    def __init__(self, n_examples: int, seeds: Sequence[int]):
+        self.n_examples, self.seeds, self.epoch = n_examples, seeds, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+    def order(self, epoch: int, k: int = 0) -> list[int]:
+        generator = torch.Generator().manual_seed(1_000_003 * self.seeds[k] + epoch)
         return torch.randperm(self.n_examples, generator=generator).tolist()
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.order(self.epoch))
+        orders = [self.order(self.epoch, k) for k in range(len(self.seeds))]
+        return (example for step in zip(*orders, strict=True) for example in step)
 
     def __len__(self) -> int:
-        return self.n_examples
+        return self.n_examples * len(self.seeds)
 
 
-def keep_only(folder: Path, names: set[str]) -> None:
-    """Delete what a library also wrote there: a tokenizer, a model card."""
-    for path in folder.iterdir():
-        if path.name not in names:
-            path.unlink()
+def save_adapter(model, name: str, folder: Path) -> None:
+    """Write one adapter of `model` as PEFT does, under no name of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / "adapter_model.safetensors")
+    model.peft_config[name].save_pretrained(folder)
 
 
 class RecipeTrainer(SFTTrainer):
-    """SFTTrainer with float32 adapters, the plain loss, an order that can be named, and checkpoints by epoch."""
+    """SFTTrainer for the adapters `parts`, each with a row of the batch."""
 
-    def __init__(self, *args, order: EpochOrder, checkpoints: Path, **kwargs):
-        self.order, self.checkpoints = order, checkpoints
+    def __init__(self, *args, parts: Sequence[Part], order: EpochOrder, acceleration: Acceleration, **kwargs):
+        self.parts, self.order, self.acceleration = parts, order, acceleration
         super().__init__(*args, **kwargs)
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        self.fused = None
+        if acceleration.fused:
+            options = {key: getattr(acceleration, key) for key in ("resident", "checkpointing", "compiled")}
+            self.fused = FusedAdapters(self.model, [part.name for part in parts], **options)
+
+            # Every step the Trainer walks thousands of modules to say again that they train.
+            set_mode = self.model.train
+            self.model.train = lambda mode=True: self.model if self.model.training == mode else set_mode(mode)
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # nobody reads it, and it walks all parameters at every step
 
     def _get_train_sampler(self, train_dataset=None) -> EpochOrder:
         return self.order
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # TRL's own loss also takes the entropy and accuracy of each token: a third of a step on a CPU, read by nobody.
-        outputs = model(**inputs, use_cache=False)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        if self.fused:
+            losses = self.fused.losses(inputs["input_ids"], inputs["labels"])
+        else:
+            losses = model(**inputs, use_cache=False).loss[None]
+        self.losses = losses.detach()
+        return losses.sum()
+
+    def _clip_grad_norm(self, model):
+        groups = self.optimizer.param_groups
+        self.rates = [group["lr"] for group in groups]
+        self.grad_norms = [
+            torch.nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm).item() for group in groups
+        ]
+        return max(self.grad_norms)
+
+    def log(self, logs, *args, **kwargs):
+        for part, loss in zip(self.parts, self.losses.tolist(), strict=True):
+            logs[f"loss/{part.recipe.learning_rate:g}"] = loss
+        super().log(logs, *args, **kwargs)
+
+    def create_optimizer(self, model=None):
+        groups = [
+            {
+                "params": [p for name, p in self.model.named_parameters() if f".{part.name}." in name],
+                "lr": part.recipe.learning_rate,
+                "weight_decay": part.recipe.weight_decay,
+            }
+            for part in self.parts
+        ]
+        fused = self.fused is not None or any(part.recipe.optimizer == "adamw_torch_fused" for part in self.parts)
+        self.optimizer = torch.optim.AdamW(groups, fused=fused)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        rules = []
+        for recipe in (part.recipe for part in self.parts):
+            alone = torch.optim.SGD([torch.zeros(1)], lr=recipe.learning_rate)
+            steps = {"num_warmup_steps": recipe.warmup_steps, "num_training_steps": num_training_steps}
+            rules += get_scheduler(recipe.lr_scheduler, alone, **steps).lr_lambdas
+        self.lr_scheduler = LambdaLR(self.optimizer, rules)
+        return self.lr_scheduler
 
     def _save_checkpoint(self, model, trial=None) -> None:
-        # The Trainer writes to a folder of its own naming; only when that is complete does it get its real name.
-        Trainer._save_checkpoint(self, model, trial)
-        target = self.checkpoints / f"epoch-{round(self.state.epoch or 0):04d}"
-        written = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        keep_only(written, ADAPTER_FILES | RESUME_FILES)
-        written.rename(target)
-        for older in self.checkpoints.glob("epoch-*"):
-            if older != target:
-                keep_only(older, ADAPTER_FILES)
+        """A folder for each adapter, as if it had trained alone; only when all are whole do older ones shrink."""
+        state, scheduler = self.optimizer.state_dict(), self.lr_scheduler.state_dict()
+        targets = [part.checkpoints / f"epoch-{round(self.state.epoch or 0):04d}" for part in self.parts]
+        for k, (part, target) in enumerate(zip(self.parts, targets, strict=True)):
+            group = state["param_groups"][k]
+            moments = [state["state"][index] for index in group["params"]]
+            own = {key: [scheduler[key][k]] for key in ("base_lrs", "_last_lr")}
+            if target.exists():  # left by a pass that was cut off before its other adapters were written
+                shutil.rmtree(target)
+            with written_whole(target) as temporary:
+                save_adapter(self.model, part.name, temporary)
+                torch.save({"group": {**group, "params": []}, "moments": moments}, temporary / "optimizer.pt")
+                torch.save({"last_epoch": scheduler["last_epoch"], **own}, temporary / "scheduler.pt")
+                self._save_rng_state(str(temporary))
+                self.state.save_to_json(str(temporary / "trainer_state.json"))
+        for part, target in zip(self.parts, targets, strict=True):
+            for older in part.checkpoints.glob("epoch-*"):
+                if older != target:
+                    for name in RESUME_FILES:
+                        (older / name).unlink(missing_ok=True)
 
+    def _own(self, checkpoint: str) -> list[Path]:
+        """The parts' own folders for the epoch of `checkpoint`, which is the first part's."""
+        return [part.checkpoints / Path(checkpoint).name for part in self.parts]
 
-class Log(TrainerCallback):
-    """Write a line of metrics per step, ask for checkpoints at the chosen epochs, move the progress bar."""
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        for part, folder in zip(self.parts, self._own(resume_from_checkpoint), strict=True):
+            weights = load_file(folder / "adapter_model.safetensors")
+            set_peft_model_state_dict(self.model, weights, adapter_name=part.name)
 
-    def __init__(self, path: Path, rows: Sequence[Row], order: EpochOrder, recipe: Recipe, epochs: Sequence[int]):
-        self.path, self.rows, self.order, self.recipe, self.epochs = path, rows, order, recipe, epochs
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = read_jsonl(self.path)[: state.global_step] if self.path.exists() else []
-        with written_whole(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self.file = self.path.open("a", encoding="utf-8")
-        label = f"learning rate {self.recipe.learning_rate:g}"
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=label, unit="step", mininterval=1)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds = time.perf_counter() - self.started
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs:
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if checkpoint is None:
             return
-        epoch, position = divmod(state.global_step - 1, len(self.rows))
-        example = self.order.order(epoch)[position]
-        if logs["learning_rate"] != self.recipe.learning_rate and self.recipe.lr_scheduler == "constant":
-            raise RunError(
-                f"step {state.global_step}: the learning rate is {logs['learning_rate']}, "
-                f"the recipe says {self.recipe.learning_rate}"
-            )
-        if not math.isfinite(logs["loss"]):
-            raise RunError(
-                f"step {state.global_step}: the loss of {self.rows[example].source} is {logs['loss']}; "
-                "the newest checkpoint is from before this step, lower the learning rate or look at that example"
-            )
-        line = {
-            "step": state.global_step,
-            "epoch": epoch,
-            "example": example,
-            "learning_rate": logs["learning_rate"],
-            "loss": logs["loss"],
-            "grad_norm": logs["grad_norm"],
-            "tokens": len(self.rows[example].input_ids),
-            "seconds": round(self.seconds, 4),
-        }
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        self.bar.update()
-        self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_save = round(state.epoch) in self.epochs
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.close()
-
-    def close(self):
-        if hasattr(self, "file"):
-            self.file.close()
-            self.bar.close()
+        folders = self._own(checkpoint)
+        kept = [torch.load(folder / "optimizer.pt", weights_only=True) for folder in folders]
+        state = self.optimizer.state_dict()
+        for k, own in enumerate(kept):
+            indices = state["param_groups"][k]["params"]
+            state["param_groups"][k] = {**own["group"], "params": indices}
+            state["state"] |= dict(zip(indices, own["moments"], strict=True))
+        self.optimizer.load_state_dict(state)
+        schedules = [torch.load(folder / "scheduler.pt", weights_only=True) for folder in folders]
+        joined = {key: [schedule[key][0] for schedule in schedules] for key in ("base_lrs", "_last_lr")}
+        last = schedules[0]["last_epoch"]
+        found = {**self.lr_scheduler.state_dict(), **joined, "last_epoch": last, "_step_count": last + 1}
+        self.lr_scheduler.load_state_dict(found)
 
 
 def build_trainer(
-    recipe: Recipe, rows: Sequence[Row], output_dir: Path, checkpoints: Path, report_to: str = "none"
+    parts: Sequence[Part],
+    rows: Sequence[Row],
+    scratch: Path,
+    acceleration: Acceleration | None = None,
+    report_to: str = "none",
 ) -> RecipeTrainer:
-    """The trainer for one learning rate: base model in NF4, LoRA on every linear layer, float32 adapters."""
+    """The trainer for one pass: base model in NF4, LoRA on every linear layer, float32 adapters.
+
+    The parts share base model, number of epochs and rows; learning rate, schedule, rank, seed and decay are each its
+    own. Without `acceleration` there can be but one part.
+    """
+    recipe, acceleration = parts[0].recipe, acceleration or Acceleration.off("not chosen")
     model = load_model(recipe.base_model, recipe.load_in_4bit)
-    set_seed(recipe.seed)  # the adapter's random init must not depend on what ran before
-    lora = LoraConfig(
-        r=recipe.lora_r,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=recipe.lora_dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
+    for part in parts:
+        set_seed(part.recipe.seed)  # an adapter's random init must not depend on what ran before
+        lora = LoraConfig(
+            r=part.recipe.lora_r,
+            lora_alpha=part.recipe.lora_alpha,
+            lora_dropout=part.recipe.lora_dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        if part is parts[0]:
+            model = get_peft_model(model, lora, adapter_name=part.name)
+        else:
+            model.add_adapter(part.name, lora)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)  # PEFT trains only the active adapter
     arguments = SFTConfig(
-        output_dir=str(output_dir),
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.lr_scheduler,
-        warmup_steps=0,
+        output_dir=str(scratch),
         num_train_epochs=recipe.num_epochs,
-        per_device_train_batch_size=recipe.micro_batch_size,
+        per_device_train_batch_size=len(parts),
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        optim=recipe.optimizer,
-        weight_decay=recipe.weight_decay,
-        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing=recipe.gradient_checkpointing and not acceleration.fused,
         packing=False,
         max_length=None,  # nothing is truncated: `tokenize` refuses what does not fit
         bf16=True,
         use_cpu=device().type == "cpu",
+        logging_strategy="no" if report_to == "none" else "steps",  # `Log` keeps what is read
         logging_steps=1,
         save_strategy="no",  # `Log` asks for checkpoints
         report_to=report_to,
@@ -186,12 +233,13 @@ def build_trainer(
         for row in rows
     ]
     return RecipeTrainer(
-        model=get_peft_model(model, lora),
+        model=model,
         args=arguments,
         train_dataset=Dataset.from_list(columns),
         processing_class=load_tokenizer(recipe.base_model),
-        order=EpochOrder(len(rows), recipe.seed),
-        checkpoints=checkpoints,
+        parts=parts,
+        order=EpochOrder(len(rows), [part.recipe.seed for part in parts]),
+        acceleration=acceleration,
     )
 
 
@@ -200,9 +248,12 @@ def check_batches(trainer: RecipeTrainer, rows: Sequence[Row]) -> None:
     dtypes = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
     if dtypes != {torch.float32}:
         raise RunError(f"adapters are {dtypes}, not float32: at a low learning rate they would not move")
-    for example, batch in zip(trainer.order.order(0), trainer.get_train_dataloader(), strict=True):
-        row = rows[example]
-        ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-        wanted = [i if m else -100 for i, m in zip(row.input_ids, row.completion_mask, strict=True)]
-        if ids != row.input_ids or labels != wanted or labels[-1] != trainer.processing_class.eos_token_id:
-            raise RunError(f"{row.source}: the trainer's batch is not the tokenised row; do not trust this run")
+    for position, batch in enumerate(trainer.get_train_dataloader()):
+        for k in range(len(trainer.parts)):
+            row = rows[trainer.order.order(0, k)[position]]
+            ids, labels = batch["input_ids"][k].tolist(), batch["labels"][k].tolist()
+            wanted = [i if m else -100 for i, m in zip(row.input_ids, row.completion_mask, strict=True)]
+            length, last = len(wanted), trainer.processing_class.eos_token_id
+            whole = ids[:length] == row.input_ids and labels[:length] == wanted and labels[length - 1] == last
+            if not whole or set(labels[length:]) - {-100}:
+                raise RunError(f"{row.source}: the trainer's batch is not the tokenised row; do not trust this run")

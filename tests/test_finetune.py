@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
 from mini_symposium import InputError, RunError, finetune, trainer
+from mini_symposium.acceleration import choose
 from mini_symposium.base_models import load_model, load_tokenizer
 from mini_symposium.dataset import load_examples, tokenize
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run_directory import RunDirectory, find
+from mini_symposium.run_directory import RunDirectory, find, read_jsonl
+from mini_symposium.training_log import Log, Part
 
 DATA = find("data/minisymposium.md")
 
@@ -104,9 +107,12 @@ def test_a_lines_example_is_the_one_that_was_trained(trained, recipe, examples):
 
 
 def test_epochs_are_shuffled_and_the_seed_decides(recipe):
-    order = trainer.EpochOrder(13, seed=1)
+    order = trainer.EpochOrder(13, [1, 2])
     assert order.order(0) != order.order(1)
-    assert order.order(5) == trainer.EpochOrder(13, seed=1).order(5) != trainer.EpochOrder(13, seed=2).order(5)
+    assert order.order(5) == trainer.EpochOrder(13, [1]).order(5) != order.order(5, 1)
+    order.set_epoch(5)
+    assert list(order)[0::2] == order.order(5, 0)
+    assert list(order)[1::2] == order.order(5, 1)
 
 
 def test_checkpoints_hold_the_adapter_and_only_the_newest_can_resume(trained, recipe):
@@ -135,18 +141,22 @@ def test_a_run_of_something_else_is_refused(trained, recipe, examples):
 
 
 KILLED = """
-import sys
+import json, sys
 from mini_symposium.finetune import prepare, train
 recipe, examples, run = prepare("tiny", sys.argv[2], sys.argv[1])
-train(recipe.replace(lora_dropout=0.1), examples, run, [1e-4])
+train(recipe.replace(lora_dropout=float(sys.argv[4])), examples, run, json.loads(sys.argv[3]))
 """
 
 
-def test_a_killed_run_goes_on_and_equals_one_that_was_never_killed(tmp_path):
+def steps(run, rate):
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in run.metrics(rate)]
+
+
+@pytest.mark.parametrize(("rates", "dropout"), [([1e-4, 1e-7], 0.0), ([1e-4], 0.1)])
+def test_a_killed_run_goes_on_and_equals_one_that_was_never_killed(tmp_path, rates, dropout):
     def start(name):
-        return subprocess.Popen(
-            [sys.executable, "-c", KILLED, tmp_path / name, DATA], stderr=subprocess.PIPE, text=True
-        )
+        arguments = [tmp_path / name, DATA, json.dumps(rates), str(dropout)]
+        return subprocess.Popen([sys.executable, "-c", KILLED, *arguments], stderr=subprocess.PIPE, text=True)
 
     whole, cut = (RunDirectory(tmp_path / name) for name in ("whole", "cut"))
     process = start("whole")
@@ -160,20 +170,81 @@ def test_a_killed_run_goes_on_and_equals_one_that_was_never_killed(tmp_path):
     process = start("cut")
     assert process.wait() == 0, process.stderr.read()
 
-    def steps(run):
-        return [{k: v for k, v in line.items() if k != "seconds"} for line in run.metrics(1e-4)]
+    for rate in rates:
+        assert steps(cut, rate) == steps(whole, rate)
+        epochs = set(whole.checkpoints(rate))
+        assert set(cut.checkpoints(rate)) == epochs
+        ours, theirs = adapter(cut, rate, max(epochs)), adapter(whole, rate, max(epochs))
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
-    assert steps(cut) == steps(whole)
-    epochs = set(whole.checkpoints(1e-4))
-    assert set(cut.checkpoints(1e-4)) == epochs
-    ours, theirs = adapter(cut, 1e-4, max(epochs)), adapter(whole, 1e-4, max(epochs))
-    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+def test_each_adapter_of_a_pass_ends_where_it_would_have_ended_alone(trained, recipe, examples, tmp_path):
+    together, _ = trained
+    for rate in (1e-4, 1e-7):
+        alone = RunDirectory(tmp_path / f"{rate}")
+        finetune.train(recipe, examples, alone, [rate])
+        for ours, theirs in zip(steps(together, rate), steps(alone, rate), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3)
+        first, last = adapter(alone, rate, 0), adapter(alone, rate, recipe.num_epochs)
+        assert all(torch.equal(first[k], adapter(together, rate, 0)[k]) for k in first)
+        travel = torch.cat([(last[k] - first[k]).flatten() for k in first])
+        other = adapter(together, rate, recipe.num_epochs)
+        assert torch.cosine_similarity(travel, torch.cat([(other[k] - first[k]).flatten() for k in first]), 0) > 0.99
+
+
+def test_fast_and_plain_training_follow_the_same_trajectory(trained, recipe, examples, tmp_path):
+    fast, _ = trained
+    plain = RunDirectory(tmp_path)
+    finetune.train(recipe, examples, plain, [1e-4], fast=False)
+    for ours, theirs in zip(steps(fast, 1e-4), steps(plain, 1e-4), strict=True):
+        assert (ours["example"], ours["tokens"]) == (theirs["example"], theirs["tokens"])
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=0.02)
+
+
+def test_ranks_seeds_and_schedules_may_share_a_pass(recipe, examples, tmp_path):
+    rows = tokenize(examples, load_tokenizer("tiny"), recipe.sequence_len, completion_only=False)
+    two = recipe.replace(num_epochs=2, learning_rate=1e-3)
+    recipes = [two, two.replace(lora_r=2, lora_alpha=4, seed=7, lr_scheduler="cosine")]
+
+    def losses(recipes, folder):
+        parts = [Part(f"adapter{k}", recipe, tmp_path / folder / str(k)) for k, recipe in enumerate(recipes)]
+        chosen = choose(two, len(parts), 512, 26)
+        built = trainer.build_trainer(parts, rows, tmp_path / "scratch", chosen)
+        trainer.check_batches(built, rows)
+        log = Log(built, parts, rows, [2])
+        built.add_callback(log)
+        built.train()
+        return [read_jsonl(part.metrics) for part in parts]
+
+    together = losses(recipes, "together")
+    assert [line["example"] for line in together[0]] != [line["example"] for line in together[1]]
+    assert together[1][-1]["learning_rate"] < 1e-4 < together[0][-1]["learning_rate"] == 1e-3
+    for k in range(2):
+        alone = losses(recipes[k : k + 1], f"alone{k}")[0]
+        for ours, theirs in zip(together[k], alone, strict=True):
+            assert {**ours, "seconds": 0} == pytest.approx({**theirs, "seconds": 0}, rel=1e-3)
+
+
+def test_a_pass_cut_off_between_its_checkpoints_goes_on_from_the_common_one(trained, recipe, examples, tmp_path):
+    """Killed after the first adapter's checkpoint was written and before the second's."""
+    run, _ = trained
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(run.path, copy.path)
+    rates = (1e-4, 1e-7)
+    assert finetune._passes(rates, copy, 2) == [(rates, recipe.num_epochs)]
+    shutil.rmtree(copy.checkpoints(1e-7)[recipe.num_epochs])
+    assert finetune._passes(rates, copy, 2) == [([1e-4], recipe.num_epochs), ([1e-7], None)]
+    earlier = sorted(copy.checkpoints(1e-4))[-2]
+    for rate in rates:  # what the epoch before held until all adapters had the new one
+        (copy.checkpoints(rate)[earlier] / "optimizer.pt").touch()
+    assert finetune._passes(rates, copy, 2) == [(rates, earlier)]
+    assert finetune._passes(rates, copy, 1) == [(rates[:1], earlier), (rates[1:], earlier)]
 
 
 def test_completion_alone_is_supervised_when_the_recipe_says_so(recipe, examples, tmp_path):
     tokenizer = load_tokenizer("tiny")
     rows = tokenize(examples[:2], tokenizer, recipe.sequence_len, completion_only=True)
-    built = trainer.build_trainer(recipe, rows, tmp_path / "scratch", tmp_path / "checkpoints")
+    built = trainer.build_trainer([Part("adapter0", recipe, tmp_path)], rows, tmp_path / "scratch")
     trainer.check_batches(built, rows)
     labels = next(iter(built.get_train_dataloader()))["labels"][0]
     row = rows[built.order.order(0)[0]]
@@ -183,7 +254,7 @@ def test_completion_alone_is_supervised_when_the_recipe_says_so(recipe, examples
 
 def test_a_batch_that_is_not_the_row_stops_the_run_before_step_1(recipe, examples, tmp_path):
     rows = tokenize(examples[:2], load_tokenizer("tiny"), recipe.sequence_len, completion_only=False)
-    built = trainer.build_trainer(recipe, rows, tmp_path / "scratch", tmp_path / "checkpoints")
+    built = trainer.build_trainer([Part("adapter0", recipe, tmp_path)], rows, tmp_path / "scratch")
     with pytest.raises(RunError, match="the trainer's batch is not the tokenised row"):
         trainer.check_batches(built, rows[::-1])
     for parameter in built.model.parameters():
@@ -195,12 +266,12 @@ def test_a_batch_that_is_not_the_row_stops_the_run_before_step_1(recipe, example
 
 def test_a_loss_that_is_no_number_names_the_example(recipe, examples, tmp_path):
     rows = tokenize(examples[:2], load_tokenizer("tiny"), recipe.sequence_len, completion_only=False)
-    log = trainer.Log(tmp_path / "metrics.jsonl", rows, trainer.EpochOrder(2, 0), recipe, [0])
-    state = type("State", (), {"global_step": 1})
-    with pytest.raises(RunError, match=r"step 1: the loss of .*minisymposium\.md:\d+ is nan"):
-        log.on_log(None, state, None, {"loss": float("nan"), "learning_rate": recipe.learning_rate})
+    parts = [Part("adapter0", recipe, tmp_path)]
+    log = Log(trainer.build_trainer(parts, rows, tmp_path / "scratch"), parts, rows, [0])
+    with pytest.raises(RunError, match=r"step 1: the loss of .*minisymposium\.md:\d+ is nan at learning rate 1e-07"):
+        log.write(1, 0, float("nan"), 1.0, recipe.learning_rate, 0.1)
     with pytest.raises(RunError, match=r"step 1: the learning rate is 0\.1"):
-        log.on_log(None, state, None, {"loss": 1.0, "learning_rate": 0.1})
+        log.write(1, 0, 1.0, 1.0, 0.1, 0.1)
 
 
 def test_run_records_what_it_ran_on(trained, recipe):

@@ -1,0 +1,101 @@
+"""How a recipe is trained on this machine: chosen from its shapes, the memory at hand and the steps ahead.
+
+Nothing here changes what is computed, only where numbers are kept and what is computed together.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+
+from mini_symposium.base_models import NF4_BYTES, device, memory, model_config, predicted_bytes
+from mini_symposium.recipe import Recipe
+
+SHARE = 0.8
+"""Of the free memory, what training may plan with."""
+
+COMPILE_FROM = 600
+"""Steps, counted for each adapter, from which compiling a layer pays: 10 to 15 s once, for a tenth of each step."""
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What was chosen, and why.
+
+    >>> print(Acceleration.off("asked for"))
+    plain PEFT, one adapter at a time (asked for)
+    """
+
+    fused: bool
+    """Compute the losses by `fused`, and not by PEFT's own layers."""
+    resident: bool
+    """Keep the dequantised base; otherwise its weights stay in 4 bits."""
+    checkpointing: bool
+    """Recompute activations in the backward pass."""
+    compiled: bool
+    """Compile the decoder layer."""
+    together: int
+    """Adapters that train in one pass."""
+    why: str
+
+    @classmethod
+    def off(cls, why: str) -> "Acceleration":
+        return cls(False, False, False, False, 1, why)
+
+    def __str__(self) -> str:
+        if not self.fused:
+            return f"plain PEFT, one adapter at a time ({self.why})"
+        parts = [
+            f"{self.together} adapter{'s' if self.together > 1 else ''} in one pass",
+            "base dequantised once and kept" if self.resident else "base kept in 4 bits",
+            "activations recomputed" if self.checkpointing else "activations kept",
+            "layer compiled" if self.compiled else "layer not compiled",
+        ]
+        return f"{', '.join(parts)} ({self.why})"
+
+
+def obstacle(recipe: Recipe, tokens: int) -> str | None:
+    """Why `fused` cannot compute this recipe on rows of up to `tokens` tokens, or None if it can."""
+    config = model_config(recipe.base_model)
+    if config.model_type not in ("llama", "mistral"):
+        return f"the architecture is {config.model_type}, not llama or mistral"
+    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False) or config.hidden_act != "silu":
+        return "the layers have biases, or another activation than SiLU"
+    window = getattr(config, "sliding_window", None)
+    if window and window < tokens:
+        return f"rows of {tokens} tokens exceed the attention window of {window}"
+    return "the recipe uses dropout" if recipe.lora_dropout else None
+
+
+def choose(
+    recipe: Recipe, adapters: int, tokens: int, steps: int, fast: bool = True, free: int | None = None
+) -> Acceleration:
+    """How to train `adapters` adapters of `recipe` on rows of up to `tokens` tokens for `steps` steps.
+
+    Nothing is loaded. `fast=False` turns everything off; `free` is the memory to plan with, in bytes, by default what
+    is free now.
+    """
+    why = obstacle(recipe, tokens) if fast else "asked for"
+    if why:
+        return Acceleration.off(why)
+    free = memory() if free is None else free
+    sizes = {kept: predicted_bytes(recipe.replace(gradient_checkpointing=not kept)) for kept in (True, False)}
+    base = sizes[True]["base, NF4"] + sizes[True]["base, bfloat16"]
+    dequantised = round(sizes[True]["base, NF4"] / NF4_BYTES * 2)
+
+    def fits(resident: bool, kept: bool) -> int:
+        each = sizes[kept]["adapters, gradients, optimizer"] + sizes[kept]["activations"]
+        return int((SHARE * free - base - dequantised * resident) // each)
+
+    resident = fits(True, False) >= 1
+    kept = resident and fits(True, True) >= 1
+    together = max(1, min(adapters, fits(resident, kept)))
+    compiler = device().type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
+    return Acceleration(
+        fused=True,
+        resident=resident,
+        checkpointing=not kept,
+        compiled=compiler and steps * together >= COMPILE_FROM,
+        together=together,
+        why=f"{dequantised / 2**20:,.0f} MiB dequantised {'fit' if resident else 'do not fit'}; {steps} steps"
+        + ("" if compiler or device().type != "cpu" else "; no C++ compiler"),
+    )

@@ -1,0 +1,43 @@
+import pytest
+
+from mini_symposium.acceleration import choose
+from mini_symposium.base_models import predicted_bytes
+from mini_symposium.recipe import load_recipe
+
+GIB = 2**30
+
+
+def test_one_switch_turns_everything_off():
+    off = choose(load_recipe("proxy"), 4, 400, 8000, fast=False)
+    assert not off.fused
+    assert off.together == 1
+    assert "asked for" in str(off)
+
+
+def test_dropout_and_rows_beyond_the_attention_window_train_plainly():
+    assert "dropout" in str(choose(load_recipe("proxy", lora_dropout=0.1), 2, 400, 800))
+    assert "attention window of 4096" in str(choose(load_recipe("tiny"), 2, 5000, 800))
+
+
+@pytest.mark.parametrize(("free", "resident"), [(80 * GIB, True), (12 * GIB, False)])
+def test_mistral_keeps_its_dequantised_weights_only_where_they_fit(free, resident):
+    chosen = choose(load_recipe("paper"), 2, 400, 7800, free=free)
+    assert chosen.fused
+    assert chosen.resident == resident
+    assert resident or chosen.checkpointing
+
+
+def test_as_many_adapters_share_a_pass_as_fit():
+    recipe = load_recipe("proxy")
+    sizes = predicted_bytes(recipe)
+    each = sizes["adapters, gradients, optimizer"] + sizes["activations"]
+    assert choose(recipe, 8, 400, 400, free=16 * GIB).together == 8
+    some = choose(recipe, 8, 400, 400, free=int((3.5 * each + 0.45 * GIB) / 0.8))
+    assert 1 < some.together < 8
+    assert choose(recipe, 8, 400, 400, free=0).together == 1
+
+
+def test_a_layer_is_compiled_only_for_a_long_run():
+    short, long = (choose(load_recipe("proxy"), 1, 400, steps, free=16 * GIB) for steps in (20, 7800))
+    assert not short.compiled
+    assert "7800 steps" in str(long)

@@ -1,0 +1,154 @@
+"""The fused pass computes what PEFT computes; on real weights where precision matters, on tiny ones elsewhere."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft import LoraConfig, get_peft_model
+
+from mini_symposium.base_models import load_model
+from mini_symposium.dataset import load_examples, tokenize
+from mini_symposium.fused import GROUPS, FusedAdapters
+from mini_symposium.run_directory import find
+
+
+def adapted(base, ranks=(8,), **options):
+    """A model with an adapter of each rank, neither half of any of them zero."""
+    model = load_model(base, **options)
+    for k, rank in enumerate(ranks):
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        torch.manual_seed(rank)
+        if k == 0:
+            model = get_peft_model(model, lora, adapter_name="adapter0")
+        else:
+            model.add_adapter(f"adapter{k}", lora)
+        for name, parameter in model.named_parameters():
+            if f".adapter{k}." in name:
+                parameter.data = parameter.data.float()
+                if "lora_B" in name:
+                    parameter.data.normal_(0, 0.01)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return model.train()
+
+
+def gradient(model, name="adapter0"):
+    found = torch.cat([p.grad.flatten() for n, p in model.named_parameters() if f".{name}." in n])
+    model.zero_grad()
+    return found
+
+
+def padded(rows):
+    width = max(map(len, rows))
+    ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
+    for k, row in enumerate(rows):
+        ids[k, : len(row)] = labels[k, : len(row)] = torch.tensor(row)
+    return ids, labels
+
+
+@pytest.fixture(scope="module")
+def rows(proxy_tokenizer):
+    return [
+        row.input_ids for row in tokenize(load_examples(find("data/minisymposium.md")), proxy_tokenizer, 1024, False)
+    ]
+
+
+def test_loss_and_gradient_are_as_close_to_float32_as_pefts(rows):
+    ids, labels = padded(rows[:1])
+    exact = adapted("SmolLM2-135M-Instruct", dtype=torch.float32)
+    loss = exact(input_ids=ids, labels=labels).loss
+    loss.backward()
+    wanted = gradient(exact)
+    model = adapted("SmolLM2-135M-Instruct")
+    with torch.autocast("cpu", torch.bfloat16):
+        peft = model(input_ids=ids, labels=labels).loss
+    peft.backward()
+    theirs = gradient(model)
+    fused = FusedAdapters(model, ["adapter0"]).losses(ids, labels)
+    fused.sum().backward()
+    ours = gradient(model)
+    assert fused.item() == pytest.approx(loss.item(), abs=0.01)
+    error, their_error = ((found - wanted).norm() / wanted.norm() for found in (ours, theirs))
+    assert error < max(1.1 * their_error, 0.02)
+
+
+def test_every_residency_gives_the_same_bits():
+    model = adapted("tiny", (8, 4))
+    ids = torch.randint(5, 30000, (2, 40), generator=torch.Generator().manual_seed(0))
+    found = []
+    for options in ({}, {"checkpointing": True}, {"resident": False}):
+        losses = FusedAdapters(model, ["adapter0", "adapter1"], **options).losses(ids, ids)
+        losses.sum().backward()
+        found.append((losses.detach(), gradient(model)))
+    assert all(torch.equal(losses, found[0][0]) and torch.equal(g, found[0][1]) for losses, g in found[1:])
+
+
+def test_kept_weights_are_what_the_4_bit_kernel_would_see():
+    model = adapted("tiny")
+    fused = FusedAdapters(model, ["adapter0"])
+    for number, layer in enumerate(model.get_base_model().model.layers):
+        for weight, group in zip(fused.weights[number], GROUPS, strict=True):
+            bases = [layer.get_submodule(name).get_base_layer().weight for name in group]
+            assert torch.equal(weight, torch.cat([dequantize_4bit(base.data, base.quant_state) for base in bases]))
+
+
+def test_adapters_of_different_ranks_and_rows_do_not_touch_each_other(rows):
+    """Each row's loss and gradient are those of a batch of one; padding and the other ranks change nothing."""
+    short, long = ([i % 30000 for i in row] for row in sorted(rows, key=len)[:: len(rows) - 1])
+    model = adapted("tiny", (8, 2))
+    names = ["adapter0", "adapter1"]
+    together = FusedAdapters(model, names).losses(*padded([short, long]))
+    together.sum().backward()
+    joint = [gradient_of(model, name) for name in names]
+    model.zero_grad()
+    for k, row in enumerate((short, long)):
+        alone = FusedAdapters(model, names[k : k + 1]).losses(*padded([row]))
+        alone.sum().backward()
+        assert together[k].item() == pytest.approx(alone.item(), rel=1e-4)
+        own = gradient_of(model, names[k])
+        assert (own - joint[k]).norm() < 0.01 * own.norm()
+        model.zero_grad()
+
+
+def gradient_of(model, name):
+    return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if f".{name}." in n])
+
+
+def test_only_supervised_positions_count():
+    model = adapted("tiny")
+    ids = torch.randint(5, 30000, (1, 30), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.arange(30) < 20, -100)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = model(input_ids=ids, labels=labels).loss.item()
+    assert FusedAdapters(model, ["adapter0"]).losses(ids, labels).item() == pytest.approx(wanted, abs=5e-3)
+
+
+COMPILED = """
+import torch
+from tests.test_fused import adapted
+from mini_symposium.fused import FusedAdapters
+model = adapted("tiny")
+ids = torch.randint(5, 30000, (1, 30), generator=torch.Generator().manual_seed(0))
+fused = FusedAdapters(model, ["adapter0"], compiled=True)
+plain = FusedAdapters(model, ["adapter0"])
+for length in (30, 20):
+    losses = [each.losses(ids[:, :length], ids[:, :length]) for each in (fused, plain)]
+    assert abs(losses[0].item() - losses[1].item()) < 5e-3
+    losses[0].sum().backward()
+print("compiled" if fused.compiled else "not compiled")
+"""
+
+
+@pytest.mark.parametrize(("compiler", "said"), [("g++", "compiled"), ("/bin/false", "not compiled")])
+def test_a_compiled_layer_agrees_and_a_broken_compiler_does_not_stop_a_run(compiler, said, tmp_path):
+    import os
+    import shutil
+
+    if not shutil.which(compiler):
+        pytest.skip("no C++ compiler")
+    own = {**os.environ, "CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": "."}
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=own, cwd=find("."))
+    assert done.stdout.strip() == said, done.stderr[-2000:]
+    assert ("could not be compiled" in done.stderr) == (said == "not compiled")
