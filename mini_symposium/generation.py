@@ -1,7 +1,10 @@
-"""Greedy answers, side by side: a whole grid of prompts decodes as one batch, each row with its own stops."""
+"""Greedy answers, side by side: a whole grid of prompts decodes as one batch, each row with its own stops.
 
-import time
-from collections.abc import Mapping, Sequence
+On a CPU answers are computed in float32, where a batch gives every row the tokens that it gets alone. In bfloat16,
+which a GPU uses, the shape of a batch changes the rounding, and where two tokens are nearly tied the other may win.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +14,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from mini_symposium import InputError
-from mini_symposium.base_models import device, load_model
+from mini_symposium.base_models import device, load_model, local_directory, memory
 from mini_symposium.prompt_formats import PromptFormat
+
+SHARE = 0.5
+"""Of the free memory, what a batch may fill with keys and values."""
 
 
 @dataclass(frozen=True)
@@ -24,19 +30,61 @@ class Answer:
     stop_reason: str
 
 
-class _StopStrings(StoppingCriteria):
-    """End a row when one of its own stop strings shows in what it has generated."""
+class _Watch(StoppingCriteria):
+    """After each token: end the rows whose own stop strings show, and pass on what every row has so far."""
 
     LOOK_BACK = 32  # tokens; a stop string is a short line
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[Sequence[str]], prompt_tokens: int):
-        self.tokenizer, self.stops, self.prompt_tokens = tokenizer, stops, prompt_tokens
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[Sequence[str]], prompt_tokens: int, grown):
+        self.tokenizer, self.stops, self.prompt_tokens, self.grown = tokenizer, stops, prompt_tokens, grown
 
     def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
         start = max(self.prompt_tokens, input_ids.shape[1] - self.LOOK_BACK)
         tails = self.tokenizer.batch_decode(input_ids[:, start:])
         done = [any(stop in tail for stop in stops) for tail, stops in zip(tails, self.stops, strict=True)]
+        if self.grown and self.grown(input_ids[:, self.prompt_tokens :].tolist()):
+            done = [True] * len(done)
         return torch.tensor(done, device=input_ids.device)
+
+
+@contextmanager
+def _contiguous_head(model: PreTrainedModel):
+    """The last position of each prompt as one block: of a strided one PyTorch multiplies each row by its own copy of
+    the head's weights."""
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _steady_products():
+    """Float32 products on a CPU by oneDNN, which sums a row the same way in a batch of any size, and sooner than MKL.
+
+    PyTorch hands them over only under this name. It is a permission: a processor with matrix units for bfloat16 may
+    round a product's inputs to it; others compute in float32.
+    """
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _rows_that_fit(model: PreTrainedModel, tokens: int, free: int) -> int:
+    """Rows of `tokens` tokens whose keys and values fit; twice their size, for they are copied as they grow."""
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * size * tokens * model.dtype.itemsize
+    return max(1, int(SHARE * free / (2 * cache + 12 * config.vocab_size)))
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @torch.inference_mode()
@@ -46,38 +94,86 @@ def generate(
     prompts: Sequence[str],
     stops: Sequence[Sequence[str]] | None = None,
     max_new_tokens: int = 128,
+    adapters: Sequence[str] | None = None,
+    on_text: Callable[[list[str]], object] | None = None,
+    free: int | None = None,
 ) -> list[Answer]:
-    """Greedy continuations of `prompts`, decoded as one left-padded batch.
+    """Greedy continuations of `prompts`, decoded as one left-padded batch, or as several where memory is short.
 
     Parameters
     ----------
     stops
         For each prompt its stop strings; None for none. The model's own EOS always ends a row.
+    adapters
+        For each prompt the adapter that answers, "base" for none; None for the active one.
+    on_text
+        Called after each token with the text of every row so far; what it returns, if true, ends the generation.
+    free
+        Memory to plan with, in bytes; by default what is free now.
 
     Returns
     -------
     list of Answer
         In the order of `prompts`.
+
+    Raises
+    ------
+    InputError
+        If a prompt and its continuation exceed the model's context.
     """
     if not prompts:
         return []
     stops = [[]] * len(prompts) if stops is None else stops
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
+    ids = tokenizer(list(prompts))["input_ids"]
     room = getattr(model.config, "max_position_embeddings", None)
-    width = batch["input_ids"].shape[1]
+    width = max(map(len, ids))
     if room and width + max_new_tokens > room:
         raise InputError(
             f"a prompt of {width} tokens and {max_new_tokens} new ones exceed the model's {room}; shorten the query"
         )
     model.eval()
-    output = model.generate(
-        **batch,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        stopping_criteria=StoppingCriteriaList([_StopStrings(tokenizer, stops, width)]),
-    )[:, width:]
-    return [_answer(tokenizer, row, row_stops) for row, row_stops in zip(output.tolist(), stops, strict=True)]
+    answers = [Answer("", 0, "length")] * len(prompts)
+    stopped = False
+
+    def decode(rows: list[int]) -> None:
+        batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(model.device)
+        start = batch["input_ids"].shape[1]
+
+        def keep(generated: list[list[int]]) -> None:
+            for row, tokens in zip(rows, generated, strict=True):
+                answers[row] = _answer(tokenizer, tokens, stops[row])
+
+        def grown(generated: list[list[int]]) -> bool:
+            nonlocal stopped
+            keep(generated)
+            stopped = bool(on_text([answer.text for answer in answers]))
+            return stopped
+
+        watch = _Watch(tokenizer, [stops[row] for row in rows], start, on_text and grown)
+        named = adapters is not None and isinstance(model, PeftModel)
+        output = model.generate(
+            **batch,
+            **({"adapter_names": [_PEFT_NAME.get(adapters[row], adapters[row]) for row in rows]} if named else {}),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            stopping_criteria=StoppingCriteriaList([watch]),
+        )
+        keep(output[:, start:].tolist())
+
+    fit = _rows_that_fit(model, width + max_new_tokens, memory() if free is None else free)
+    ordered = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # rows of like length need little padding
+    waiting = [ordered[first : first + fit] for first in range(0, len(ordered), fit)]
+    with _steady_products(), _contiguous_head(model):
+        while waiting and not stopped:
+            rows = waiting.pop(0)
+            try:
+                decode(rows)
+            except RuntimeError as error:
+                if len(rows) == 1 or not _out_of_memory(error):
+                    raise
+                waiting[:0] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+    return answers
 
 
 def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Sequence[str]) -> Answer:
@@ -92,20 +188,32 @@ def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Sequence[
     return Answer(text.strip(), len(ids), reason)
 
 
+_PEFT_NAME = {"base": "__base__"}
+"""How PEFT calls a row that no adapter touches."""
+
+
 def load_with_adapters(
     base_model: str,
     checkpoints: Mapping[str, Path],
     load_in_4bit: bool = True,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """One base with any number of named adapters on it, float32 as they were trained; choose with `using`.
+
+    Without a `dtype` it computes in float32 on a CPU with memory for it, else in bfloat16.
 
     Raises
     ------
     InputError
         If a checkpoint is not there, is damaged, or belongs to a base of another shape.
     """
-    model = load_model(base_model, load_in_4bit, dtype, dequantize=device().type == "cpu")
+    cpu = device().type == "cpu"
+    if dtype is None:
+        stored = sum(file.stat().st_size for file in local_directory(base_model).glob("*.safetensors"))
+        dtype = torch.float32 if cpu and 2 * stored < memory() / 2 else torch.bfloat16
+    model = load_model(base_model, load_in_4bit, dtype, dequantize=cpu)
+    if cpu:
+        model.set_attn_implementation("eager")  # two thirds of the time that "sdpa" takes for a token of 32 rows
     for name, checkpoint in checkpoints.items():
         try:
             if isinstance(model, PeftModel):
@@ -136,34 +244,27 @@ def answer_grid(
     max_new_tokens: int = 128,
     user: str = "User",
     char: str = "Assistant",
+    on_text: Callable[[list[str]], object] | None = None,
 ) -> list[dict]:
-    """Every query in every format from every named adapter ("base" for none): one batch per adapter.
+    """Every query in every format from every named adapter ("base" for none), as one batch.
+
+    `on_text` is called after each token with the text of every cell so far; see `generate`.
 
     Returns
     -------
     list of dict
-        query, format, model, prompt, answer, tokens, stop_reason, seconds (of the batch that the answer was part of).
+        model, query, format, prompt, answer, tokens, stop_reason; by model, then query, then format.
     """
-    cells = [(query, form) for query in queries for form in formats]
-    prompts = [form.render(query, user, char) for query, form in cells]
-    stops = [form.stop_strings(user, char) for _, form in cells]
-    grid = []
-    for name in names:
-        started = time.perf_counter()
-        with using(model, name):
-            answers = generate(model, tokenizer, prompts, stops, max_new_tokens)
-        seconds = round(time.perf_counter() - started, 2)
-        grid += [
-            {
-                "query": query,
-                "format": form.name,
-                "model": name,
-                "prompt": prompt,
-                "answer": answer.text,
-                "tokens": answer.tokens,
-                "stop_reason": answer.stop_reason,
-                "seconds": seconds,
-            }
-            for (query, form), prompt, answer in zip(cells, prompts, answers, strict=True)
-        ]
-    return grid
+    cells = [
+        {"query": query, "format": form.name, "model": name, "prompt": form.render(query, user, char)}
+        for name in names
+        for query in queries
+        for form in formats
+    ]
+    stops = [form.stop_strings(user, char) for form in formats] * len(names) * len(queries)
+    prompts, adapters = ([cell[key] for cell in cells] for key in ("prompt", "model"))
+    answers = generate(model, tokenizer, prompts, stops, max_new_tokens, adapters, on_text)
+    return [
+        {**cell, "answer": answer.text, "tokens": answer.tokens, "stop_reason": answer.stop_reason}
+        for cell, answer in zip(cells, answers, strict=True)
+    ]

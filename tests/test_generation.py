@@ -1,5 +1,9 @@
+from contextlib import contextmanager
+from itertools import pairwise
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from mini_symposium import InputError
 from mini_symposium.base_models import load_model
@@ -12,7 +16,28 @@ QUERY = "What is the capital of France?"
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(PROXY)
+    return load_with_adapters(PROXY, {})
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """The proxy with two adapters that say other things than it does."""
+    checkpoints = {}
+    for seed, name in enumerate(("left", "right")):
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        checkpoints[name] = tmp_path_factory.mktemp(name)
+        get_peft_model(load_model(PROXY), lora).save_pretrained(checkpoints[name])
+    return load_with_adapters(PROXY, checkpoints)
+
+
+def one_at_a_time(model, tokenizer, prompt, stops, tokens):
+    """The model's own `generate`, and what a reader would make of it by hand."""
+    ids = tokenizer(prompt, return_tensors="pt")
+    with torch.inference_mode():
+        output = model.generate(**ids, do_sample=False, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id)
+    text = tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return min((text.split(stop)[0] for stop in stops), key=len, default=text).strip()
 
 
 def test_the_proxy_answers(model, proxy_tokenizer):
@@ -20,15 +45,64 @@ def test_the_proxy_answers(model, proxy_tokenizer):
     assert answer.text.startswith("The capital of France is Paris")
 
 
-def test_a_grid_answers_as_one_at_a_time(proxy_tokenizer):
-    """In float32: in bfloat16 the shape of a batch changes the rounding, and a near tie may fall the other way."""
-    model = load_model(PROXY, dtype=torch.float32)
+def test_a_grid_of_formats_and_adapters_answers_as_one_at_a_time(adapted, proxy_tokenizer):
+    names, formats = ["base", "left", "right"], list(FORMATS.values())
+    grid = answer_grid(adapted, proxy_tokenizer, names, formats, [QUERY], 24)
+    for cell in grid:
+        stops = FORMATS[cell["format"]].stop_strings("User", "Assistant")
+        with using(adapted, cell["model"]):
+            assert cell["answer"] == one_at_a_time(adapted, proxy_tokenizer, cell["prompt"], stops, 24)
+    assert len({cell["answer"] for cell in grid}) > 10
+
+
+def test_short_on_memory_the_batch_is_split_and_the_answers_stay(model, proxy_tokenizer):
     prompts = [form.render(QUERY) for form in FORMATS.values()]
-    stops = [form.stop_strings("User", "Assistant") for form in FORMATS.values()]
-    together = generate(model, proxy_tokenizer, prompts, stops, 24)
-    alone = [generate(model, proxy_tokenizer, [p], [s], 24)[0] for p, s in zip(prompts, stops, strict=True)]
-    assert together == alone
-    assert len({answer.text for answer in together}) > 3
+    whole, widths = generate(model, proxy_tokenizer, prompts, None, 12), []
+    with watched(model, widths):
+        assert generate(model, proxy_tokenizer, prompts, None, 12, free=0) == whole
+        assert generate(model, proxy_tokenizer, prompts, None, 12, free=40 * 2**20) == whole
+    assert widths[: len(prompts)] == [1] * len(prompts)
+    assert 1 < widths[len(prompts)] < len(prompts)
+
+
+def test_a_batch_that_ran_out_of_memory_is_halved(model, proxy_tokenizer):
+    prompts, widths = [form.render(QUERY) for form in FORMATS.values()], []
+    whole = generate(model, proxy_tokenizer, prompts, None, 12)
+    with watched(model, widths, most=2):
+        assert generate(model, proxy_tokenizer, prompts, None, 12) == whole
+    assert widths == [8, 4, 2, 2, 4, 2, 2]
+    with watched(model, widths, most=0), pytest.raises(torch.OutOfMemoryError):
+        generate(model, proxy_tokenizer, prompts, None, 12)
+
+
+@contextmanager
+def watched(model, widths, most=None):
+    """Note the rows of each batch that the model begins, and let memory end at more than `most`."""
+    begun = []
+
+    def look(module, arguments, named):
+        ids = named["input_ids"]
+        if ids.shape[1] > 1 or not begun:
+            begun.append(ids)
+            widths.append(len(ids))
+            if most is not None and len(ids) > most:
+                raise torch.OutOfMemoryError("out of memory")
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_rows_are_seen_as_they_grow_and_can_be_stopped(model, proxy_tokenizer):
+    prompts, seen = [FORMATS["new-query"].render(QUERY), FORMATS["chatml"].render("Reply with the one word: yes")], []
+    last = generate(model, proxy_tokenizer, prompts, None, 12, on_text=seen.append)
+    assert len(seen) == max(answer.tokens for answer in last)
+    assert [answer.text for answer in last] == seen[-1]
+    assert all(late[k].startswith(early[k]) for early, late in pairwise(seen) for k in range(2))
+    cut = generate(model, proxy_tokenizer, prompts, None, 12, on_text=lambda texts: "capital" in texts[0])
+    assert cut[0].text == "The capital"
 
 
 def test_each_row_stops_at_its_own_string(model, proxy_tokenizer):
