@@ -1,0 +1,95 @@
+"""The bench's plumbing: that it measures what it says. Never how fast anything is."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import command
+
+from mini_symposium.bench import report
+from mini_symposium.bench.compare import ratio
+from mini_symposium.bench.turns import Contestant
+
+COUNTER = """
+import sys
+from mini_symposium.bench.turns import Turn
+done = []
+print("what a library prints must not disturb the line")
+Turn().run(lambda: done.append(1) or {"done": len(done)})
+"""
+
+
+def job(kind, **options):
+    return ["-m", "mini_symposium.bench.contestants", json.dumps({"kind": kind, **options})]
+
+
+def test_a_contestant_works_as_often_as_told_and_only_then(tmp_path):
+    one = Contestant("counter", sys.executable, ["-c", COUNTER], tmp_path)
+    assert [one.turn(times)["done"] for times in (1, 1, 3)] == [1, 2, 5]
+    assert one.first > one.turns[0]["seconds"] > 0
+    assert one.turns[-1]["peak"] > 2**20
+    one.end()
+    assert one.process.poll() == 0
+
+
+@pytest.mark.parametrize("program", ["raise SystemExit('no such model')", "import sys; sys.exit('no such model')"])
+def test_a_contestant_that_ends_is_named_with_its_last_words(program, tmp_path):
+    with pytest.raises(RuntimeError, match="broken ended: no such model"):
+        Contestant("broken", sys.executable, ["-c", program], tmp_path)
+
+
+def test_ours_and_stock_trl_train_on_the_same_rows(tmp_path):
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([list(range(100, 140))]))
+    losses = []
+    for kind, more in (("ours", {}), ("ours", {"fast": False}), ("stock_trl", {})):
+        one = Contestant(kind, sys.executable, job(kind, base="tiny", rows=str(rows), **more), tmp_path)
+        losses.append([one.turn()["losses"][0] for _ in range(3)])
+        one.end()
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+    assert losses[0] == pytest.approx(losses[2], abs=0.05)
+    assert losses[0][2] < losses[0][0]
+
+
+def test_grid_and_loop_write_the_same(tmp_path):
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps(["### Query\nOne?\n\n### Reply\n", "Two?", "A third and longer prompt"]))
+    texts = []
+    for kind in ("grid", "loop"):
+        one = Contestant(kind, sys.executable, job(kind, base="tiny", prompts=str(prompts), tokens=8), tmp_path)
+        texts.append(one.turn()["texts"])
+        one.end()
+    assert texts[0] == texts[1]
+
+
+def test_a_ratio_is_taken_round_by_round():
+    assert ratio([1, 2, 30], [2, 4, 3]) == 0.5  # one slow round of ours decides nothing
+
+
+def measured(device="cpu", **ratios):
+    return {"environment": {"device": device, "processor": "a processor", "cores": 2}, "ratios": ratios}
+
+
+def test_bars_are_met_missed_or_not_measured():
+    found = measured(step_vs_stock_trl=0.3, step_vs_floor=1.8)
+    found["memory"] = {"after_10_epochs": 100, "at_the_end": 120}
+    by_name = {row["what"]: row for row in report.bars(found)}
+    assert by_name["training step, 256 tokens, against stock TRL QLoRA"]["met"] is True
+    assert by_name["the same against the measured GEMM floor"]["met"] is False
+    assert by_name["the same against LitGPT LoRA, bfloat16"]["met"] is None
+    assert by_name["memory, epoch 600 over epoch 10: growth"] == {
+        "what": "memory, epoch 600 over epoch 10: growth",
+        "bar": "at most 0.05",
+        "measured": "0.2",
+        "met": False,
+    }
+    assert [row["met"] for row in report.bars(measured("cuda", pass4_vs_solo4=0.5))][:2] == [None, False]
+
+
+def test_mistyped_parts_and_devices_are_refused():
+    assert "the parts are step," in command("bench", "--only", "stepp", check=False).stderr
+    other = "cpu" if torch.cuda.is_available() else "cuda"
+    done = command("bench", "--device", other, check=False)
+    assert done.returncode == 2
+    assert f"--device {other}: this machine has" in done.stderr
