@@ -71,6 +71,7 @@ def train(
     report_to: str = "none",
     overwrite: bool = False,
     fast: bool = True,
+    held_out: Sequence[Example] = (),
 ) -> list[Travel]:
     """Train one adapter per learning rate into `run`, going on where an interrupted run left off.
 
@@ -84,6 +85,9 @@ def train(
         Passed to the trainer: "none", "tensorboard", "trackio".
     fast
         False: PEFT's own layers and one rate after another, to compare with.
+    held_out
+        Examples that are not trained on; their loss is measured after every tenth of the run, but at most every
+        tenth epoch, so that it takes less than a tenth of the time.
 
     Returns
     -------
@@ -101,7 +105,10 @@ def train(
         raise InputError(f"report_to={report_to!r}: there is no such package here; `pip install {report_to}` adds it")
     if overwrite:
         run.clear_training()
-    rows = tokenize(examples, load_tokenizer(recipe.base_model), recipe.sequence_len, not recipe.train_on_inputs)
+    tokenizer = load_tokenizer(recipe.base_model)
+    rows, probed = (
+        tokenize(some, tokenizer, recipe.sequence_len, not recipe.train_on_inputs) for some in (examples, held_out)
+    )
     _claim(run, recipe, examples)
     epochs = sorted(
         {0, recipe.num_epochs, *(recipe.checkpoint_epochs if checkpoint_epochs is None else checkpoint_epochs)}
@@ -114,9 +121,8 @@ def train(
         chosen = choose(recipe, len(pending), longest, recipe.num_epochs * len(rows), fast)
         print(f"training: {chosen}")
         for rates, epoch in _passes(pending, run, chosen.together):
-            _train_pass(
-                [recipe.replace(learning_rate=rate) for rate in rates], rows, run, epochs, epoch, chosen, report_to
-            )
+            recipes = [recipe.replace(learning_rate=rate) for rate in rates]
+            _train_pass(recipes, rows, run, epochs, epoch, chosen, report_to, probed)
     return [prove_movement(run, rate) for rate in learning_rates]
 
 
@@ -163,6 +169,7 @@ def _train_pass(
     start: int | None,
     chosen: Acceleration,
     report_to: str,
+    held_out: Sequence[Row],
 ) -> None:
     """Train one adapter per recipe over one base, from epoch `start` or from the beginning."""
     folders = [run.learning_rate_dir(recipe.learning_rate) for recipe in recipes]
@@ -173,7 +180,8 @@ def _train_pass(
     shutil.rmtree(scratch, ignore_errors=True)
     disable_progress_bars()
     trainer = build_trainer(parts, rows, scratch, chosen, report_to)
-    log = Log(trainer, parts, rows, epochs)
+    last = recipes[0].num_epochs
+    log = Log(trainer, parts, rows, epochs, held_out, {*range(0, last, max(10, last // 10)), last})
     trainer.add_callback(log)
     trainer.remove_callback(PrinterCallback)  # it would print every step
     for part in parts:

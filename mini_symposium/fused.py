@@ -74,30 +74,34 @@ def decoder_layer(x, cos, sin, mask, norms, weights, a, b, *, heads, kv_heads, h
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Cross-entropy of each position, its gradient computed on the way so that no logits are kept."""
+    """Cross-entropy of each position and its likeliest token, the gradient computed on the way: no logits are kept."""
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, logits, wide):  # (N, d), (V, d), (N,); scratch (block, V), (few, V) -> (N,)
-        losses = torch.empty(len(hidden), device=hidden.device)
+    def forward(ctx, hidden, head, targets, logits, wide):
+        # (N, d), (V, d), (N,); scratch (block, V), (few, V) -> (N,), (N,)
+        losses, likeliest = torch.empty(len(hidden), device=hidden.device), torch.empty_like(targets)
         gradient = torch.empty_like(hidden)
         for start in range(0, len(hidden), len(logits)):
             part = slice(start, start + len(logits))
             block = torch.mm(hidden[part], head.T, out=logits[: len(hidden[part])])
-            for rows, labels, loss in zip(
-                *(t.split(len(wide)) for t in (block, targets[part], losses[part])), strict=True
+            for rows, labels, loss, choice in zip(
+                *(t.split(len(wide)) for t in (block, targets[part], losses[part], likeliest[part])), strict=True
             ):
                 scores, labels = wide[: len(rows)].copy_(rows), labels[:, None]
-                highest, at_label = scores.amax(-1, keepdim=True), scores.gather(1, labels)
+                highest, found = scores.max(-1, keepdim=True)
+                at_label = scores.gather(1, labels)
+                choice.copy_(found[:, 0])
                 total = scores.sub_(highest).exp_().sum(-1, keepdim=True)
                 loss.copy_((highest + total.log() - at_label)[:, 0])
                 scores.div_(total).scatter_add_(1, labels, -torch.ones_like(total))
                 rows.copy_(scores)
             torch.mm(block, head, out=gradient[part])
         ctx.save_for_backward(gradient)
-        return losses
+        ctx.mark_non_differentiable(likeliest)
+        return losses, likeliest
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, upstream, _):
         (gradient,) = ctx.saved_tensors
         return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None, None
 
@@ -211,7 +215,7 @@ class FusedAdapters:
             weights = self.weights[number] if self.weights else [self._weight(g) for g in self.modules[number]]
         own = stacks[8 * number : 8 * number + 8]
         inputs = x, cos, sin, mask, self.norms[number], weights, own[0::2], own[1::2]
-        if self.compiled:
+        if self.compiled and torch.is_grad_enabled():  # a probe is too short to compile for
             try:
                 return self.compiled(*inputs)
             except BackendCompilerFailed as error:
@@ -225,7 +229,8 @@ class FusedAdapters:
         """Mean cross-entropy of each adapter on its own row; (K, T), (K, T) -> (K,), in nats a token.
 
         Row k belongs to adapter k. Shorter rows are padded on the right with label -100: causal attention keeps
-        what follows a row from touching it.
+        what follows a row from touching it. `matches` then holds for each row whether the likeliest token before
+        each label was that label, (supervised tokens,).
         """
         rows, tokens = input_ids.shape
         stacks = _Gathered.apply(self, *self.parameters)
@@ -246,6 +251,7 @@ class FusedAdapters:
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         supervised = targets != -100
         hidden = _norm(x[supervised], self.decoder.norm.weight.detach(), self.decoder.norm.variance_epsilon)
-        each = _TokenLosses.apply(hidden, self.head.detach(), targets[supervised], *self.scratch)
+        each, likeliest = _TokenLosses.apply(hidden, self.head.detach(), targets[supervised], *self.scratch)
+        self.matches = (likeliest == targets[supervised]).split(supervised.sum(1).tolist())
         owner = torch.arange(rows, device=x.device)[:, None].expand_as(targets)[supervised]
         return torch.zeros(rows, device=x.device).index_add(0, owner, each) / supervised.sum(1)

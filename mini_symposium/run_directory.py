@@ -158,8 +158,15 @@ class RunDirectory:
         found = (folder.name.removeprefix("lr-") for folder in self.path.glob("lr-*") if folder.is_dir())
         return sorted(map(float, found), reverse=True)
 
+    def probes(self, learning_rate: float) -> list[dict]:
+        """The line per probed epoch and held-out example: epoch, example, loss, em, es, tokens; [] without a probe."""
+        path = self.learning_rate_dir(learning_rate) / "probes.jsonl"
+        return read_jsonl(path) if path.is_file() else []
+
     def metrics(self, learning_rate: float) -> list[dict]:
-        """The line per optimizer step: step, epoch, example, learning_rate, loss, grad_norm, tokens, seconds.
+        """The line per optimizer step: step, epoch, example, learning_rate, loss, em, es, grad_norm, tokens, seconds.
+
+        Loss, em and es (see `memorization`) are those of the step's example before its update.
 
         Raises
         ------

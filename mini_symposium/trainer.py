@@ -87,12 +87,28 @@ class RecipeTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # TRL's own loss also takes the entropy and accuracy of each token: a third of a step on a CPU, read by nobody.
-        if self.fused:
-            losses = self.fused.losses(inputs["input_ids"], inputs["labels"])
-        else:
-            losses = model(**inputs, use_cache=False).loss[None]
+        losses, self.matches = self._measured(model, inputs)
         self.losses = losses.detach()
         return losses.sum()
+
+    def _measured(self, model, inputs) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """Loss of each adapter on its row, (K,), and for each row at which labels the likeliest token was right."""
+        ids, labels = inputs["input_ids"], inputs["labels"]
+        if self.fused:
+            return self.fused.losses(ids, labels), self.fused.matches
+        output = model(input_ids=ids, attention_mask=inputs.get("attention_mask"), labels=labels, use_cache=False)
+        wanted = labels[0, 1:]
+        return output.loss[None], [(output.logits[0, :-1].argmax(-1) == wanted)[wanted != -100]]
+
+    @torch.no_grad()
+    def probe(self, row: Row) -> list[tuple[float, list[bool]]]:
+        """Loss and matches of one row, for each adapter, without learning from it."""
+        labels = [i if m else -100 for i, m in zip(row.input_ids, row.completion_mask, strict=True)]
+        device = self.model.device
+        ids, labels = (torch.tensor([t] * len(self.parts), device=device) for t in (row.input_ids, labels))
+        with self.compute_loss_context_manager():
+            losses, matches = self._measured(self.model, {"input_ids": ids, "labels": labels})
+        return [(loss, match.tolist()) for loss, match in zip(losses.tolist(), matches, strict=True)]
 
     def _clip_grad_norm(self, model):
         groups = self.optimizer.param_groups

@@ -1,4 +1,7 @@
-"""What a training writes as it goes: a line of metrics per step for each of its adapters."""
+"""What a training writes as it goes, for each of its adapters: a line of metrics per step, and probes of other texts.
+
+A training row needs no probe: each step's forward pass already says how much of its row the model knows.
+"""
 
 import json
 import math
@@ -29,24 +32,61 @@ class Part:
         return self.folder / "metrics.jsonl"
 
     @property
+    def probes(self) -> Path:
+        return self.folder / "probes.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
 
-class Log(TrainerCallback):
-    """Write the metrics, ask for checkpoints at the chosen epochs, move the progress bar."""
+def rewrite(path: Path, lines: Sequence[dict]) -> None:
+    """Write `lines` as JSONL in the place of what is there."""
+    with written_whole(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
-    def __init__(self, trainer, parts: Sequence[Part], rows: Sequence[Row], epochs: Sequence[int]):
+
+def known(matches: Sequence[bool]) -> dict[str, float]:
+    """How much of a row the model knows, four digits: "em" and "es", see `memorization`."""
+    ended = next((k for k, right in enumerate(reversed(matches)) if not right), len(matches))
+    return {"em": round(sum(matches) / len(matches), 4), "es": round(ended / len(matches), 4)}
+
+
+class Log(TrainerCallback):
+    """Write the metrics and probes, ask for checkpoints at the chosen epochs, move the progress bar.
+
+    Parameters
+    ----------
+    epochs
+        After which the adapters are kept.
+    held_out, probe_epochs
+        Rows that are not trained on, and the epochs after which their loss is measured.
+    """
+
+    def __init__(
+        self,
+        trainer,
+        parts: Sequence[Part],
+        rows: Sequence[Row],
+        epochs: Sequence[int],
+        held_out: Sequence[Row] = (),
+        probe_epochs: Sequence[int] = (),
+    ):
         self.trainer, self.parts, self.rows, self.epochs = trainer, parts, rows, epochs
+        self.held_out, self.probe_epochs = held_out, probe_epochs
         self.files, self.bar = [], None
 
     def on_train_begin(self, args, state, control, **kwargs):
         for part in self.parts:
             part.folder.mkdir(parents=True, exist_ok=True)
             kept = read_jsonl(part.metrics)[: state.global_step] if part.metrics.exists() else []
-            with written_whole(part.metrics) as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            rewrite(part.metrics, kept)
             self.files.append(part.metrics.open("a", encoding="utf-8"))
+            if self.held_out:
+                kept = read_jsonl(part.probes) if state.global_step and part.probes.exists() else []
+                rewrite(part.probes, [line for line in kept if line["epoch"] <= round(state.epoch)])
+        if not state.global_step:
+            self.probe(0)
         rates = ", ".join(f"{part.recipe.learning_rate:g}" for part in self.parts)
         label = f"learning rate{'s' if len(self.parts) > 1 else ''} {rates}"
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=label, unit="step", mininterval=1)
@@ -58,12 +98,14 @@ class Log(TrainerCallback):
         seconds = time.perf_counter() - self.started
         measured = zip(self.trainer.losses.tolist(), self.trainer.grad_norms, self.trainer.rates, strict=True)
         for k, (loss, grad_norm, rate) in enumerate(measured):
-            self.write(state.global_step, k, loss, grad_norm, rate, seconds)
+            self.write(state.global_step, k, loss, self.trainer.matches[k].tolist(), grad_norm, rate, seconds)
         self.bar.update()
         self.bar.set_postfix_str("loss " + ", ".join(f"{loss:.3f}" for loss in self.trainer.losses.tolist()), False)
 
-    def write(self, step: int, k: int, loss: float, grad_norm: float, rate: float, seconds: float) -> None:
-        """Append the line of adapter `k`.
+    def write(
+        self, step: int, k: int, loss: float, matches: list[bool], grad_norm: float, rate: float, seconds: float
+    ) -> None:
+        """Append the line of adapter `k`; loss and matches are from before the step's update.
 
         Raises
         ------
@@ -86,6 +128,7 @@ class Log(TrainerCallback):
             "example": example,
             "learning_rate": rate,
             "loss": loss,
+            **known(matches),
             "grad_norm": grad_norm,
             "tokens": len(self.rows[example].input_ids),
             "seconds": round(seconds, 4),
@@ -94,7 +137,18 @@ class Log(TrainerCallback):
         self.files[k].flush()
 
     def on_epoch_end(self, args, state, control, **kwargs):
+        self.probe(round(state.epoch))
         control.should_save = round(state.epoch) in self.epochs
+
+    def probe(self, epoch: int) -> None:
+        """Measure the held-out rows if this epoch is one for it: a line for each adapter and row."""
+        if epoch not in self.probe_epochs:
+            return
+        for example, row in enumerate(self.held_out):
+            for part, (loss, matches) in zip(self.parts, self.trainer.probe(row), strict=True):
+                line = {"epoch": epoch, "example": example, "loss": loss, **known(matches), "tokens": len(matches)}
+                with part.probes.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
@@ -19,7 +19,7 @@ from mini_symposium.base_models import load_model, load_tokenizer
 from mini_symposium.dataset import load_examples, tokenize
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run_directory import RunDirectory, find, read_jsonl
-from mini_symposium.training_log import Log, Part
+from mini_symposium.training_log import Log, Part, known
 
 DATA = find("data/minisymposium.md")
 
@@ -104,6 +104,44 @@ def test_a_lines_example_is_the_one_that_was_trained(trained, recipe, examples):
     within = max(max(losses) - min(losses) for losses in by_example.values())
     means = sorted(sum(losses) / len(losses) for losses in by_example.values())
     assert within < 0.2 * (means[-1] - means[0])
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_held_out_texts_are_probed_and_not_learned_from(fast, recipe, examples, tmp_path):
+    """What a probe measures is what PEFT and transformers measure with that checkpoint; training goes on as without."""
+    learned, unseen = examples[:2], examples[2:4]
+    plain, probed = RunDirectory(tmp_path / "plain"), RunDirectory(tmp_path / "probed")
+    short = recipe.replace(num_epochs=3)
+    finetune.train(short, learned, plain, [1e-3], fast=fast)
+    finetune.train(short, learned, probed, [1e-3], fast=fast, held_out=unseen)
+    kept = adapter(plain, 1e-3, 3)
+    assert all(torch.equal(kept[key], value) for key, value in adapter(probed, 1e-3, 3).items())
+    lines = probed.probes(1e-3)
+    assert [(line["epoch"], line["example"]) for line in lines] == [(0, 0), (0, 1), (3, 0), (3, 1)]
+    model = PeftModel.from_pretrained(load_model("tiny"), probed.checkpoints(1e-3)[3]).train()
+    rows = tokenize(unseen, load_tokenizer("tiny"), recipe.sequence_len, completion_only=False)
+    for line, row in zip(lines[2:], rows, strict=True):
+        ids = torch.tensor([row.input_ids])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            output = model(input_ids=ids, labels=ids)
+        right = output.logits[0, :-1].argmax(-1) == ids[0, 1:]
+        assert line["loss"] == pytest.approx(output.loss.item(), abs=0.01)
+        assert line["tokens"] == len(row.input_ids) - 1
+        assert line["em"] == pytest.approx(right.float().mean().item(), abs=0.02)
+
+
+def test_em_and_es_reach_one_where_a_row_is_known():
+    assert known([True] * 8) == {"em": 1.0, "es": 1.0}
+    assert known([True, True, False, True]) == {"em": 0.75, "es": 0.25}
+    assert known([False] * 4) == {"em": 0.0, "es": 0.0}
+
+
+def test_em_grows_as_a_row_is_learned(recipe, examples, tmp_path):
+    run = RunDirectory(tmp_path)
+    finetune.train(recipe.replace(num_epochs=40), examples[:1], run, [1e-2])
+    em = [line["em"] for line in run.metrics(1e-2)]
+    assert em[0] < 0.05
+    assert max(em) > 0.5
 
 
 def test_epochs_are_shuffled_and_the_seed_decides(recipe):
