@@ -28,6 +28,11 @@ Parameters = Annotated[
     typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a notebook parameter; may be repeated"),
 ]
 
+Checkpoints = Annotated[
+    list[str] | None,
+    typer.Option("--checkpoint", help="epoch-N, RATE/epoch-N, or either with =WEIGHT; the last one if not given"),
+]
+
 
 @app.command()
 def reproduce(
@@ -142,6 +147,39 @@ def ask(
         title = f"[bold]{escape(cell['format'])}[/] · {escape(cell['model'])}"
         console.rule(f"{title} · {cell['tokens']} tokens, {cell['stop_reason']}")
         console.print(cell["answer"], markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def merge(
+    run: Annotated[str, typer.Argument(help="a run directory")],
+    checkpoint: Checkpoints = None,
+    learning_rate: Annotated[
+        float, typer.Option(min=0, help="of the checkpoints; the lowest trained if not given")
+    ] = 0,
+    base: Annotated[str, typer.Option(help="nf4, the base that training saw, or original")] = "nf4",
+    dtype: Annotated[str, typer.Option(help="of the file: float32, float16 or bfloat16")] = "float32",
+    out: Annotated[str, typer.Option(help="folder to write; RUN/lr-R/merged/epoch-N if not given")] = "",
+):
+    """Add adapters into their base and write a model, tensor by tensor; several are averaged, or weighted."""
+    from mini_symposium.recipe import load_recipe
+    from mini_symposium.run_directory import RunDirectory
+
+    directory = RunDirectory(run)
+    recipe = load_recipe(directory.recipe_file)
+    from mini_symposium.adapters import find_checkpoints
+    from mini_symposium.merge import merge as write
+
+    weights = find_checkpoints(directory, checkpoint or [], learning_rate)
+    if not out and len(weights) > 1:
+        raise InputError("--out: several checkpoints make a model of their own; name a folder for it")
+    first = next(iter(weights))
+    target = Path(out) if out else first.parents[1] / "merged" / first.name
+    made = write(weights, recipe.base_model, target, base, dtype)
+    for adapter in made["checkpoints"]:
+        console.print(f"{adapter['weight']:g} x {adapter['checkpoint']}, scaled by {adapter['scaling']:g}")
+    predicted, measured = (made["memory"][key] / 2**20 for key in ("predicted", "measured"))
+    console.print(f"onto the {base} base in {dtype}: {target}", soft_wrap=True)
+    console.print(f"peak memory: {predicted:,.0f} MiB predicted, {measured:,.0f} MiB measured")
 
 
 @app.command()

@@ -6,33 +6,49 @@ unless asked otherwise, float32 files.
 
 QLoRA trains against the *dequantised NF4* base. Merging onto the original weights is therefore a slightly
 different model; both are offered, and `compare` measures each against base + adapter.
+
+Everything is checked from the files' headers before a byte is written. Then one tensor after another is read, added
+to and written, so a merge needs the memory of the largest tensor, a few times over, and not that of a model.
 """
 
 import json
+import re
+import resource
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from peft import PeftConfig
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mini_symposium import InputError, __version__
+from mini_symposium.adapters import Factors, check_trained_on, read_adapters
 from mini_symposium.base_models import device, local_directory
 from mini_symposium.run_directory import write_json, written_whole
+from mini_symposium.tensor_files import Entry, read_header, read_tensor, write_tensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BASES = ("original", "nf4")
 
 
-def merge(checkpoint: Path, base_model: str, out: Path, base: str = "original", dtype: str = "float32") -> dict:
-    """Write base + adapter as safetensors with config and tokenizer into `out`, one base file after another.
+def merge(
+    checkpoint: Path | Mapping[Path, float],
+    base_model: str,
+    out: Path,
+    base: str = "original",
+    dtype: str = "float32",
+) -> dict:
+    """Write base + adapter as safetensors with config and tokenizer into `out`, one tensor after another.
 
     Parameters
     ----------
+    checkpoint
+        One adapter, or several with the weight of each. What is weighted is what each adds to the base, B A, not A
+        and B by themselves: the product of two means is not the mean of two products.
     base
         "original": the weights as they came. "nf4": what training saw, quantised and dequantised again.
     dtype
@@ -41,76 +57,121 @@ def merge(checkpoint: Path, base_model: str, out: Path, base: str = "original", 
     Returns
     -------
     dict
-        The provenance that is also written to `out`/merge.json.
+        The provenance that is also written to `out`/merge.json, and under "memory" the bytes that were predicted and
+        measured at the peak.
 
     Raises
     ------
     InputError
-        If `out` exists, the adapter is damaged, or it does not fit the base. `out` is then as it was.
+        If `out` exists, an adapter is damaged, it does not fit the base, or the disk has no room. `out` is then as it
+        was.
     """
     if base not in BASES or dtype not in DTYPES:
         raise InputError(f"base={base!r}, dtype={dtype!r}: base is one of {BASES}, dtype one of {tuple(DTYPES)}")
     if out.exists():
         raise InputError(f"{out}: is there already; choose another folder or delete it")
+    weights = checkpoint if isinstance(checkpoint, Mapping) else {checkpoint: 1.0}
     source = local_directory(base_model)
-    factors, scaling = _read_adapter(checkpoint)
-    provenance = {
-        "base_model": base_model,
-        "checkpoint": f"{checkpoint.parent.parent.name}/{checkpoint.name}",
-        "base": base,
-        "dtype": dtype,
-        "scaling": scaling,
-        "mini_symposium": __version__,
+    factors, adapters = read_adapters(weights)
+    shards = {path: read_header(path) for path in sorted(source.glob("*.safetensors"))}
+    _check_fit(factors, shards, base_model, next(iter(weights)))
+    check_trained_on(weights, base_model, source)
+    layouts = {
+        path: {name: (_stored(entry.dtype, DTYPES[dtype]), entry.shape) for name, entry in entries.items()}
+        for path, entries in shards.items()
     }
+    size = sum(
+        dtype.itemsize * torch.Size(shape).numel() for each in layouts.values() for dtype, shape in each.values()
+    )
+    _check_room(out, size)
+    held = psutil.Process().memory_info().rss
+    _forget_peak()
     with written_whole(out) as temporary:
         temporary.mkdir()
-        merged = 0
-        for shard in sorted(source.glob("*.safetensors")):
-            tensors = {}
-            with safe_open(shard, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 (a safetensors file is not a mapping)
-                    weight = file.get_tensor(name)
-                    if name in factors:
-                        weight = _add(name, weight, *factors[name], scaling, base)
-                        merged += 1
-                    tensors[name] = weight.to(DTYPES[dtype]) if weight.is_floating_point() else weight
-            save_file(tensors, temporary / shard.name, metadata={"format": "pt"})
-        if merged != len(factors):
-            raise InputError(
-                f"{checkpoint}: {len(factors) - merged} of its layers are not in {base_model}; another base?"
-            )
+        for path, entries in shards.items():
+            tensors = (merged_tensor(path, name, entry, factors, base) for name, entry in entries.items())
+            layout = layouts[path]
+            cast = (tensor.to(layout[name][0]) for name, tensor in zip(entries, tensors, strict=True))
+            write_tensors(temporary / path.name, layout, cast)
         for path in source.iterdir():
-            if path.suffix in (".json", ".jinja", ".model"):
+            if path.suffix in (".json", ".jinja", ".model") and path.name != "merge.json":
                 shutil.copyfile(path, temporary / path.name)
+        for index in temporary.glob("*.safetensors.index.json"):
+            content = json.loads(index.read_text(encoding="utf-8"))
+            write_json(index, {**content, "metadata": {**content.get("metadata", {}), "total_size": size}})
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         write_json(temporary / "config.json", {**config, "dtype": dtype})
+        provenance = {"base_model": base_model, "base": base, "dtype": dtype, "checkpoints": adapters}
+        provenance["mini_symposium"] = __version__
         write_json(temporary / "merge.json", provenance)
-    return provenance
+    predicted = held + predicted_bytes(shards, factors, base, dtype)
+    return {**provenance, "memory": {"predicted": predicted, "measured": _peak()}}
 
 
-def _read_adapter(checkpoint: Path) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
-    """{weight name in the base: (A (r, in), B (out, r))} and the scaling lora_alpha / r."""
-    try:
-        config = PeftConfig.from_pretrained(checkpoint)
-        tensors = load_file(checkpoint / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{checkpoint}: not a whole adapter ({str(error).splitlines()[0]})") from error
-    factors = {}
-    for name, a in tensors.items():
-        if name.endswith(".lora_A.weight"):
-            weight = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
-            factors[weight] = (a.float(), tensors[name.replace("lora_A", "lora_B")].float())
-    return factors, config.lora_alpha / config.r
-
-
-def _add(name: str, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, base: str) -> torch.Tensor:
-    if (b.shape[0], a.shape[1]) != tuple(weight.shape):
-        raise InputError(f"{name}: the adapter is for {b.shape[0]} x {a.shape[1]}, the base has {tuple(weight.shape)}")
+def merged_tensor(path: Path, name: str, entry: Entry, factors: Factors, base: str) -> torch.Tensor:
+    """A tensor of the base with what the adapters add to it, in float32; one that they leave alone as it came."""
+    weight = read_tensor(path, entry)
+    if base == "nf4" and weight.is_floating_point():
+        weight = weight.bfloat16()  # as the base is loaded for training, whatever it is stored in
+    if name not in factors:
+        return weight
     if base == "nf4":
         # The very call that loading in 4-bit makes, so these are the numbers that training saw.
         packed, state = quantize_4bit(weight.to(device()), quant_type="nf4", compress_statistics=True)
         weight = dequantize_4bit(packed, state).cpu()
-    return weight.float() + scaling * (b @ a)
+    a, b = factors[name]
+    return weight.float().addmm_(b, a)
+
+
+QUANTISING = 24
+"""Bytes an element that bitsandbytes takes to quantise on a CPU: bfloat16, float32 three times over, int32, packed."""
+
+
+def predicted_bytes(shards: Mapping[Path, Mapping[str, Entry]], factors: Factors, base: str, dtype: str) -> int:
+    """Memory that merging takes on top of the process: the worst tensor as read, worked on in float32, and written."""
+
+    def takes(name: str, entry: Entry) -> int:
+        work = QUANTISING if base == "nf4" and name in factors else 4
+        return torch.Size(entry.shape).numel() * (entry.dtype.itemsize + work + DTYPES[dtype].itemsize)
+
+    return max(takes(name, entry) for each in shards.values() for name, entry in each.items())
+
+
+def _forget_peak() -> None:
+    """Let the peak be that of the merge, not of what the process, or the one that it was forked from, did before."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    """Most bytes of memory that the process held since then; without Linux's counter, since it began."""
+    with suppress(OSError):
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _stored(found: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+    return wanted if found.is_floating_point else found
+
+
+def _check_fit(factors: Factors, shards: Mapping[Path, Mapping[str, Entry]], base_model: str, where: Path) -> None:
+    """Every layer that the adapters change is in the base, with the same shape."""
+    entries = {name: entry for each in shards.values() for name, entry in each.items()}
+    missing = [name for name in factors if name not in entries]
+    for name in factors.keys() & entries.keys():
+        (a, b), shape = factors[name], entries[name].shape
+        if (b.shape[0], a.shape[1]) != shape:
+            raise InputError(f"{name}: the adapter is for {b.shape[0]} x {a.shape[1]}, the base has {shape}")
+    if missing:
+        raise InputError(f"{where}: {len(missing)} of its layers are not in {base_model}; another base?")
+
+
+def _check_room(out: Path, size: int) -> None:
+    """A disk that is already too full is said at once; one that fills up meanwhile is said by `written_whole`."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise InputError(f"{out}: takes {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; choose another disk")
 
 
 @torch.inference_mode()

@@ -1,10 +1,18 @@
+import json
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import command
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import MistralConfig, MistralForCausalLM
 
 from mini_symposium import InputError
+from mini_symposium.adapters import find_checkpoint, find_checkpoints
 from mini_symposium.base_models import load_model, load_tokenizer, local_directory
 from mini_symposium.dataset import load_examples
 from mini_symposium.finetune import train
@@ -82,3 +90,183 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_left_behind(checkpoint,
         merge(checkpoint, "tiny", out)
     assert [path.name for path in out.iterdir()] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "merged"]
+
+
+def delta(folder, key="model.layers.0.mlp.up_proj.weight"):
+    base = load_file(local_directory("tiny") / "model.safetensors")[key].float()
+    return load_file(folder / "model.safetensors")[key] - base
+
+
+def test_several_adapters_add_the_weighted_mean_of_their_products(checkpoint, tmp_path):
+    start = checkpoint.parent / "epoch-0003"
+    for name, weights in {"a": {start: 1}, "b": {checkpoint: 1}, "mean": {start: 0.25, checkpoint: 0.75}}.items():
+        merge(weights, "tiny", tmp_path / name)
+    expected = 0.25 * delta(tmp_path / "a") + 0.75 * delta(tmp_path / "b")
+    assert expected.abs().max() > 1e-5
+    torch.testing.assert_close(delta(tmp_path / "mean"), expected, rtol=0, atol=1e-8)
+    kept = json.loads((tmp_path / "mean" / "merge.json").read_text())["checkpoints"]
+    assert [(each["checkpoint"].split("/")[-1], each["weight"]) for each in kept] == [
+        ("epoch-0003", 0.25),
+        ("epoch-0006", 0.75),
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_is_written_is_what_safetensors_reads(checkpoint, tmp_path, dtype):
+    source, out = local_directory("tiny"), tmp_path / "merged"
+    merge(checkpoint, "tiny", out, "original", dtype)
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert {tensor.dtype for tensor in after.values()} == {getattr(torch, dtype)}
+    untouched = "model.embed_tokens.weight"
+    assert torch.equal(after[untouched], before[untouched].to(getattr(torch, dtype)))
+    assert json.loads((out / "config.json").read_text())["dtype"] == dtype
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """A random model in float16 shards, and an adapter for every linear layer; the adapter's weights are random too."""
+    folder = tmp_path_factory.mktemp("sharded")
+    config = MistralConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=16, vocab_size=4096, num_key_value_heads=8
+    )
+    model = MistralForCausalLM(config).half()
+    model.save_pretrained(folder / "base", max_shard_size="60MB")
+    adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1e-3)
+    adapted.float().save_pretrained(folder / "adapter")
+    return folder
+
+
+def test_a_sharded_merge_needs_the_memory_of_one_tensor_not_of_a_shard(sharded, tmp_path):
+    """Measured in a process of its own: what is written has 590 MB in shards of 120 MB, the largest tensor 9 MB."""
+    code = """
+import sys
+from pathlib import Path
+import psutil
+from mini_symposium.merge import merge
+folder, out = map(Path, sys.argv[1:])
+merge(folder / "adapter", str(folder / "base"), out / "small", "nf4", "float32")  # loads what torch loads at first use
+held = psutil.Process().memory_info().rss
+memory = merge(folder / "adapter", str(folder / "base"), out / "merged", "nf4", "float32")["memory"]
+print(memory["measured"] - held, memory["predicted"] - held)
+"""
+    done = subprocess.run([sys.executable, "-c", code, sharded, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured, predicted = map(int, done.stdout.split())
+    written = sum(path.stat().st_size for path in (tmp_path / "merged").glob("*.safetensors"))
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 3
+    assert 0.5 * predicted < measured < 1.3 * predicted + 10e6 < 0.2 * written
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == pytest.approx(written, rel=1e-3)
+    model = load_model(str(tmp_path / "merged"), load_in_4bit=False, dtype=torch.float32)
+    live = load_with_adapters(str(sharded / "base"), {"a": sharded / "adapter"}, True, torch.float32)
+    ids = torch.arange(40)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, live(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_a_disk_that_fills_leaves_the_target_untouched(sharded, tmp_path):
+    """The limit on a file's size makes a write fail halfway through, as a full disk does."""
+    code = """
+import resource, sys
+from pathlib import Path
+from mini_symposium.merge import merge
+resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7))
+merge(Path(sys.argv[1]) / "adapter", sys.argv[1] + "/base", Path(sys.argv[2]) / "merged")
+"""
+    done = subprocess.run([sys.executable, "-c", code, sharded, tmp_path], capture_output=True, text=True)
+    assert "InputError" in done.stderr and "cannot be written (File too large)" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_too_small_is_said_before_anything_is_written(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(InputError, match=r"takes 0\.0\d GB, and 0.00 GB are free"):
+        merge(checkpoint, "tiny", tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_base_or_adapter_is_named(checkpoint, sharded, tmp_path):
+    out = tmp_path / "merged"
+    pickle = tmp_path / "pickle"
+    pickle.mkdir()
+    shutil.copy(checkpoint / "adapter_config.json", pickle)
+    (pickle / "adapter_model.bin").write_bytes(b"cos\nsystem\n")
+    with pytest.raises(InputError, match=r"adapter_model\.bin, a pickle"):
+        merge(pickle, "tiny", out)
+    unfinished = tmp_path / ".epoch-0006.x7" / "epoch-0006"
+    shutil.copytree(checkpoint, unfinished)
+    with pytest.raises(InputError, match="still being written"):
+        merge(unfinished, "tiny", out)
+    base = tmp_path / "base"
+    shutil.copytree(local_directory("tiny"), base)
+    weights = base / "model.safetensors"
+    whole = weights.read_bytes()
+    for content, said in ((whole[:-1000], "cut off"), (whole[:100], "not a whole safetensors"), (b"", "not a whole")):
+        weights.write_bytes(content)
+        with pytest.raises(InputError, match=said):
+            merge(checkpoint, str(base), out)
+    weights.write_bytes(whole)
+    renamed = tmp_path / "renamed"
+    shutil.copytree(sharded / "adapter", renamed)
+    with pytest.raises(InputError, match=r"the adapter is for|not in"):
+        merge(renamed, "tiny", out)
+    same_shape = tmp_path / "same-shape"
+    shutil.copytree(checkpoint, same_shape)
+    config = json.loads((same_shape / "adapter_config.json").read_text())
+    for trained_on, refused in (("someone/Else-7B", True), ("/elsewhere/mini-symposium/tiny-1", False)):
+        config["base_model_name_or_path"] = trained_on
+        (same_shape / "adapter_config.json").write_text(json.dumps(config))
+        if refused:
+            with pytest.raises(InputError, match="was trained on someone/Else-7B, not on tiny"):
+                merge(same_shape, "tiny", out)
+        else:
+            merge(same_shape, "tiny", out)
+            shutil.rmtree(out)
+    config["use_rslora"] = True
+    (same_shape / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="use_rslora"):
+        merge(same_shape, "tiny", out)
+    assert not out.exists()
+
+
+def test_a_checkpoint_is_found_by_its_name(checkpoint):
+    run = RunDirectory(checkpoint.parents[2])
+    assert find_checkpoint(run) == find_checkpoint(run, "epoch-6") == find_checkpoint(run, "1e-3/6") == checkpoint
+    assert find_checkpoint(run, "3").name == "epoch-0003"
+    assert find_checkpoints(run, ["epoch-3", "epoch-6"]) == {checkpoint.parent / "epoch-0003": 0.5, checkpoint: 0.5}
+    assert find_checkpoints(run, ["epoch-3=2", "6=-1"]) == {checkpoint.parent / "epoch-0003": 2.0, checkpoint: -1.0}
+    for names, said in (
+        (["epoch-7"], "epoch-7 is not there, but epoch-0, epoch-1"),
+        (["last"], "takes epoch-N"),
+        (["1e-9/epoch-6"], "no checkpoint at 1e-09; there are rates 0.001"),
+        (["epoch-3=2", "epoch-6"], "a weight to all or to none"),
+        (["epoch-6", "6"], "each checkpoint once"),
+        (["epoch-6=much"], "a weight is a number"),
+    ):
+        with pytest.raises(InputError, match=re.escape(said)):
+            find_checkpoints(run, names)
+    (checkpoint.parent / ".epoch-0007.ab").mkdir()
+    with pytest.raises(InputError, match="epoch-7 is still being written"):
+        find_checkpoint(run, "epoch-7")
+
+
+def test_merge_on_the_command_line(checkpoint, tmp_path):
+    run = checkpoint.parents[2]
+    said = command("merge", run, "--checkpoint", "epoch-6", "--base", "nf4", "--out", tmp_path / "merged").stdout
+    assert "1 x lr-1e-03/epoch-0006, scaled by 2" in said
+    assert re.search(r"peak memory: [\d,]+ MiB predicted, [\d,]+ MiB measured", said)
+    for arguments, expected in (
+        (["--out", tmp_path / "merged"], "is there already"),
+        (["--checkpoint", "epoch-99"], "epoch-99 is not there"),
+        (["--base", "int8", "--out", tmp_path / "other"], "base is one of"),
+    ):
+        done = command("merge", run, *arguments, check=False)
+        assert done.returncode == 2
+        assert expected in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "other").exists()

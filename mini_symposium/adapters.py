@@ -1,0 +1,151 @@
+"""Adapters on disk: which checkpoint a name means, and what one or several of them add to a base."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from mini_symposium import InputError
+from mini_symposium.run_directory import RunDirectory
+
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""{weight name in the base: (A (R, in), B (out, R))}; B A is what is added to it."""
+
+
+def read_adapters(weights: Mapping[Path, float]) -> tuple[Factors, list[dict]]:
+    """What some adapters, weighted, add to a base.
+
+    Returns
+    -------
+    factors
+        {weight name in the base: (A (R, in), B (out, R))}, in float32. R is the sum of the ranks, B is scaled by
+        weight x lora_alpha / r, so that B A is the whole change.
+    provenance
+        For each adapter checkpoint, weight, scaling, and the file's sha256.
+
+    Raises
+    ------
+    InputError
+        If a checkpoint is not whole, is a pickle, or is not plain LoRA.
+    """
+    parts, provenance = {}, []
+    for checkpoint, weight in weights.items():
+        config, tensors = _read(checkpoint)
+        scaling = config.lora_alpha / config.r
+        for name, a in tensors.items():
+            if not name.endswith(".lora_A.weight"):
+                continue
+            into = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+            b = tensors.get(name.replace("lora_A", "lora_B"))
+            if b is None or b.shape[1:] != a.shape[:1]:
+                raise InputError(f"{checkpoint}: not a whole adapter (lora_B of {into} is missing or of another rank)")
+            parts.setdefault(into, []).append((a.float(), weight * scaling * b.float()))
+        digest = hashlib.sha256((checkpoint / "adapter_model.safetensors").read_bytes()).hexdigest()
+        named = "/".join(part for part in checkpoint.parts[-3:] if part != "checkpoints")
+        provenance.append({"checkpoint": named, "weight": weight, "scaling": scaling, "sha256": digest})
+    if not parts:
+        raise InputError(f"{', '.join(map(str, weights))}: no lora_A in it, so there is nothing to merge")
+    factors = {
+        name: (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1))
+        for name, pairs in parts.items()
+    }
+    return factors, provenance
+
+
+def _read(checkpoint: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    weights = checkpoint / "adapter_model.safetensors"
+    if checkpoint.parent.name.startswith("."):
+        raise InputError(f"{checkpoint}: is still being written; wait until it has its own name")
+    if not weights.exists() and (pickles := [path.name for path in checkpoint.glob("*.bin")]):
+        raise InputError(f"{checkpoint}: holds {', '.join(pickles)}, a pickle; only safetensors are read")
+    try:
+        config = PeftConfig.from_pretrained(checkpoint)
+        tensors = load_file(weights)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise InputError(f"{checkpoint}: not a whole adapter ({str(error).splitlines()[0]})") from error
+    odd = [
+        key
+        for key in ("use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern")
+        if getattr(config, key, None)
+    ]
+    if config.peft_type != "LORA" or odd or getattr(config, "bias", "none") != "none":
+        raise InputError(f"{checkpoint}: is {config.peft_type} with {', '.join(odd) or 'bias'}; plain LoRA is merged")
+    return config, tensors
+
+
+def check_trained_on(weights: Mapping[Path, float], base_model: str, folder: Path) -> None:
+    """Refuse an adapter that names another base; one of the same shape would merge into nonsense without a word.
+
+    PEFT notes the folder or the hub's id that the base was loaded from, which may have lain on another machine.
+    """
+    names = {base_model, Path(base_model).name, folder.name, f"models--{base_model.replace('/', '--')}"}
+    for checkpoint in weights:
+        trained_on = PeftConfig.from_pretrained(checkpoint).base_model_name_or_path
+        if trained_on and not names & {trained_on, *Path(trained_on).parts}:
+            raise InputError(
+                f"{checkpoint}: was trained on {trained_on}, not on {base_model}; if that is the same model, "
+                "correct base_model_name_or_path in its adapter_config.json"
+            )
+
+
+def find_checkpoint(run: RunDirectory, name: str = "", learning_rate: float = 0.0) -> Path:
+    """The checkpoint that `epoch-30`, `30` or `1e-05/epoch-30` names; by default the last of the lowest rate.
+
+    Raises
+    ------
+    InputError
+        If the run has none of that name; says which it has.
+    """
+    rates = run.learning_rates()
+    if not rates:
+        raise InputError(
+            f"{run.path}: nothing has been trained here; run `mini-symposium train --run {run.path}` first"
+        )
+    found = re.fullmatch(r"(?:(?:lr-)?(?P<rate>[^/]+)/)?(?:epoch-)?(?P<epoch>\d+)?", name)
+    try:
+        rate = float(found["rate"] or learning_rate or min(rates)) if found else None
+    except ValueError:
+        found = None
+    if not found:
+        raise InputError(f"--checkpoint {name}: takes epoch-N, or RATE/epoch-N")
+    checkpoints = run.checkpoints(rate)
+    if not checkpoints:
+        raise InputError(f"{run.path}: no checkpoint at {rate:g}; there are rates {', '.join(f'{r:g}' for r in rates)}")
+    epoch = int(found["epoch"]) if found["epoch"] else max(checkpoints)
+    if epoch not in checkpoints:
+        folder = run.learning_rate_dir(rate) / "checkpoints"
+        unfinished = any(folder.glob(f".epoch-{epoch:04d}.*"))
+        raise InputError(
+            f"{folder}: epoch-{epoch} "
+            + ("is still being written; wait for it" if unfinished else f"is not there, but {_listed(checkpoints)}")
+        )
+    return checkpoints[epoch]
+
+
+def _listed(checkpoints: Mapping[int, Path]) -> str:
+    return ", ".join(f"epoch-{epoch}" for epoch in checkpoints)
+
+
+def find_checkpoints(run: RunDirectory, names: Sequence[str] = (), learning_rate: float = 0.0) -> dict[Path, float]:
+    """Several checkpoints with their weights: `epoch-12=0.3`; without weights each has the same, and they sum to 1.
+
+    Raises
+    ------
+    InputError
+        If one is not there, stands twice, or only some have a weight.
+    """
+    pairs = [name.partition("=") for name in names or [""]]
+    given = [weight for _, equals, weight in pairs if equals]
+    try:
+        weights = [float(weight) for weight in given] or [1 / len(pairs)] * len(pairs)
+    except ValueError as error:
+        raise InputError(f"--checkpoint {names}: a weight is a number, as in epoch-12=0.3") from error
+    found = [find_checkpoint(run, name, learning_rate) for name, _, _ in pairs]
+    if len(weights) != len(found) or len(set(found)) != len(found):
+        raise InputError(f"--checkpoint {', '.join(names)}: give each checkpoint once, and a weight to all or to none")
+    return dict(zip(found, weights, strict=True))

@@ -1,0 +1,114 @@
+"""Safetensors read and written one tensor at a time, so that no more than one is ever held.
+
+The format (huggingface/safetensors): eight bytes with the length of a JSON header, the header with each tensor's type,
+shape and place, then the bytes without a gap. Since a place follows from the types and shapes, the header can be
+written before the first tensor is known. Files are read, not mapped: mapped pages count as a process's memory.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mini_symposium import InputError
+
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in TYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file: its type, its shape, and the bytes `start` to `end` of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """What is in a file, in the order in which it lies there.
+
+    Raises
+    ------
+    InputError
+        If the file is no safetensors, is cut off, or holds a type that is not known here.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size - 8:
+                raise ValueError(f"its header should have {length} bytes")
+            found = json.loads(file.read(length))
+        found.pop("__metadata__", None)
+        entries = {
+            name: Entry(TYPES[each["dtype"]], tuple(each["shape"]), *(8 + length + at for at in each["data_offsets"]))
+            for name, each in found.items()
+        }
+        for name, entry in entries.items():
+            if entry.end - entry.start != math.prod(entry.shape) * entry.dtype.itemsize:
+                raise ValueError(f"{name} has another size than its shape")
+    except KeyError as error:
+        raise InputError(f"{path}: holds {error}, which is not read here; save it in 16 or 32 bits") from error
+    except (ValueError, TypeError, AttributeError) as error:  # a header that is not UTF-8, not JSON, not a mapping
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+    end = max((entry.end for entry in entries.values()), default=0)
+    if end > size:
+        raise InputError(f"{path}: cut off: {size} bytes of {end}; copy or download it again")
+    return dict(sorted(entries.items(), key=lambda pair: pair[1].start))
+
+
+def read_tensor(path: Path, entry: Entry) -> torch.Tensor:
+    """One tensor of a file, in memory of its own."""
+    if entry.start == entry.end:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    content = bytearray(entry.end - entry.start)
+    with path.open("rb", buffering=0) as file:
+        file.seek(entry.start)
+        view = memoryview(content)
+        while view:
+            got = file.readinto(view[: 2**28])
+            if not got:
+                raise InputError(f"{path}: became shorter while it was read")
+            view = view[got:]
+    return torch.frombuffer(content, dtype=entry.dtype).reshape(entry.shape)
+
+
+def write_tensors(
+    path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[torch.Tensor]
+) -> None:
+    """Write a safetensors file of `layout`; the tensors are asked for one by one, in its order."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in layout.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb", buffering=0) as file:
+        _write(file, len(text).to_bytes(8, "little") + text)
+        for (name, (dtype, shape)), tensor in zip(layout.items(), tensors, strict=True):
+            if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)):
+                raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} where {dtype} {shape} was announced")
+            _write(file, tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _write(file, content) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[file.write(view) :]
