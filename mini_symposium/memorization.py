@@ -8,7 +8,7 @@ Words here are runs of letters and digits, and every other visible character by 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
@@ -145,6 +145,27 @@ def extractable(ids: Sequence[int], continuation: Sequence[int], k: int) -> bool
     return list(continuation[:EXTRACTED]) == wanted if len(wanted) == EXTRACTED else None
 
 
+def extractable_unsaid(matches: Sequence[bool], k: int, bos: int = 0) -> bool | None:
+    """What `extractable` says, from one forward pass over the row: greedy decoding goes on with the row's own 50 tokens
+    if and only if each of them is the likeliest one after the row's own tokens before it.
+
+    Parameters
+    ----------
+    matches
+        For each token of the whole row but its first, EOS at the end, whether the likeliest prediction is it.
+    bos
+        1 if the row begins with BOS.
+
+    >>> extractable_unsaid([False] * 16 + [True] * 50, 16), extractable_unsaid([True] * 65, 16)
+    (False, None)
+    >>> extractable_unsaid([False] * 15 + [True] * 51, 16), extractable_unsaid([False] * 16 + [True] * 51, 16, bos=1)
+    (True, True)
+    """
+    if len(matches) - bos < k + EXTRACTED:
+        return None
+    return all(matches[bos + k - 1 : bos + k - 1 + EXTRACTED])
+
+
 def goldfish(ids: Sequence[int], continuation: Sequence[int]) -> tuple[bool, float] | tuple[None, None]:
     """Whether 32 tokens bring the next 32, and the ROUGE-L of the two over tokens (Hans et al. 2024, "Goldfish").
 
@@ -157,3 +178,13 @@ def goldfish(ids: Sequence[int], continuation: Sequence[int]) -> tuple[bool, flo
     if len(wanted) < GOLDFISH:
         return None, None
     return said == wanted, 2 * LCSseq.similarity(wanted, said) / (len(wanted) + len(said))
+
+
+def told(records: Sequence[Mapping], key: str) -> tuple[list[float], int]:
+    """The values of a measurement, and for how many rows there is none because they are too short to be told.
+
+    >>> told([{"extractable_50": True}, {"extractable_50": None}], "extractable_50")
+    ([1.0], 1)
+    """
+    values = [float(record[key]) for record in records if record[key] is not None]
+    return values, len(records) - len(values)
