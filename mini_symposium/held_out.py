@@ -28,6 +28,8 @@ SPLITS = ("test", "dev")
 
 SHARED_WORDS, MOST_ROUGE_L = 8, 0.3
 """A prompt may share no run of so many words with a training row, and must stay below this ROUGE-L to it."""
+ECHO = 12
+"""So many words of the query in a row are an echo; a card said over again would hold all of its facts."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,15 @@ NEEDED = ("id", "query", "checks", "good", "bad")
 
 
 def judge(prompt: HeldOut, answer: str) -> dict[str, bool]:
-    """Whether an answer passes, check by check.
+    """Whether an answer passes, check by check; and whether it is one, and not the query said over again.
 
     >>> prompt = HeldOut("pi", "fact", "Name pi.", (Check("number", 3.14), Check("words", [1, 4])), "3.14", "3")
     >>> judge(prompt, "About 3.2")
-    {'number: 3.14': False, 'words: 1, 4': True}
+    {'number: 3.14': False, 'words: 1, 4': True, 'own words': True}
     """
     answer = answer.replace("’", "'")
-    return {str(check): CHECKS[check.kind][0](check.value, answer, prompt.query) for check in prompt.checks}
+    verdicts = {str(check): CHECKS[check.kind][0](check.value, answer, prompt.query) for check in prompt.checks}
+    return verdicts | {"own words": overlap(prompt.query.casefold(), answer.casefold()).run < ECHO}
 
 
 def passes(prompt: HeldOut, answer: str) -> bool:

@@ -51,10 +51,12 @@ def test_the_good_answer_passes_and_the_bad_one_fails(one):
     assert not passes(one, "I could not say."), "an answer to anything is one to nothing"
 
 
-def test_a_false_premise_is_not_corrected_by_answering_it():
+def test_to_say_the_query_over_again_is_no_answer():
     for one in PROMPTS:
-        if one.category == "false-premise":
-            assert not passes(one, "Yes. " + one.query), one.source
+        for echo in (one.query, "Yes. " + one.query, one.query.lower(), f"{one.query}\n\n{one.query}"):
+            assert not passes(one, echo), one.source
+    ferry = next(one for one in PROMPTS if one.id == "ferry")
+    assert judge(ferry, ferry.query + " Two coppers.") == dict.fromkeys(judge(ferry, ""), True) | {"own words": False}
 
 
 CONTROLS = {
@@ -87,8 +89,8 @@ def test_a_check_tells_its_controls_apart(kind):
     value, positive, negative = CONTROLS[kind]
     one = prompt(kind, value, "Of 7?")
     assert CHECKS[kind][1](value)
-    assert list(judge(one, positive).values()) == [True] and passes(one, positive)
-    assert list(judge(one, negative).values()) == [False] and not passes(one, negative)
+    assert list(judge(one, positive).values()) == [True, True] and passes(one, positive)
+    assert list(judge(one, negative).values()) == [False, True] and not passes(one, negative)
 
 
 def test_a_chat_is_also_held_to_its_roles():
@@ -102,6 +104,7 @@ def test_a_chat_is_also_held_to_its_roles():
         "any_of: copper*": True,
         "leaves_to: Pip": True,
         "no_heading: True": False,
+        "own words": True,
     }
 
 
