@@ -70,7 +70,7 @@ CONTROLS = {
     "sentences": ([2, 2], 'One. "Two?"', "One, two."),
     "words": ([3, 3], "It's well-known there.", "It is well known."),
     "bullets": (2, "Two:\n- a\n* b", "- a\n- b\n3. c"),
-    "items": (["Ann", "Bo"], "1. bo.\n2. Ann", "Ann, Bo and Cy"),
+    "items": (["Ann", "Bo"], "1. bo.\n2. **Ann**", "Ann, Bo and Cy"),
     "json": ({"a": [1]}, 'So:\n```json\n{"a": [1]}\n```', '{"a": [2]}'),
     "python": ("assert f(1) == 2", "def f(x):\n    return x + 1\n\nAs asked.", "def f(x):\n    return x"),
     "distinct": (0.7, "one two three four five six", "so it goes on and so it goes on and so it goes on"),
@@ -106,6 +106,11 @@ def test_a_chat_is_also_held_to_its_roles():
         "no_heading: True": False,
         "own words": True,
     }
+
+
+def test_silence_breaks_no_rule_and_is_no_answer():
+    silent = prompt("none_of", ["no"])
+    assert all(judge(silent, " ").values()) and not passes(silent, " ")
 
 
 def test_typographic_apostrophes_are_apostrophes():
