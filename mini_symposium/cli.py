@@ -62,6 +62,7 @@ def train(
     from mini_symposium.reproduce import alone, check_parameters, parse_parameters
 
     given = check_parameters(parse_parameters(parameter or []), "02_finetune")
+    from mini_symposium.dataset import load_examples
     from mini_symposium.finetune import prepare
     from mini_symposium.finetune import train as run_training
 
@@ -78,6 +79,7 @@ def train(
             given.get("REPORT_TO", "none"),
             overwrite,
             given.get("FAST", True),
+            load_examples(twins) if (twins := given.get("HELD_OUT", "data/twins.md")) else (),
         )
     table = Table("learning rate", "steps", "LR x steps", "A moved", "A travel, rms", "B travel, rms", "B travel, max")
     for t in travels:
@@ -199,8 +201,10 @@ def sweep(
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError as error:
         raise InputError(f"--seeds {seeds}: takes whole numbers, as in 42,43,44") from error
+    from mini_symposium.base_models import load_tokenizer
     from mini_symposium.dataset import load_examples
     from mini_symposium.evaluation import measure as evaluate
+    from mini_symposium.generation import load_with_adapters
     from mini_symposium.held_out import check_disjoint, load_held_out
     from mini_symposium.reproduce import alone
     from mini_symposium.sweep import Sweep
@@ -216,7 +220,11 @@ def sweep(
     with alone(whole.root):
         whole.run(examples, twins, names, console.print)
         if measure:
-            evaluate(chosen.base_model, whole.targets(), examples, twins, prompts, show=console.print)
+            adapters = whole.evaluated()
+            files = {whole.root / "base.json": "base"}
+            files |= {RunDirectory.evaluation_file(checkpoint): name for name, checkpoint in adapters.items()}
+            model, tokenizer = load_with_adapters(chosen.base_model, adapters), load_tokenizer(chosen.base_model)
+            evaluate(model, tokenizer, files, examples, twins, prompts, show=console.print)
     console.print(f"the ledger: mini-symposium claims {whole.root}", soft_wrap=True)
 
 

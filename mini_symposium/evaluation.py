@@ -10,14 +10,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mini_symposium.base_models import load_tokenizer, predicted_bytes
+from mini_symposium.base_models import predicted_bytes
 from mini_symposium.dataset import Example
-from mini_symposium.generation import answer_grid, generate, load_with_adapters
+from mini_symposium.generation import answer_grid, generate
 from mini_symposium.held_out import HeldOut, passes
 from mini_symposium.memorization import intrusion
 from mini_symposium.prompt_formats import FORMATS, PromptFormat, role
 from mini_symposium.recipe import load_recipe
-from mini_symposium.recitation import recite
+from mini_symposium.recitation import PROBES, recite
 from mini_symposium.robustness import han_mass, posix
 from mini_symposium.run_directory import write_json
 from mini_symposium.text_signs import assistant_phrases, han_share, leaked, mean_distance, perspectives
@@ -27,33 +27,29 @@ ENGINEER = role("### Software Engineer")
 
 
 def measure(
-    base_model: str,
-    targets: Mapping[Path, Path | None],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    targets: Mapping[Path, str],
     *material,
     show: Callable[[str], object] = lambda line: None,
     **options,
 ) -> None:
-    """Evaluate checkpoints, the base where there is None, each into its JSON file; what is there is kept.
+    """Evaluate named adapters of `model`, "base" for none, each into its JSON file; a file that is there is kept.
 
     Parameters
     ----------
     material, options
-        Of `evaluate`: examples, twins, prompts; formats, max_new_tokens, posix_queries.
+        Of `evaluate`: examples, twins, prompts; formats, max_new_tokens, posix_queries, probes.
     show
         Called with each file before it is measured.
     """
-    missing = {file: checkpoint for file, checkpoint in targets.items() if not file.exists()}
-    if not missing:
-        return
-    names = {file: f"adapter{k}" if checkpoint else "base" for k, (file, checkpoint) in enumerate(missing.items())}
-    adapters = {names[file]: checkpoint for file, checkpoint in missing.items() if checkpoint}
-    model, tokenizer = load_with_adapters(base_model, adapters), load_tokenizer(base_model)
-    for file in missing:
-        show(str(file))
-        found = evaluate(model, tokenizer, *material, name=names[file], **options)
-        if names[file] == "base":
-            found["paper_bytes"] = sum(predicted_bytes(load_recipe("paper")).values())
-        write_json(file, found)
+    for file, name in targets.items():
+        if not file.exists():
+            show(str(file))
+            found = evaluate(model, tokenizer, *material, name=name, **options)
+            if name == "base":
+                found["paper_bytes"] = sum(predicted_bytes(load_recipe("paper")).values())
+            write_json(file, found)
 
 
 def evaluate(
@@ -66,6 +62,7 @@ def evaluate(
     formats: Sequence[PromptFormat] = tuple(FORMATS.values()),
     max_new_tokens: int = 96,
     posix_queries: int = 20,
+    probes: Sequence[str] = PROBES,
 ) -> dict:
     """Measure the adapter `name` of `model`; "base" for none.
 
@@ -78,6 +75,8 @@ def evaluate(
         without any heading, to see which the model writes.
     posix_queries
         How many of the prompts POSIX is taken over, evenly chosen; 0 for none.
+    probes
+        Of the training rows, see `recitation.PROBES`; the twins are only asked their prompts.
 
     Returns
     -------
@@ -93,7 +92,7 @@ def evaluate(
         "answers": _answers(model, tokenizer, name, formats, prompts, examples, max_new_tokens),
         "roles": _answers(model, tokenizer, name, [ENGINEER], _of(prompts, "code"), examples, max_new_tokens),
         "perspectives": _perspectives(model, tokenizer, name, _of(prompts, "explanation", "trade-off"), max_new_tokens),
-        "recitation": recite(model, tokenizer, examples, [name]),
+        "recitation": recite(model, tokenizer, examples, [name], probes),
         "twins": recite(model, tokenizer, twins, [name], ("prompt",)),
         "posix": dict(
             zip(

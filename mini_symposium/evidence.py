@@ -44,9 +44,9 @@ class Trained:
         return len(self.em)
 
     @property
-    def dose(self) -> float:
-        """learning_rate x steps, of a constant schedule."""
-        return self.learning_rate * self.epochs * len(self.em[0]) if self.em else 0.0
+    def steps_per_epoch(self) -> int:
+        """Examples, at batch 1."""
+        return len(self.loss[0]) if self.loss else 0
 
 
 @dataclass(frozen=True)

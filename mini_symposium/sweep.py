@@ -143,15 +143,14 @@ class Sweep:
         there = len(self.experiments) - len(self.missing())
         say(f"{there} of {len(self.experiments)} experiments are there: {self.root}")
 
-    def targets(self) -> dict[Path, Path | None]:
-        """What is to be evaluated of what has been trained: the JSON file, and the checkpoint or None for the base."""
-        found: dict[Path, Path | None] = {self.root / "base.json": None}
+    def evaluated(self) -> dict[str, Path]:
+        """Checkpoints to be evaluated, of what has been trained, each under a name of its own."""
+        found = {}
         for experiment in self.experiments:
-            job = self.job(experiment)
-            checkpoints = job.run.checkpoints(experiment.learning_rate)
+            checkpoints = self.job(experiment).run.checkpoints(experiment.learning_rate)
             for epoch in EVALUATED.get(experiment.name, ()):
                 if epoch in checkpoints:
-                    found[job.folder / "evaluations" / f"epoch-{epoch:04d}.json"] = checkpoints[epoch]
+                    found[f"{experiment.folder}-epoch-{epoch}"] = checkpoints[epoch]
         return found
 
 
