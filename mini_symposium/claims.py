@@ -37,6 +37,8 @@ C12 = Question(
     "C12", "packing fails on so small a set", "batches that the packer of that month plans", 0.5, above=False
 )
 
+QUESTIONS = (C1, C2, C3, C4, C5, C6, C7, C8, C9, C10, C11, C12)
+
 
 def overfits(e: Evidence) -> Claim:
     """C1."""
@@ -59,9 +61,9 @@ def spares(e: Evidence) -> Claim:
     epoch = max(epoch for _, epoch in low)
     low = [(trained, at) for trained, at in low if at == epoch]
     recall = _recall(low)
-    same_dose = [(t, epoch // 10) for t in e.named("high") if epoch // 10 in t.evaluations]
     note = f"at epoch {epoch}"
-    pairs = [(a, b) for a in low for b in same_dose if a[0].seed == b[0].seed]
+    control = [(t, round(epoch * low[0][0].learning_rate / t.learning_rate)) for t in e.named("high")]
+    pairs = [(a, b) for a in low for b in control if a[0].seed == b[0].seed and b[1] in b[0].evaluations]
     if pairs:
         ours, theirs = (_recall(some) for some in zip(*pairs, strict=True))
         gap = difference(ours, theirs)

@@ -237,11 +237,9 @@ def claims(run: Annotated[str, typer.Argument(help="a run, a sweep, or figures/c
 
     evidence = load(run)
     rows = ledger(evidence)
-    table = Table("", "claim", "measured", "verdict", title=f"{evidence.scale} scale, {evidence.device}")
+    table = Table("", "claim", "verdict", "what was found", title=f"{evidence.scale} scale, {evidence.device}")
     for row in rows:
-        value = "" if row.value is None else f"{row.value:.3g}"
-        between = f" [{row.interval[0]:.3g}, {row.interval[1]:.3g}]" if row.interval else ""
-        table.add_row(row.id, row.claim, f"{row.metric}: {value}{between}\n[dim]{escape(row.note)}[/]", row.verdict)
+        table.add_row(row.id, row.claim, row.verdict, escape(row.said))
     console.print(table)
     target = RunDirectory(run).path / "claims.json"
     write_json(target, [row.row() for row in rows])
