@@ -25,7 +25,7 @@ class Behaviour:
     """A model's greedy answers to held-out prompts, and by how much others that take its place differ from it.
 
     The answers are generated once. Whether another model would have given the same is read from its predictions along
-    them: it does if at every place it prefers the same token, the place after the last one included.
+    them: it does if it prefers the same token at every place, the one after the last included.
 
     Attributes
     ----------
@@ -42,10 +42,11 @@ class Behaviour:
         formats = [FORMATS[name] for name in IN_FORMATS]
         prompts = [form.render(query) for query in QUERIES for form in formats]
         stops = [form.stop_strings() for _ in QUERIES for form in formats]
-        self.answers = [answer.text for answer in generate(model, tokenizer, prompts, stops, max_new_tokens)]
-        self.texts = [prompt + answer for prompt, answer in zip(prompts, self.answers, strict=True)]
-        self.starts = [len(ids) - 1 for ids in tokenizer(prompts)["input_ids"]]
-        self.reference = logits(model, tokenizer, self.texts)
+        answers = generate(model, tokenizer, prompts, stops, max_new_tokens)
+        self.answers, asked = [answer.text for answer in answers], tokenizer(prompts)["input_ids"]
+        self.starts = [len(ids) - 1 for ids in asked]
+        self.said = [[*ids, *answer.ids] for ids, answer in zip(asked, answers, strict=True)]
+        self.reference = logits(model, tokenizer, self.said)
 
     def measure(self) -> dict[str, float]:
         """What the model does now.
@@ -57,7 +58,7 @@ class Behaviour:
             (both over supervised tokens); kl from the reference, in nats a token, over prompts and answers; same, the
             share of the reference's answers that it gives too.
         """
-        found = logits(self.model, self.tokenizer, self.texts)
+        found = logits(self.model, self.tokenizer, self.said)
         kept = [
             torch.equal(ours[start:].argmax(-1), theirs[start:].argmax(-1))
             for ours, theirs, start in zip(found, self.reference, self.starts, strict=True)

@@ -30,6 +30,7 @@ from mini_symposium.picture import (
 )
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run_directory import RunDirectory
+from mini_symposium.survival_figure import of_table
 
 
 def _steps(metrics) -> pd.DataFrame:
@@ -328,12 +329,14 @@ def redraw(run: RunDirectory) -> list[Path]:
     }
     if "02_finetune" in results:
         pictures["travel"] = travel(results["02_finetune"]["travel"], recipe.scale)
-    tables = {name: run.figures / f"{name}.csv" for name in ("token_lengths", "format_grid")}
+    tables = {name: run.figures / f"{name}.csv" for name in ("token_lengths", "format_grid", "survival")}
     rows = {name: pd.read_csv(path).to_dict("records") for name, path in tables.items() if path.exists()}
     if "token_lengths" in rows:
         pictures["token_lengths"] = token_lengths(rows["token_lengths"], recipe.scale, recipe.sequence_len)
     if "format_grid" in rows:
         pictures["format_grid"] = format_grid(rows["format_grid"], "copied_words", recipe.scale)
+    if "survival" in rows:
+        pictures["survival"] = of_table(rows["survival"], recipe.scale)
     for name, picture in pictures.items():
         picture.save(run.figures / name)
     return [run.figures / f"{name}.png" for name in pictures]

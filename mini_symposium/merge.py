@@ -178,9 +178,11 @@ def check_room(out: Path, size: int) -> None:
 
 
 @torch.inference_mode()
-def logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[torch.Tensor]:
-    """Next-token logits at every position of each text, (T, vocabulary) in float32 on the CPU."""
-    rows, found = [tokenizer(text)["input_ids"] for text in texts], []
+def logits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | Sequence[int]]
+) -> list[torch.Tensor]:
+    """Next-token logits at every position of each text or row of tokens, (T, vocabulary) in float32 on the CPU."""
+    rows, found = [tokenizer(text)["input_ids"] if isinstance(text, str) else list(text) for text in texts], []
     for first in range(0, len(rows), BATCH):
         batch = rows[first : first + BATCH]
         width = max(map(len, batch))  # padded on the right: what comes later is not seen by what comes before

@@ -121,7 +121,7 @@ def _survival(run: RunDirectory, rate: float, epoch: int) -> Iterator[str]:
     found = read_survival(run, rate, epoch)
     if found:
         rows = [
-            (row["storage"], row["verdict"], *(f"{row[key]:.2f}" for key in ("gain", "kl_share", "same", "cosine")))
+            (row["storage"], row["verdict"], *(_share(row[key]) for key in ("gain", "kl_share", "same", "cosine")))
             for row in found["storages"]
         ]
         yield _table(
@@ -130,6 +130,10 @@ def _survival(run: RunDirectory, rate: float, epoch: int) -> Iterator[str]:
             rows,
         )
         yield found["sentence"]
+
+
+def _share(value: float | None) -> str:
+    return "not measurable" if value is None else f"{value:.2f}"
 
 
 def read_survival(run: RunDirectory, rate: float, epoch: int) -> dict | None:

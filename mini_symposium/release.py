@@ -1,15 +1,14 @@
-"""A run's model, or a model directory, as the files of those who run it elsewhere: llama.cpp, Ollama, Axolotl, the hub.
+"""A run's model, or a model directory, as the files of those who run it elsewhere: llama.cpp, Ollama, Axolotl.
 
 Whatever is written is written whole: a folder gets its name when everything in it is there, and every GGUF file has
 answered in llama.cpp as transformers does from the same weights.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mini_symposium import InputError, RunError
+from mini_symposium import InputError
 from mini_symposium.adapters import find_checkpoints, read_adapters
 from mini_symposium.base_models import local_directory
 from mini_symposium.dataset import load_examples, write_axolotl_jsonl
@@ -195,44 +194,3 @@ def axolotl(recipe: Recipe, out: Path, name: str) -> list[Path]:
         note = f"# {len(examples)} examples; from this folder: axolotl train {name}.yml\n"
         (folder / f"{name}.yml").write_text(note + theirs.to_yaml(), encoding="utf-8")
     return [out / f"{name}.yml", out / f"{name}.jsonl"]
-
-
-def push(folder: Path, repository: str, really: bool, token: str | None, private: bool = True) -> str:
-    """Upload an exported folder to the hub; only if told to, only with a token, and never from a notebook.
-
-    Returns
-    -------
-    str
-        The address of what was uploaded.
-
-    Raises
-    ------
-    InputError
-        If it was not told to, there is no token, this is a notebook, or the folder has no card.
-    RunError
-        If the hub cannot be reached, or refuses.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if not (folder / "README.md").is_file():
-        raise InputError(f"{folder}: no README.md in it; write one with `mini-symposium export card` first")
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise InputError(f"--repo {repository}: {str(error).splitlines()[0]}") from error
-    if "ipykernel" in sys.modules:
-        raise InputError("a notebook uploads nothing; use `mini-symposium export hub` in a terminal")
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    what = f"{len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB, would go from {folder} to {repository}"
-    if not really:
-        raise InputError(f"nothing was uploaded: {what}; add --push to do it")
-    if not token:
-        raise InputError(f"nothing was uploaded: {what}, but there is no token; set HF_TOKEN to one that may write")
-    api = HfApi(token=token)
-    try:
-        api.create_repo(repository, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=folder))
-    except (HfHubHTTPError, OSError) as error:
-        raise RunError(f"{repository}: the hub did not take it ({str(error).strip().splitlines()[0]})") from error

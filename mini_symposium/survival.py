@@ -185,12 +185,16 @@ def sentence(storages: Sequence[Mapping]) -> str:
     for row in storages:
         by_verdict.setdefault(row["verdict"], []).append(row["storage"])
     said = {
-        "kept": "it is still in {}",
-        "blurred": "in {} it is there but blurred by the rounding",
-        "lost": "it is lost in {}",
+        "kept": "{it} is still in {files}",
+        "blurred": "in {files} {it} is there but blurred by the rounding",
+        "lost": "{it} is lost in {files}",
     }
-    parts = [text.format(_listed(by_verdict[key])) for key, text in said.items() if key in by_verdict]
-    return "; ".join(parts).replace("it", "The fine-tune", 1) + "."
+    parts = []
+    for key, text in said.items():
+        if key in by_verdict:
+            parts.append(text.format(it="it" if parts else "the fine-tune", files=_listed(by_verdict[key])))
+    whole = "; ".join(parts)
+    return whole[:1].upper() + whole[1:] + "."
 
 
 def _listed(names: Sequence[str]) -> str:
