@@ -150,8 +150,7 @@ def _ledger(run: RunDirectory) -> Iterator[str]:
     path = run.path / "claims.json"
     if not path.is_file():
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    rows = found if isinstance(found, list) else found["claims"]
+    rows = json.loads(path.read_text(encoding="utf-8"))
     yield _table("The card's claims", LEDGER, [[_cell(row.get(key, "")) for key in LEDGER] for row in rows])
 
 

@@ -188,6 +188,16 @@ class RunDirectory:
         folder = self.learning_rate_dir(learning_rate) / "checkpoints"
         return {int(path.name.removeprefix("epoch-")): path for path in sorted(folder.glob("epoch-*"))}
 
+    def evaluations(self, learning_rate: float) -> dict[int, Path]:
+        """Epoch -> what was measured of that checkpoint's behaviour, see `evaluation.evaluate`."""
+        folder = self.learning_rate_dir(learning_rate) / "evaluations"
+        return {int(path.stem.removeprefix("epoch-")): path for path in sorted(folder.glob("epoch-*.json"))}
+
+    @staticmethod
+    def evaluation_file(checkpoint: Path) -> Path:
+        """Where what was measured of a checkpoint's behaviour goes."""
+        return checkpoint.parents[1] / "evaluations" / f"{checkpoint.name}.json"
+
     def newest_checkpoints(self) -> dict[str, Path]:
         """The last checkpoint of each learning rate, highest rate first, under a name like `1e-05`."""
         rates = {rate: self.checkpoints(rate) for rate in self.learning_rates()}
