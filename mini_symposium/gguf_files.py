@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from mini_symposium import RunError
+from mini_symposium.tensor_files import Tensors
 
 
 class _Reader(gguf.GGUFReader):
@@ -38,7 +39,7 @@ def tensor_types(file: Path) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda pair: -pair[1]))
 
 
-def read_gguf(file: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
+def read_gguf(file: Path, names: Sequence[str]) -> Tensors:
     """A GGUF file's tensors in float32, dequantised, under the names and in the order that transformers has.
 
     llama.cpp turns the rows of Llama's query and key matrices, because it rotates neighbouring elements where
@@ -63,14 +64,16 @@ def read_gguf(file: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
         return reader.fields[f"{architecture}.{key}"].contents()
 
     mapping = gguf.get_tensor_name_map(kinds[architecture], setting("block_count"))
-    tensors = {}
-    for name in names:
-        stored = found.get(mapping.get_name(name, try_suffixes=(".weight", ".bias")))
-        if stored is None:
+    theirs = {name: found.get(mapping.get_name(name, try_suffixes=(".weight", ".bias"))) for name in names}
+    for name, tensor in theirs.items():
+        if tensor is None:
             raise RunError(f"{file.name}: holds no {name}; its architecture, {architecture}, is not read here")
-        data = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type))
+
+    def one(name: str) -> torch.Tensor:
+        data = torch.tensor(gguf.dequantize(theirs[name].data, theirs[name].tensor_type))
         if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = setting("attention.head_count" if "q_proj" in name else "attention.head_count_kv")
             data = data.reshape(heads, -1, 2, data.shape[-1]).transpose(1, 2).reshape(data.shape)
-        tensors[name] = data.contiguous()
-    return tensors
+        return data.contiguous()
+
+    return Tensors(tuple(names), one)

@@ -137,8 +137,11 @@ def _run(what: str, arguments: Sequence[object], given: str = "") -> str:
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, input=given, capture_output=True, text=True, errors="replace", env=environment)
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise RunError(f"llama.cpp's {what} failed: {said[-1] if said else f'exit code {done.returncode}'}")
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit code {done.returncode}"]
+        if "No space left on device" in done.stderr:
+            raise InputError(f"llama.cpp's {what} could not write: the disk is full; free some space")
+        first = next((line.partition(" E ")[2].strip() for line in said if " E " in line), said[-1])
+        raise RunError(f"llama.cpp's {what} failed: {first}")
     return done.stdout
 
 

@@ -24,7 +24,7 @@ FIGURES = {
     "format_grid": "Words copied from the training rows, by format and model",
 }
 
-LEDGER = ("id", "claim", "metric", "value", "interval", "n", "scale", "verdict")
+LEDGER = ("id", "claim", "metric", "value", "interval", "n", "seeds", "scale", "verdict")
 
 
 def write_card(run: RunDirectory, out: Path, checkpoint: Path, license: str = "") -> list[Path]:

@@ -22,7 +22,7 @@ from mini_symposium.generation import generate
 from mini_symposium.gguf_files import read_gguf
 from mini_symposium.llama_cpp import ask
 from mini_symposium.prompt_formats import FORMATS, PromptFormat
-from mini_symposium.storages import read_names, take
+from mini_symposium.storages import plus, read_names, take
 
 TIED = {"f32": 0.01, "f16": 0.1}
 """How far behind a choice may be, in nats, by the kind of file. llama.cpp multiplies f32 files in float32, for f16 ones
@@ -72,10 +72,7 @@ def prove(
             there, here = (tokenizer.convert_ids_to_tokens(ids[at : at + 2]) for ids in (reply.prompt_ids, expected))
             raise RunError(f"{file.name}: {prompt!r} has other tokens in llama.cpp: {there} for {here}, at {at}")
     reference = load_model(str(model), load_in_4bit=False, dtype=torch.float32).eval()
-    tensors = read_gguf(file, read_names(model))
-    for name, (a, b) in (factors or {}).items():
-        tensors[name].addmm_(b, a)
-    take(reference, tensors)
+    take(reference, plus(read_gguf(file, read_names(model)), factors or {}))
     answers = generate(reference, tokenizer, prompts, stops, max_new_tokens)
     pairs = list(zip(answers, replies, strict=True))
     behind = [_behind(reference, reply.prompt_ids, reply.ids) for reply in replies]

@@ -1,6 +1,6 @@
 """The ways in which a model is stored, and what each makes of its weights: a file's tensors as they are read back."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,12 +8,11 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from transformers import PreTrainedModel
 
 from mini_symposium import InputError, RunError
+from mini_symposium.adapters import Factors
 from mini_symposium.base_models import device
 from mini_symposium.gguf_files import read_gguf, tensor_types
 from mini_symposium.llama_cpp import FILE_TYPES, INSTALL, QUANTISER, installed, quantise, to_gguf
-from mini_symposium.tensor_files import read_header, read_tensor
-
-Tensors = dict[str, torch.Tensor]
+from mini_symposium.tensor_files import Tensors, read_header, read_tensor
 
 CASTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STOCHASTIC = "bf16, stochastic"
@@ -40,7 +39,23 @@ def possible(storages: Sequence[str]) -> tuple[list[str], str]:
 def read_model(folder: Path) -> Tensors:
     """All tensors of a model directory in float32."""
     shards = {path: read_header(path) for path in sorted(folder.glob("*.safetensors"))}
-    return {name: read_tensor(path, entry).float() for path, each in shards.items() for name, entry in each.items()}
+    places = {name: (path, entry) for path, each in shards.items() for name, entry in each.items()}
+    return Tensors(tuple(places), lambda name: read_tensor(*places[name]).float())
+
+
+def changed(tensors: Tensors, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Tensors:
+    """The tensors, each as `change` makes it of its name and itself."""
+    return Tensors(tuple(tensors), lambda name: change(name, tensors[name]))
+
+
+def plus(tensors: Tensors, factors: Factors) -> Tensors:
+    """The tensors with what adapters add to them."""
+
+    def add(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        a, b = factors.get(name, (None, None))
+        return tensor if a is None else tensor.addmm(b, a)
+
+    return changed(tensors, add)
 
 
 def stored(
@@ -55,32 +70,32 @@ def stored(
     linear
         Names of the matrices that NF4 quantises; it leaves the others in bfloat16.
     scratch
-        A folder for GGUF files: one in float32 for each model, and one at a time of the quantised.
+        A folder for GGUF files: one in float32 for each model, and those of each quantised storage.
 
     Yields
     ------
-    name, tensors of each model, and how many matrices are in which GGUF type ({} if it is no GGUF)
+    name, tensors of each model, made as they are asked for, and how many matrices are in which GGUF type (else {})
 
     Raises
     ------
     RunError
         If a float32 GGUF file does not give back exactly what was written, so that nothing after it could be trusted.
     """
+    rounds = {name: lambda _, tensor, cast=cast: tensor.to(cast).float() for name, cast in CASTS.items()}
+    rounds |= {
+        STOCHASTIC: lambda _, tensor: stochastic(tensor),
+        "NF4": lambda name, tensor: _nf4(tensor, name in linear),
+    }
     for storage in storages:
-        if storage in CASTS:
-            cast = CASTS[storage]
-            yield storage, [{k: t.to(cast).float() for k, t in read_model(model).items()} for model in models], {}
-        elif storage == STOCHASTIC:
-            yield storage, [{k: stochastic(t) for k, t in read_model(model).items()} for model in models], {}
-        elif storage == "NF4":
-            yield storage, [{k: _nf4(t, k in linear) for k, t in read_model(model).items()} for model in models], {}
+        if storage in rounds:
+            yield storage, [changed(read_model(model), rounds[storage]) for model in models], {}
         else:
-            file, tensors = scratch / f"{storage}.gguf", []
+            tensors = []
             for number, model in enumerate(models):
+                file = scratch / f"{storage}-{number}.gguf"
                 quantise(_whole_gguf(model, scratch / f"{number}.gguf"), file, storage)
-                tensors.append(read_gguf(file, list(read_names(model))))
+                tensors.append(read_gguf(file, read_names(model)))
             yield storage, tensors, tensor_types(file)
-            file.unlink()
 
 
 def stochastic(tensor: torch.Tensor) -> torch.Tensor:
@@ -93,7 +108,7 @@ def stochastic(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def take(model: PreTrainedModel, tensors: Tensors) -> None:
+def take(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put `tensors` into a model in place of its own."""
     for name, parameter in model.named_parameters():
         parameter.copy_(tensors[name])
@@ -108,7 +123,7 @@ def _whole_gguf(model: Path, file: Path) -> Path:
     if not file.exists():
         to_gguf(model, file, "f32")
         tensors = read_model(model)
-        for name, tensor in read_gguf(file, list(tensors)).items():
+        for name, tensor in read_gguf(file, tuple(tensors)).items():
             if not torch.equal(tensor, tensors[name]):
                 raise RunError(
                     f"{name}: comes back from a float32 GGUF as something else; its layout is not known here"

@@ -25,7 +25,8 @@ from mini_symposium.dataset import load_examples, tokenize
 from mini_symposium.generation import load_with_adapters
 from mini_symposium.merge import merge
 from mini_symposium.recipe import Recipe
-from mini_symposium.storages import STORAGES, Tensors, possible, read_model, stored, take
+from mini_symposium.storages import STORAGES, plus, possible, read_model, stored, take
+from mini_symposium.tensor_files import Tensors
 
 GAIN_KEPT, GAIN_LOST, KL_KEPT = 0.9, 0.5, 0.5
 """The rule. `gain` is the share that is left of the fine-tune's effect on its own rows: by how much the file's loss on
@@ -56,7 +57,8 @@ def survival(
 ) -> dict:
     """Measure what is left of the fine-tune in each storage, against base + adapter as it was trained.
 
-    The base is the dequantised NF4 one. One model is held, and the weights of four: 17 bytes a parameter or so.
+    The base is the dequantised NF4 one. One model is held, in float32, and one tensor at a time of what it is compared
+    with; those lie in a temporary folder, 8 bytes a parameter and as much again for GGUF files.
 
     Parameters
     ----------
@@ -107,8 +109,7 @@ def survival(
         for storage, (tensors, without), types in stored([tuned, base], set(factors), wanted, Path(folder)):
             ways = {storage: tensors}
             if storage in BESIDE:
-                added = {k: t + factors[k][1] @ factors[k][0] if k in factors else t for k, t in without.items()}
-                ways[f"{storage} + LoRA"] = added
+                ways[f"{storage} + LoRA"] = plus(without, factors)
             base_loss = live["base_loss"]
             if any(not torch.equal(without[name], plain[name]) for name in plain):
                 take(behaviour.model, without)
@@ -137,8 +138,9 @@ def _weights(
     rows, sums = [], torch.zeros(4, dtype=torch.float64)
     for name, (a, b) in factors.items():
         intended = b @ a
-        survived = tensors[name] - without[name]
-        noise = tensors[name] - plain[name] - intended
+        file = tensors[name]
+        survived = file - without[name]
+        noise = file - plain[name] - intended
         part = torch.stack(
             [
                 (x * y).sum(dtype=torch.float64)

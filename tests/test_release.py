@@ -273,7 +273,15 @@ def published(tmp_path):
     survived = {"storages": [row, {**row, "storage": "fp32", "gain": None}], "sentence": "It is lost in bf16."}
     run.survival_file(1e-5, 30).parent.mkdir()
     run.survival_file(1e-5, 30).write_text(json.dumps(survived))
-    claim = {"id": "C1", "claim": "a | b", "metric": "ROUGE-L", "value": 0.123456, "interval": [0.1, 0.2], "n": 13}
+    claim = {
+        "id": "C1",
+        "claim": "a | b",
+        "metric": "ROUGE-L",
+        "value": 0.123456,
+        "interval": [0.1, 0.2],
+        "n": 13,
+        "seeds": 3,
+    }
     (run.path / "claims.json").write_text(json.dumps([{**claim, "scale": "proxy", "verdict": "inconclusive"}]))
     return run, checkpoint
 
@@ -286,7 +294,7 @@ def test_a_card_is_what_the_hub_reads_and_holds_what_the_run_found(published, tm
     assert card.data.license == "apache-2.0" and card.data.library_name == "transformers"
     assert "| bf16 | lost | 0.01 | 0.99 | 0.25 | 0.10 |" in card.text and "It is lost in bf16." in card.text
     assert "| fp32 | lost | not measurable |" in card.text
-    assert "| C1 | a \\| b | ROUGE-L | 0.1235 | 0.1 to 0.2 | 13 | proxy | inconclusive |" in card.text
+    assert "| C1 | a \\| b | ROUGE-L | 0.1235 | 0.1 to 0.2 | 13 | 3 | proxy | inconclusive |" in card.text
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, re.S)[1])
     assert recipe["lora_r"] == 16
     for image in re.findall(r"!\[.*?\]\((.*?)\)", card.text):
