@@ -209,7 +209,8 @@ def survival(
     found = find_checkpoint(directory, checkpoint, learning_rate)
     rate, epoch = float(found.parents[1].name.removeprefix("lr-")), int(found.name.removeprefix("epoch-"))
     console.print(f"{recipe.scale} scale: {recipe.base_model}, learning rate {rate:g}, epoch {epoch}", soft_wrap=True)
-    shown = measure(found, recipe, storage or STORAGES, rows, show=lambda line: console.print(line, style="dim"))
+    dim = {"style": "dim", "markup": False, "soft_wrap": True}
+    shown = measure(found, recipe, storage or STORAGES, rows, show=lambda line: console.print(line, **dim))
     table = Table("stored as", "verdict", "gain left", "KL, base = 1", "same answers", "cosine", "norm")
     for row in shown["storages"]:
         figures = [row[key] for key in ("gain", "kl_share", "same", "cosine", "relative_norm")]

@@ -109,7 +109,8 @@ def gguf(
         files, adapter, factors = {}, None, None
         if lora:
             [checkpoint] = what.checkpoints
-            adapter, factors = folder / f"{what.name}.lora.gguf", read_adapters(what.checkpoints)[0]
+            adapter = folder / f"{what.name}.lora.gguf"
+            factors, made["checkpoints"] = read_adapters(what.checkpoints)
             lora_to_gguf(checkpoint, model, adapter)
             files[adapter.name] = {"kind": "lora", "bytes": adapter.stat().st_size}
         for kind in kinds:
@@ -131,8 +132,8 @@ def _check_kinds(what: Source, kinds: Sequence[str], lora: bool, check: bool) ->
     if unknown or not kinds or len(set(kinds)) < len(kinds):
         raise InputError(f"--type {', '.join(unknown or kinds)}: give some of {', '.join(KINDS)}, each once")
     require(*[QUANTISER] * bool(set(kinds) & FILE_TYPES.keys()), *[SERVER] * check)
-    if lora and len(what.checkpoints) != 1:
-        raise InputError(f"--lora: {what.name} has {len(what.checkpoints)} adapters; it takes a run and one checkpoint")
+    if lora and list(what.checkpoints.values()) != [1.0]:
+        raise InputError(f"--lora: {what.name} is not one adapter as it was trained; give a run and one checkpoint")
 
 
 def _write(model: Path, file: Path, kind: str, name: str, scratch: Path) -> None:
