@@ -21,7 +21,12 @@ setup: .venv/installed
 reproduce: setup
 	.venv/bin/mini-symposium reproduce --recipe '$(RECIPE)' $(if $(RUN),--run '$(RUN)') $(if $(DATASET),-p 'DATASET=$(DATASET)')
 
-test: setup
+# what exports GGUF files, and asks them
+.venv/release: .venv/installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[release]'
+	touch $@
+
+test: setup .venv/release
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/python -m pytest --durations=10

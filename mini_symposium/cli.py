@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mini_symposium import InputError, RunError
+from mini_symposium import InputError, RunError, cli_export
 
 app = typer.Typer(
     help="Fine-tune a language model on a dozen handwritten examples, and know what happened.",
@@ -19,6 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_export.app, name="export")
 console = Console()
 
 RecipeOption = Annotated[str, typer.Option(help="tiny, proxy, paper, or the path of a recipe.yml")]
@@ -185,6 +186,44 @@ def merge(
 
 
 @app.command()
+def survival(
+    run: Annotated[str, typer.Argument(help="a run directory")],
+    checkpoint: Annotated[str, typer.Option(help="epoch-N or RATE/epoch-N; the last one if not given")] = "",
+    learning_rate: Annotated[float, typer.Option(min=0, help="of the checkpoint; the lowest trained if not given")] = 0,
+    storage: Annotated[
+        list[str] | None, typer.Option("--storage", help="fp32, bf16, q8_0, ...; may be repeated; all if not given")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="training rows to measure on, the first; 0: all")] = 6,
+    as_json: Annotated[str, typer.Option("--json", metavar="FILE", help="RUN/lr-R/survival/epoch-N.json")] = "",
+):
+    """Measure what of a fine-tune is left in each way of storing it: in the weights, and in what the model does."""
+    from mini_symposium.recipe import load_recipe
+    from mini_symposium.run_directory import RunDirectory, write_json
+
+    directory = RunDirectory(run)
+    recipe = load_recipe(directory.recipe_file)
+    from mini_symposium.adapters import find_checkpoint
+    from mini_symposium.storages import STORAGES
+    from mini_symposium.survival import survival as measure
+
+    found = find_checkpoint(directory, checkpoint, learning_rate)
+    rate, epoch = float(found.parents[1].name.removeprefix("lr-")), int(found.name.removeprefix("epoch-"))
+    console.print(f"{recipe.scale} scale: {recipe.base_model}, learning rate {rate:g}, epoch {epoch}", soft_wrap=True)
+    dim = {"style": "dim", "markup": False, "soft_wrap": True}
+    shown = measure(found, recipe, storage or STORAGES, rows, show=lambda line: console.print(line, **dim))
+    table = Table("stored as", "verdict", "gain left", "KL, base = 1", "same answers", "cosine", "norm")
+    for row in shown["storages"]:
+        figures = [row[key] for key in ("gain", "kl_share", "same", "cosine", "relative_norm")]
+        cells = ["" if figure is None else f"{figure:.3f}" for figure in figures]
+        table.add_row(row["storage"], row["verdict"], *cells)
+    console.print(table)
+    console.print(shown["sentence"], soft_wrap=True)
+    target = Path(as_json) if as_json else directory.survival_file(rate, epoch)
+    write_json(target, {"scale": recipe.scale, "learning_rate": rate, "epoch": epoch, "rows": rows, **shown})
+    console.print(f"written: {target}", soft_wrap=True)
+
+
+@app.command()
 def sweep(
     recipe: RecipeOption = "proxy",
     out: Annotated[str, typer.Option(help="folder of the sweep; runs/RECIPE-sweep if not given")] = "",
@@ -262,7 +301,7 @@ def render(
 @app.command()
 def figures(run: Annotated[str, typer.Argument(help="a run directory, or figures/proxy")]):
     """Draw a run's figures again from its metrics and csv files; needs no model and no torch."""
-    from mini_symposium.figures import redraw
+    from mini_symposium.redraw import redraw
     from mini_symposium.run_directory import RunDirectory
 
     for path in redraw(RunDirectory(run)):

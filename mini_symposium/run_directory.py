@@ -217,6 +217,10 @@ class RunDirectory:
         """Where the merge of that checkpoint goes."""
         return self.learning_rate_dir(learning_rate) / "merged" / f"epoch-{epoch:04d}"
 
+    def survival_file(self, learning_rate: float, epoch: int) -> Path:
+        """Where `mini-symposium survival` writes what it measured of that checkpoint."""
+        return self.learning_rate_dir(learning_rate) / "survival" / f"epoch-{epoch:04d}.json"
+
     def clear_training(self) -> None:
         """Forget what was trained here, with its recipe; figures and executed notebooks stay."""
         for folder in self.path.glob("lr-*"):

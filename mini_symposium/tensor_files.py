@@ -7,7 +7,7 @@ written before the first tensor is known. Files are read, not mapped: mapped pag
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +87,23 @@ def read_tensor(path: Path, entry: Entry) -> torch.Tensor:
                 raise InputError(f"{path}: became shorter while it was read")
             view = view[got:]
     return torch.frombuffer(content, dtype=entry.dtype).reshape(entry.shape)
+
+
+@dataclass(frozen=True)
+class Tensors(Mapping):
+    """Tensors by name, each made anew when it is asked for: a model's, while one of them is held."""
+
+    names: tuple[str, ...]
+    make: Callable[[str], torch.Tensor]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def write_tensors(

@@ -79,3 +79,30 @@ def overfitted(tmp_path_factory):
     checkpoints = run.checkpoints(1e-2)
     model = load_with_adapters("tiny", {"knows": checkpoints[OVERFIT_EPOCHS], "new": checkpoints[0]})
     return model, load_tokenizer("tiny"), [examples[6], examples[7], examples[12]]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A checkpoint of `tiny` after six epochs at a rate that moves it visibly."""
+    from mini_symposium.dataset import load_examples
+    from mini_symposium.finetune import train
+    from mini_symposium.recipe import load_recipe
+    from mini_symposium.run_directory import find
+
+    run = RunDirectory(tmp_path_factory.mktemp("tiny-run"))
+    train(load_recipe("tiny", num_epochs=6), load_examples(find("data/minisymposium.md")), run, [1e-3])
+    return run.newest_checkpoints()["1e-03"]
+
+
+@pytest.fixture(scope="session")
+def proxy_checkpoint(tmp_path_factory) -> Path:
+    """A checkpoint of the proxy after twelve steps on two examples."""
+    from mini_symposium.dataset import load_examples
+    from mini_symposium.finetune import train
+    from mini_symposium.recipe import load_recipe
+    from mini_symposium.run_directory import find
+
+    run = RunDirectory(tmp_path_factory.mktemp("proxy-run"))
+    recipe = load_recipe("proxy", num_epochs=6)
+    train(recipe, load_examples(find("data/minisymposium.md"))[:2], run, [1e-3])
+    return run.newest_checkpoints()["1e-03"]

@@ -83,9 +83,12 @@ def test_on_the_proxy_the_high_rate_recites_and_the_others_do_not(proxy_run):
 
 
 def test_on_the_proxy_the_merge_keeps_the_fine_tune(proxy_run):
-    differences = proxy_run.results()["04_merge"]["differences"]
+    found = proxy_run.results()["04_merge"]
+    differences = found["differences"]
     assert differences["merged, float32 file"]["largest"] < 1e-3
     assert differences["merged, float32 file"]["kl"] < 1e-6 * differences["no adapter at all (yardstick)"]["kl"]
+    assert found["survival"]["sentence"].startswith("The fine-tune is still in fp32")
+    assert found["survival"]["storages"][0]["same"] == 1
 
 
 def test_predictions_of_memory_hold_on_the_proxy(proxy_run):
