@@ -6,7 +6,7 @@ RECIPE ?= proxy
 DATASET ?=
 RUN ?=
 
-.PHONY: setup reproduce test lab figures notebooks bench
+.PHONY: setup reproduce test soak lab figures notebooks bench
 
 setup: .venv/installed
 
@@ -25,6 +25,10 @@ test: setup
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/python -m pytest --durations=10
+
+# the tests of hostile input and of interruption, with other inputs each time and a hundred times as many
+soak: setup
+	.venv/bin/python -m pytest tests/test_hostile_input.py tests/test_hostile_models.py -m 'soak or not soak' --hypothesis-profile=soak
 
 # step through the notebooks
 lab: setup

@@ -7,7 +7,6 @@ code that a model brings along is run.
 """
 
 import hashlib
-import json
 import os
 import resource
 import subprocess
@@ -38,6 +37,7 @@ from transformers import (
 )
 
 from mini_symposium import InputError
+from mini_symposium.model_directory import checked
 from mini_symposium.recipe import Recipe
 from mini_symposium.run_directory import find, written_whole
 
@@ -153,32 +153,18 @@ def local_directory(base_model: str) -> Path:
         return folder
     folder = find(base_model)
     if folder.is_dir():
-        return _checked(folder)
+        return checked(folder)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model"]
-        return _checked(Path(snapshot_download(base_model, allow_patterns=patterns)))
+        return checked(Path(snapshot_download(base_model, allow_patterns=patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{base_model}: no such directory, and the hub did not give it ({reason}); "
+            f"{base_model}: no such directory, and the hub did not give it ({_reason(error)}); "
             "download it once and set base_model to its folder"
         ) from error
-
-
-def _checked(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no config.json in it, so this is no model directory")
-    if "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
-        raise InputError(
-            f"{folder}/config.json: asks to run code that came with the model (auto_map), which is refused"
-        )
-    if not list(folder.glob("*.safetensors")):
-        pickles = ", ".join(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")]) or "no weights"
-        raise InputError(f"{folder}: holds {pickles}; only safetensors are loaded, so convert it first")
-    return folder
 
 
 def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
@@ -187,10 +173,19 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     A padding token is only ever masked, so a model without one (Mistral) borrows `<unk>`, never EOS: a
     collator that hides padding from the loss would hide EOS too, and the model would never learn to stop.
     """
-    tokenizer = AutoTokenizer.from_pretrained(local_directory(base_model), padding_side="left")
+    folder = local_directory(base_model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare exceptions, sentencepiece and protobuf their own
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({_reason(error)})") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an exception says, or its name."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def nf4(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
@@ -224,10 +219,10 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder}: cannot be loaded as a causal language model ({str(error).splitlines()[0]})"
-        ) from error
+    except Exception as error:  # a config that does not go with its weights fails anywhere, with anything
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InputError(f"{folder}: cannot be loaded as a causal language model ({_reason(error)})") from error
     if load_in_4bit and (dequantize or dtype == torch.float32):
         model = model.dequantize().to(dtype)
     return model
@@ -295,4 +290,8 @@ def model_config(base_model: str) -> PretrainedConfig:
     """The configuration of `base_model`, without its weights."""
     if base_model == "mistralai/Mistral-7B-v0.1" and not find(base_model).is_dir():
         return MistralConfig()  # its defaults are that model's shape, so no download is needed to predict
-    return AutoConfig.from_pretrained(local_directory(base_model))
+    folder = local_directory(base_model)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # as in `load_model`
+        raise InputError(f"{folder}/config.json: cannot be read ({_reason(error)})") from error

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mini_symposium import InputError, RunError
+from mini_symposium.safe_text import printable
 
 app = typer.Typer(
     help="Fine-tune a language model on a dozen handwritten examples, and know what happened.",
@@ -106,11 +107,11 @@ def inspect(
         return
     table = Table("where", "query", "sections", "words", title=f"{file}: {len(examples)} examples")
     for row in description["examples"]:
-        cells = [row["source"], row["query"], " > ".join(row["headings"]), str(row["words"])]
-        table.add_row(*map(escape, cells))
+        cells = [row["source"], row["query"], " > ".join(row["headings"])[:200], str(row["words"])]
+        table.add_row(*(escape(printable(cell)) for cell in cells))
     console.print(table)
     for warning in warnings:
-        console.print(f"[yellow]note[/] {escape(warning)}", soft_wrap=True)
+        console.print(f"[yellow]note[/] {escape(printable(warning))}", soft_wrap=True)
 
 
 @app.command()
@@ -146,7 +147,7 @@ def ask(
     for cell in answer_grid(model, tokenizer, ["base", *checkpoints], formats, [query], max_new_tokens):
         title = f"[bold]{escape(cell['format'])}[/] · {escape(cell['model'])}"
         console.rule(f"{title} · {cell['tokens']} tokens, {cell['stop_reason']}")
-        console.print(cell["answer"], markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(cell["answer"]), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

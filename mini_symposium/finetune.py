@@ -29,6 +29,9 @@ from mini_symposium.run_directory import RunDirectory, environment, write_json, 
 from mini_symposium.trainer import build_trainer, check_batches, save_adapter
 from mini_symposium.training_log import Log, Part
 
+REPORTERS = ("none", "tensorboard", "trackio")
+"""To whom the trainer may report, if it is installed."""
+
 MOVED_AT_LEAST = 0.99
 """Smallest share of lora_A's elements that must differ between the first and the last checkpoint."""
 
@@ -101,8 +104,17 @@ def train(
     RunError
         If the loss is no number, or fewer than 99% of lora_A's elements moved.
     """
+    if report_to not in REPORTERS:
+        raise InputError(f"report_to={report_to!r}: is one of {', '.join(REPORTERS)}")
     if report_to != "none" and not importlib.util.find_spec(report_to):
         raise InputError(f"report_to={report_to!r}: there is no such package here; `pip install {report_to}` adds it")
+    learning_rates = [recipe.replace(learning_rate=rate).learning_rate for rate in learning_rates]
+    if len(set(learning_rates)) < len(learning_rates):
+        raise InputError(f"learning rates {learning_rates}: give each once")
+    wanted = list(recipe.checkpoint_epochs if checkpoint_epochs is None else checkpoint_epochs)
+    if not all(type(epoch) is int and 0 <= epoch <= recipe.num_epochs for epoch in wanted):
+        raise InputError(f"checkpoint epochs {wanted}: they must lie between 0 and num_epochs = {recipe.num_epochs}")
+    epochs = sorted({0, recipe.num_epochs, *wanted})
     if overwrite:
         run.clear_training()
     tokenizer = load_tokenizer(recipe.base_model)
@@ -110,11 +122,6 @@ def train(
         tokenize(some, tokenizer, recipe.sequence_len, not recipe.train_on_inputs) for some in (examples, held_out)
     )
     _claim(run, recipe, examples)
-    epochs = sorted(
-        {0, recipe.num_epochs, *(recipe.checkpoint_epochs if checkpoint_epochs is None else checkpoint_epochs)}
-    )
-    if epochs[0] < 0 or epochs[-1] > recipe.num_epochs:
-        raise InputError(f"checkpoint epochs {epochs}: they must lie between 0 and num_epochs = {recipe.num_epochs}")
     pending = [rate for rate in learning_rates if recipe.num_epochs not in run.checkpoints(rate)]
     if pending:
         longest = max(len(row.input_ids) for row in rows)

@@ -23,6 +23,7 @@ from rich.table import Table
 from mini_symposium import InputError
 from mini_symposium.dataset import fingerprint, load_examples
 from mini_symposium.execution import Notebook, execute, view
+from mini_symposium.reading import parse_json, read_text
 from mini_symposium.recipe import KEYS, load_recipe
 from mini_symposium.run_directory import ROOT, RunDirectory
 
@@ -42,12 +43,12 @@ def read_notebooks(folder: Path) -> list[Notebook]:
 
 def _read_notebook(path: Path) -> Notebook:
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        cells = parse_json(read_text(path), path)["cells"]
         sources = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
         tagged = [i for i, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", [])]
         lines = ast.parse(sources[tagged[0]][1]).body if tagged else []
         parameters = {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
-    except (ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, SyntaxError, MemoryError, RecursionError) as error:
         raise InputError(f"{path}: not a notebook whose parameters are literals ({error!r})") from error
     return Notebook(path, parameters, hashlib.sha256(json.dumps(sources).encode()).hexdigest())
 
@@ -194,9 +195,13 @@ def _copy(directory: RunDirectory, notebook: Notebook) -> dict | None:
     if not path.exists():
         return None
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"]
-        return {"made": metadata["mini_symposium"], "papermill": metadata["papermill"]}
-    except (ValueError, KeyError, TypeError) as error:
+        metadata = parse_json(read_text(path), path)["metadata"]
+        made, papermill = metadata["mini_symposium"], metadata["papermill"]
+        whole = {"source", "parameters", "recipe", "dataset"} <= made.keys() and {"duration"} <= papermill.keys()
+        if not whole:
+            raise KeyError("mini_symposium")
+        return {"made": made, "papermill": papermill}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a finished copy; move it away, or choose another --run") from error
 
 

@@ -8,6 +8,7 @@ is recorded says which recipe, machine and commit it came from.
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -17,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mini_symposium import InputError, __version__
+from mini_symposium.reading import parse_json, path_of, read_text
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout: `data/`, `notebooks/` and `figures/` lie beside the package."""
@@ -30,7 +32,7 @@ def find(path: str | Path) -> Path:
     >>> find("data/minisymposium.md").name
     'minisymposium.md'
     """
-    path = Path(path).expanduser()
+    path = path_of(path)
     return path if path.is_absolute() or path.exists() else ROOT / path
 
 
@@ -72,23 +74,37 @@ def _remove(path: Path) -> None:
 def write_json(path: str | Path, value) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        # Half a character, from a file name that is no text, becomes the escape that JSON has for it.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """Rows of a JSON-lines file that we append to; a last line cut by a crash is left out."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
+    """Rows of a JSON-lines file that we append to; a last line cut by a crash is left out.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, or another line is damaged.
+    """
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(Path(path)).split("\n")[:-1], start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}:{number}: a damaged line ({error.msg}); train that learning rate again"
-            ) from error
+            row = parse_json(line, path, number)
+        except InputError as error:
+            raise InputError(f"{error}: a damaged line; train that learning rate again") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: a damaged line, {line[:40]!r}; train that learning rate again")
+        rows.append(row)
     return rows
+
+
+def read_object(path: Path) -> dict:
+    """A JSON file of ours that holds an object, such as results.json; InputError if it does not."""
+    value = parse_json(read_text(path), path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}, not an object; move it away")
+    return value
 
 
 def environment(**more) -> dict:
@@ -116,7 +132,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path):
-        path = Path(path).expanduser()
+        path = path_of(path)
         self.path = (
             path
             if path.is_absolute() or path.exists()
@@ -138,7 +154,7 @@ class RunDirectory:
 
     def environment(self) -> dict:
         """What the run ran on, and the most memory that its training took."""
-        return json.loads(self.environment_file.read_text(encoding="utf-8"))
+        return read_object(self.environment_file)
 
     @property
     def figures(self) -> Path:
@@ -155,8 +171,9 @@ class RunDirectory:
 
     def learning_rates(self) -> list[float]:
         """Learning rates with a finished or unfinished training, highest first."""
-        found = (folder.name.removeprefix("lr-") for folder in self.path.glob("lr-*") if folder.is_dir())
-        return sorted(map(float, found), reverse=True)
+        folders = (folder.name for folder in self.path.glob("lr-*") if folder.is_dir())
+        found = (re.fullmatch(r"lr-(\d+(?:\.\d+)?e[+-]\d+)", name) for name in folders)
+        return sorted((float(name[1]) for name in found if name), reverse=True)
 
     def probes(self, learning_rate: float) -> list[dict]:
         """The line per probed epoch and held-out example: epoch, example, loss, em, es, tokens; [] without a probe."""
@@ -186,7 +203,8 @@ class RunDirectory:
     def checkpoints(self, learning_rate: float) -> dict[int, Path]:
         """Epoch -> checkpoint folder, in order of epochs. Folders still being written have other names."""
         folder = self.learning_rate_dir(learning_rate) / "checkpoints"
-        return {int(path.name.removeprefix("epoch-")): path for path in sorted(folder.glob("epoch-*"))}
+        found = ((path, re.fullmatch(r"epoch-(\d+)", path.name)) for path in sorted(folder.glob("epoch-*")))
+        return {int(name[1]): path for path, name in found if name and path.is_dir()}
 
     def newest_checkpoints(self) -> dict[str, Path]:
         """The last checkpoint of each learning rate, highest rate first, under a name like `1e-05`."""
@@ -209,7 +227,7 @@ class RunDirectory:
     def results(self) -> dict:
         """What the notebooks recorded, by notebook; {} before the first."""
         path = self.path / "results.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_object(path) if path.is_file() else {}
 
     def record(self, notebook: str, values: dict) -> None:
         """Put one notebook's results into results.json, leaving the other notebooks' as they are."""
