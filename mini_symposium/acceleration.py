@@ -7,7 +7,9 @@ import os
 import shutil
 from dataclasses import dataclass
 
-from mini_symposium.base_models import NF4_BYTES, device, memory, model_config, predicted_bytes
+import torch
+
+from mini_symposium.base_models import NF4_BYTES, device, memory, model_config, predicted_bytes, training_dtype
 from mini_symposium.recipe import Recipe
 
 SHARE = 0.8
@@ -49,6 +51,7 @@ class Acceleration:
             "base dequantised once and kept" if self.resident else "base kept in 4 bits",
             "activations recomputed" if self.checkpointing else "activations kept",
             "layer compiled" if self.compiled else "layer not compiled",
+            *(["in float32, this processor has no products for bfloat16"] * (training_dtype() == torch.float32)),
         ]
         return f"{', '.join(parts)} ({self.why})"
 
@@ -79,8 +82,8 @@ def choose(
         return Acceleration.off(why)
     free = memory() if free is None else free
     sizes = {kept: predicted_bytes(recipe.replace(gradient_checkpointing=not kept)) for kept in (True, False)}
-    base = sizes[True]["base, NF4"] + sizes[True]["base, bfloat16"]
-    dequantised = round(sizes[True]["base, NF4"] / NF4_BYTES * 2)
+    base = sizes[True]["base, NF4"] + sizes[True]["base, other weights"]
+    dequantised = round(sizes[True]["base, NF4"] / NF4_BYTES * training_dtype().itemsize)
 
     def fits(resident: bool, kept: bool) -> int:
         each = sizes[kept]["adapters, gradients, optimizer"] + sizes[kept]["activations"]

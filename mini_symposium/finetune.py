@@ -14,6 +14,7 @@ import importlib.util
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from datasets import disable_progress_bars
@@ -111,42 +112,87 @@ def train(
     learning_rates = [recipe.replace(learning_rate=rate).learning_rate for rate in learning_rates]
     if len(set(learning_rates)) < len(learning_rates):
         raise InputError(f"learning rates {learning_rates}: give each once")
-    wanted = list(recipe.checkpoint_epochs if checkpoint_epochs is None else checkpoint_epochs)
-    if not all(type(epoch) is int and 0 <= epoch <= recipe.num_epochs for epoch in wanted):
-        raise InputError(f"checkpoint epochs {wanted}: they must lie between 0 and num_epochs = {recipe.num_epochs}")
-    epochs = sorted({0, recipe.num_epochs, *wanted})
+    _kept_epochs(recipe, checkpoint_epochs)  # what is wrong with them is said before anything is touched
     if overwrite:
         run.clear_training()
-    tokenizer = load_tokenizer(recipe.base_model)
-    rows, probed = (
-        tokenize(some, tokenizer, recipe.sequence_len, not recipe.train_on_inputs) for some in (examples, held_out)
-    )
-    _claim(run, recipe, examples)
-    pending = [rate for rate in learning_rates if recipe.num_epochs not in run.checkpoints(rate)]
+    rows, probed = as_rows(recipe, examples), as_rows(recipe, held_out)
+    claim(run, recipe, examples)
+    jobs = [Job(recipe.replace(learning_rate=rate), run) for rate in learning_rates]
+    train_together(jobs, rows, checkpoint_epochs, report_to, fast, probed)
+    return [prove_movement(run, rate) for rate in learning_rates]
+
+
+def as_rows(recipe: Recipe, examples: Sequence[Example]) -> list[Row]:
+    """`examples` in the tokens of the recipe's base model, supervised as the recipe says."""
+    return tokenize(examples, load_tokenizer(recipe.base_model), recipe.sequence_len, not recipe.train_on_inputs)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adapter to train: its recipe, learning rate included, and the run that it belongs to."""
+
+    recipe: Recipe
+    run: RunDirectory
+
+    @property
+    def folder(self) -> Path:
+        return self.run.learning_rate_dir(self.recipe.learning_rate)
+
+    @property
+    def finished(self) -> bool:
+        return self.recipe.num_epochs in self._checkpoints()
+
+    @property
+    def resumable(self) -> set[int]:
+        """Epochs whose checkpoint holds what going on needs."""
+        return {epoch for epoch, path in self._checkpoints().items() if (path / "optimizer.pt").exists()}
+
+    def _checkpoints(self) -> dict[int, Path]:
+        return self.run.checkpoints(self.recipe.learning_rate)
+
+
+def _kept_epochs(recipe: Recipe, wanted: Sequence[int] | None) -> list[int]:
+    """The epochs after which adapters are kept, the first and the last among them."""
+    epochs = list(recipe.checkpoint_epochs if wanted is None else wanted)
+    if not all(type(epoch) is int and 0 <= epoch <= recipe.num_epochs for epoch in epochs):
+        raise InputError(f"checkpoint epochs {epochs}: they must lie between 0 and num_epochs = {recipe.num_epochs}")
+    return sorted({0, recipe.num_epochs, *epochs})
+
+
+def train_together(
+    jobs: Sequence[Job],
+    rows: Sequence[Row],
+    checkpoint_epochs: Sequence[int] | None = None,
+    report_to: str = "none",
+    fast: bool = True,
+    held_out: Sequence[Row] = (),
+) -> None:
+    """Train what of `jobs` is not finished, in as few passes over the base as memory allows; see `train`.
+
+    They share base model, number of epochs and the rows; rate, schedule, rank and seed are each its own.
+    """
+    recipe = jobs[0].recipe
+    epochs = _kept_epochs(recipe, checkpoint_epochs)
+    pending = [job for job in jobs if not job.finished]
     if pending:
         longest = max(len(row.input_ids) for row in rows)
         chosen = choose(recipe, len(pending), longest, recipe.num_epochs * len(rows), fast)
         print(f"training: {chosen}")
-        for rates, epoch in _passes(pending, run, chosen.together):
-            recipes = [recipe.replace(learning_rate=rate) for rate in rates]
-            _train_pass(recipes, rows, run, epochs, epoch, chosen, report_to, probed)
-    return [prove_movement(run, rate) for rate in learning_rates]
+        for some, epoch in _passes(pending, chosen.together):
+            _train_pass(some, rows, epochs, epoch, chosen, report_to, held_out)
 
 
-def _passes(rates: Sequence[float], run: RunDirectory, together: int) -> list[tuple[Sequence[float], int | None]]:
-    """Rates to train together, and the epoch to go on from: one that they have in common, or each its own."""
-    kept = {
-        rate: {epoch for epoch, path in run.checkpoints(rate).items() if (path / "optimizer.pt").exists()}
-        for rate in rates
-    }
-    common = set.intersection(*kept.values())
-    if not common and any(kept.values()):
-        return [([rate], max(kept[rate], default=None)) for rate in rates]
-    parts = [rates[start : start + together] for start in range(0, len(rates), together)]
+def _passes(jobs: Sequence[Job], together: int) -> list[tuple[Sequence[Job], int | None]]:
+    """Jobs to train together, and the epoch to go on from: one that they have in common, or each its own."""
+    kept = [job.resumable for job in jobs]
+    common = set.intersection(*kept)
+    if not common and any(kept):
+        return [([job], max(job.resumable, default=None)) for job in jobs]
+    parts = [jobs[start : start + together] for start in range(0, len(jobs), together)]
     return [(part, max(common, default=None)) for part in parts]
 
 
-def _claim(run: RunDirectory, recipe: Recipe, examples: Sequence[Example]) -> None:
+def claim(run: RunDirectory, recipe: Recipe, examples: Sequence[Example]) -> None:
     """Write what this run is; refuse a directory that is already something else."""
     data = fingerprint(examples)
     if run.recipe_file.exists():
@@ -169,25 +215,21 @@ def _claim(run: RunDirectory, recipe: Recipe, examples: Sequence[Example]) -> No
 
 
 def _train_pass(
-    recipes: Sequence[Recipe],
+    jobs: Sequence[Job],
     rows: Sequence[Row],
-    run: RunDirectory,
     epochs: Sequence[int],
     start: int | None,
     chosen: Acceleration,
     report_to: str,
     held_out: Sequence[Row],
 ) -> None:
-    """Train one adapter per recipe over one base, from epoch `start` or from the beginning."""
-    folders = [run.learning_rate_dir(recipe.learning_rate) for recipe in recipes]
-    parts = [
-        Part(f"adapter{k}", recipe, folder) for k, (recipe, folder) in enumerate(zip(recipes, folders, strict=True))
-    ]
-    scratch = run.path / ".trainer"
+    """Train one adapter per job over one base, from epoch `start` or from the beginning."""
+    parts = [Part(f"adapter{k}", job.recipe, job.folder) for k, job in enumerate(jobs)]
+    scratch = jobs[0].run.path / ".trainer"
     shutil.rmtree(scratch, ignore_errors=True)
     disable_progress_bars()
     trainer = build_trainer(parts, rows, scratch, chosen, report_to)
-    last = recipes[0].num_epochs
+    last = jobs[0].recipe.num_epochs
     log = Log(trainer, parts, rows, epochs, held_out, {*range(0, last, max(10, last // 10)), last})
     trainer.add_callback(log)
     trainer.remove_callback(PrinterCallback)  # it would print every step
@@ -200,8 +242,9 @@ def _train_pass(
     try:
         resume = parts[0].checkpoints / f"epoch-{start:04d}" if start is not None else None
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        found = run.environment()
-        write_json(run.environment_file, {**found, "peak_bytes": max(peak_memory(), found.get("peak_bytes", 0))})
+        for run in {job.run.path: job.run for job in jobs}.values():
+            found = run.environment()
+            write_json(run.environment_file, {**found, "peak_bytes": max(peak_memory(), found.get("peak_bytes", 0))})
     finally:
         log.close()
         shutil.rmtree(scratch, ignore_errors=True)

@@ -107,7 +107,7 @@ class _TokenLosses(torch.autograd.Function):
 
 
 class _Gathered(torch.autograd.Function):
-    """The adapters' float32 parameters as the bfloat16 stacks that a layer reads, and the gradients' way back."""
+    """The adapters' float32 parameters as the stacks that a layer reads, in its dtype, and the gradients' way back."""
 
     @staticmethod
     def forward(ctx, fused, *parameters):
@@ -171,8 +171,7 @@ class FusedAdapters:
         self.scratch = self.head.new_empty(block, len(self.head)), self.head.new_empty(few, len(self.head)).float()
         self._lay_out()
 
-    @staticmethod
-    def _weight(group) -> torch.Tensor:
+    def _weight(self, group) -> torch.Tensor:
         """The base weights of a group of projections, one under the other, as the 4-bit kernel would see them."""
         layers = [module.get_base_layer() for module in group]
         parts = [
@@ -181,7 +180,7 @@ class FusedAdapters:
             else layer.weight.detach()
             for layer in layers
         ]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self.head.dtype)
 
     def _lay_out(self) -> None:
         """Give every parameter its place in the stacks; projections of a group stand on the stack's diagonal."""
@@ -194,7 +193,7 @@ class FusedAdapters:
                 outs = [module.get_base_layer().out_features for module in group]
                 ins, device = group[0].get_base_layer().in_features, self.head.device
                 shapes = (len(self.names), len(group) * rank, ins), (len(self.names), sum(outs), len(group) * rank)
-                a, b = (torch.zeros(shape, dtype=torch.bfloat16, device=device) for shape in shapes)
+                a, b = (torch.zeros(shape, dtype=self.head.dtype, device=device) for shape in shapes)
                 for k, name in enumerate(self.names):
                     for j, module in enumerate(group):
                         r, low = module.lora_A[name].weight.shape[0], sum(outs[:j])

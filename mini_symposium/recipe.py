@@ -70,7 +70,7 @@ class Recipe:
     val_set_size: float = 0
     """None of the dataset is held out; thirteen examples are too few to be measured by one."""
     bf16: bool = True
-    """Compute in bfloat16; adapters and their optimizer stay in float32 all the same."""
+    """Compute in bfloat16, where the processor can; adapters and their optimizer stay in float32 all the same."""
     tf32: bool = False
     """TensorFloat-32 in float32 products on CUDA."""
     gradient_checkpointing: bool = False

@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from mini_symposium import RunError
 from mini_symposium.acceleration import Acceleration
-from mini_symposium.base_models import device, load_model, load_tokenizer
+from mini_symposium.base_models import compute_in_float32, device, load_model, load_tokenizer, training_dtype
 from mini_symposium.dataset import Row
 from mini_symposium.fused import FusedAdapters
 from mini_symposium.run_directory import written_whole
@@ -208,6 +208,8 @@ def build_trainer(
     """
     recipe, acceleration = parts[0].recipe, acceleration or Acceleration.off("not chosen")
     model = load_model(recipe.base_model, recipe.load_in_4bit)
+    if training_dtype() == torch.float32:
+        compute_in_float32(model)
     for part in parts:
         set_seed(part.recipe.seed)  # an adapter's random init must not depend on what ran before
         lora = LoraConfig(
@@ -231,7 +233,7 @@ def build_trainer(
         gradient_checkpointing=recipe.gradient_checkpointing and not acceleration.fused,
         packing=False,
         max_length=None,  # nothing is truncated: `tokenize` refuses what does not fit
-        bf16=True,
+        bf16=training_dtype() == torch.bfloat16,
         use_cpu=device().type == "cpu",
         logging_strategy="no" if report_to == "none" else "steps",  # `Log` keeps what is read
         logging_steps=1,

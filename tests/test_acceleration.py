@@ -1,7 +1,7 @@
 import pytest
 
 from mini_symposium.acceleration import choose
-from mini_symposium.base_models import predicted_bytes
+from mini_symposium.base_models import NF4_BYTES, predicted_bytes, training_dtype
 from mini_symposium.recipe import load_recipe
 
 GIB = 2**30
@@ -31,13 +31,14 @@ def test_as_many_adapters_share_a_pass_as_fit():
     recipe = load_recipe("proxy")
     sizes = predicted_bytes(recipe)
     each = sizes["adapters, gradients, optimizer"] + sizes["activations"]
-    assert choose(recipe, 8, 400, 400, free=16 * GIB).together == 8
-    some = choose(recipe, 8, 400, 400, free=int((3.5 * each + 0.45 * GIB) / 0.8))
+    base = sizes["base, NF4"] * (1 + training_dtype().itemsize / NF4_BYTES) + sizes["base, other weights"]
+    assert choose(recipe, 8, 400, 400, free=64 * GIB).together == 8
+    some = choose(recipe, 8, 400, 400, free=int((3.5 * each + base) / 0.8))
     assert 1 < some.together < 8
     assert choose(recipe, 8, 400, 400, free=0).together == 1
 
 
 def test_a_layer_is_compiled_only_for_a_long_run():
-    short, long = (choose(load_recipe("proxy"), 1, 400, steps, free=16 * GIB) for steps in (20, 7800))
+    short, long = (choose(load_recipe("proxy"), 1, 400, steps, free=64 * GIB) for steps in (20, 7800))
     assert not short.compiled
     assert "7800 steps" in str(long)

@@ -9,12 +9,14 @@ from mini_symposium import InputError
 from mini_symposium.base_models import (
     MISTRAL_TOKENIZER,
     adapter_parameters,
+    compute_in_float32,
     extract,
     four_bit_works,
     load_model,
     load_tokenizer,
     local_directory,
     predicted_bytes,
+    training_dtype,
 )
 from mini_symposium.recipe import load_recipe
 
@@ -57,8 +59,24 @@ def test_float32_of_a_4_bit_model_is_the_dequantised_numbers():
 def test_predicted_bytes_of_the_base_are_those_of_the_loaded_model(scale):
     recipe = load_recipe(scale)
     parts = predicted_bytes(recipe)
-    predicted = parts["base, NF4"] + parts["base, bfloat16"]
-    assert load_model(recipe.base_model).get_memory_footprint() == pytest.approx(predicted, rel=0.03)
+    predicted = parts["base, NF4"] + parts["base, other weights"]
+    model = load_model(recipe.base_model)
+    if training_dtype() == torch.float32:
+        compute_in_float32(model)
+    assert model.get_memory_footprint() == pytest.approx(predicted, rel=0.03)
+
+
+def test_a_model_that_computes_in_float32_keeps_its_4_bits_and_its_numbers():
+    model, before = load_model("tiny").train(), load_model("tiny").train()
+    compute_in_float32(model)
+    for one, other in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(one.float(), other.float())
+        assert one.dtype == (torch.uint8 if other.dtype == torch.uint8 else torch.float32)
+    exact = load_model("tiny", dtype=torch.float32).train()
+    inputs = exact.get_input_embeddings()(torch.arange(40)[None])  # with a gradient, as the adapters' layers have it
+    torch.testing.assert_close(
+        model(inputs_embeds=inputs).logits, exact(inputs_embeds=inputs).logits, rtol=0, atol=1e-5
+    )
 
 
 def test_mistral_7b_needs_no_download_to_be_predicted():

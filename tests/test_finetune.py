@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from mini_symposium import InputError, RunError, finetune, trainer
 from mini_symposium.acceleration import choose
-from mini_symposium.base_models import load_model, load_tokenizer
+from mini_symposium.base_models import load_model, load_tokenizer, training_dtype
 from mini_symposium.dataset import load_examples, tokenize
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run_directory import RunDirectory, find, read_jsonl
@@ -122,7 +122,7 @@ def test_held_out_texts_are_probed_and_not_learned_from(fast, recipe, examples, 
     rows = tokenize(unseen, load_tokenizer("tiny"), recipe.sequence_len, completion_only=False)
     for line, row in zip(lines[2:], rows, strict=True):
         ids = torch.tensor([row.input_ids])
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=training_dtype() == torch.bfloat16):
             output = model(input_ids=ids, labels=ids)
         right = output.logits[0, :-1].argmax(-1) == ids[0, 1:]
         assert line["loss"] == pytest.approx(output.loss.item(), abs=0.01)
@@ -268,15 +268,15 @@ def test_a_pass_cut_off_between_its_checkpoints_goes_on_from_the_common_one(trai
     run, _ = trained
     copy = RunDirectory(tmp_path / "copy")
     shutil.copytree(run.path, copy.path)
-    rates = (1e-4, 1e-7)
-    assert finetune._passes(rates, copy, 2) == [(rates, recipe.num_epochs)]
+    high, low = jobs = [finetune.Job(recipe.replace(learning_rate=rate), copy) for rate in (1e-4, 1e-7)]
+    assert finetune._passes(jobs, 2) == [(jobs, recipe.num_epochs)]
     shutil.rmtree(copy.checkpoints(1e-7)[recipe.num_epochs])
-    assert finetune._passes(rates, copy, 2) == [([1e-4], recipe.num_epochs), ([1e-7], None)]
+    assert finetune._passes(jobs, 2) == [([high], recipe.num_epochs), ([low], None)]
     earlier = sorted(copy.checkpoints(1e-4))[-2]
-    for rate in rates:  # what the epoch before held until all adapters had the new one
+    for rate in (1e-4, 1e-7):  # what the epoch before held until all adapters had the new one
         (copy.checkpoints(rate)[earlier] / "optimizer.pt").touch()
-    assert finetune._passes(rates, copy, 2) == [(rates, earlier)]
-    assert finetune._passes(rates, copy, 1) == [(rates[:1], earlier), (rates[1:], earlier)]
+    assert finetune._passes(jobs, 2) == [(jobs, earlier)]
+    assert finetune._passes(jobs, 1) == [([high], earlier), ([low], earlier)]
 
 
 def test_completion_alone_is_supervised_when_the_recipe_says_so(recipe, examples, tmp_path):
@@ -307,9 +307,9 @@ def test_a_loss_that_is_no_number_names_the_example(recipe, examples, tmp_path):
     parts = [Part("adapter0", recipe, tmp_path)]
     log = Log(trainer.build_trainer(parts, rows, tmp_path / "scratch"), parts, rows, [0])
     with pytest.raises(RunError, match=r"step 1: the loss of .*minisymposium\.md:\d+ is nan at learning rate 1e-07"):
-        log.write(1, 0, float("nan"), 1.0, recipe.learning_rate, 0.1)
+        log.write(1, 0, float("nan"), [True], 1.0, recipe.learning_rate, 0.1)
     with pytest.raises(RunError, match=r"step 1: the learning rate is 0\.1"):
-        log.write(1, 0, 1.0, 1.0, 0.1, 0.1)
+        log.write(1, 0, 1.0, [True], 1.0, 0.1, 0.1)
 
 
 def test_run_records_what_it_ran_on(trained, recipe):

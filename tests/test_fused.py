@@ -8,7 +8,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, get_peft_model
 
-from mini_symposium.base_models import load_model
+from mini_symposium.base_models import compute_in_float32, load_model, training_dtype
 from mini_symposium.dataset import load_examples, tokenize
 from mini_symposium.fused import GROUPS, FusedAdapters
 from mini_symposium.run_directory import find
@@ -31,7 +31,13 @@ def adapted(base, ranks=(8,), **options):
                     parameter.data.normal_(0, 0.01)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
+    if training_dtype() == torch.float32:
+        compute_in_float32(model)
     return model.train()
+
+
+def as_in_training():
+    return torch.autocast("cpu", torch.bfloat16, enabled=training_dtype() == torch.bfloat16)
 
 
 def gradient(model, name="adapter0"):
@@ -62,7 +68,7 @@ def test_loss_and_gradient_are_as_close_to_float32_as_pefts(rows):
     loss.backward()
     wanted = gradient(exact)
     model = adapted("SmolLM2-135M-Instruct")
-    with torch.autocast("cpu", torch.bfloat16):
+    with as_in_training():
         peft = model(input_ids=ids, labels=labels).loss
     peft.backward()
     theirs = gradient(model)
@@ -120,7 +126,7 @@ def test_only_supervised_positions_count():
     model = adapted("tiny")
     ids = torch.randint(5, 30000, (1, 30), generator=torch.Generator().manual_seed(0))
     labels = ids.masked_fill(torch.arange(30) < 20, -100)
-    with torch.autocast("cpu", torch.bfloat16):
+    with as_in_training():
         wanted = model(input_ids=ids, labels=labels).loss.item()
     assert FusedAdapters(model, ["adapter0"]).losses(ids, labels).item() == pytest.approx(wanted, abs=5e-3)
 
