@@ -40,6 +40,7 @@ from mini_symposium import InputError
 from mini_symposium.model_directory import checked
 from mini_symposium.recipe import Recipe
 from mini_symposium.run_directory import find, written_whole
+from mini_symposium.writing import alone, clear_away
 
 # Loading takes seconds; its progress bars and advice would bury what the notebooks say.
 transformers.utils.logging.disable_progress_bar()
@@ -158,9 +159,12 @@ def local_directory(base_model: str) -> Path:
     if base_model in BUILDERS:
         folder = cache_directory() / f"{base_model}-1"
         if not folder.is_dir():
-            with written_whole(folder) as temporary:
-                temporary.mkdir()
-                BUILDERS[base_model](temporary)
+            with alone(folder.parent, "", patience=3600):  # somebody else may be making it
+                clear_away(folder.parent, folder.name)
+                if not folder.is_dir():
+                    with written_whole(folder) as temporary:
+                        temporary.mkdir()
+                        BUILDERS[base_model](temporary)
         return folder
     folder = find(base_model)
     if folder.is_dir():
@@ -220,8 +224,9 @@ def load_model(
     """
     folder = local_directory(base_model)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=torch.bfloat16 if load_in_4bit else dtype,
             quantization_config=nf4(dtype) if load_in_4bit else None,
             device_map={"": device()},
@@ -231,9 +236,15 @@ def load_model(
             trust_remote_code=False,
         )
     except Exception as error:  # a config that does not go with its weights fails anywhere, with anything
-        if isinstance(error, torch.OutOfMemoryError):
+        if out_of_memory(error):
             raise
         raise InputError(f"{folder}: cannot be loaded as a causal language model ({_reason(error)})") from error
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise InputError(
+            f"{folder}: {len(missing)} weights that its config.json asks for are not in it, such as {missing[0]}; "
+            "they would be random"
+        )
     if load_in_4bit and (dequantize or dtype == torch.float32):
         model = model.dequantize().to(dtype)
     return model
@@ -252,6 +263,11 @@ def compute_in_float32(model: PreTrainedModel) -> None:
 def memory() -> int:
     """Free bytes on the device that would train."""
     return torch.cuda.mem_get_info()[0] if device().type == "cuda" else psutil.virtual_memory().available
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether that is what an exception says; on a CPU torch has no class for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def peak_memory() -> int:

@@ -3,6 +3,7 @@
 import errno
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as a shell has it."""
 
 RecipeOption = Annotated[str, typer.Option(help="tiny, proxy, paper, or the path of a recipe.yml")]
 RunOption = Annotated[str, typer.Option(help="run directory; runs/RECIPE if not given")]
@@ -63,13 +67,14 @@ def train(
     from mini_symposium.reproduce import alone, check_parameters, parse_parameters
 
     given = check_parameters(parse_parameters(parameter or []), "02_finetune")
+    from mini_symposium import processes
     from mini_symposium.finetune import prepare
     from mini_symposium.finetune import train as run_training
 
     chosen, examples, directory = prepare(
         given.get("RECIPE", recipe), given.get("DATASET", ""), given.get("RUN", run), given.get("NUM_EPOCHS", 0)
     )
-    with alone(directory.path):
+    with alone(directory.path) if processes.writes() else nullcontext():
         travels = run_training(
             chosen,
             examples,
@@ -80,6 +85,8 @@ def train(
             overwrite,
             given.get("FAST", True),
         )
+    if not processes.writes():
+        return
     table = Table("learning rate", "steps", "LR x steps", "A moved", "A travel, rms", "B travel, rms", "B travel, max")
     for t in travels:
         figures = [t.dose, t.a_travel_rms, t.b_travel_rms, t.b_travel_max]
@@ -279,10 +286,15 @@ def bench(
         console.print(f"{peer} was not measured: {why}", soft_wrap=True)
 
 
-def main() -> None:
-    """Run the command line: 0 done, 1 a run failed, 2 bad input or usage; the kit's own errors print as one line."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line: 0 done, 1 a run failed, 2 bad input or usage, 130 interrupted; errors print as one line."""
     try:
-        app()
+        app(arguments)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            said = "interrupted; what was finished is kept, and the same command goes on from there"
+            print(f"mini-symposium: {said}", file=sys.stderr)
+        raise
     except (InputError, RunError) as error:
         print(f"mini-symposium: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

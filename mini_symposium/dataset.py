@@ -283,7 +283,7 @@ def tokenize(examples: Sequence[Example], tokenizer, sequence_len: int, completi
     for example in examples:
         prompt, ids = list(tokenizer(example.prompt).input_ids), list(tokenizer(example.text).input_ids)
         prompt = bos if not example.prompt else prompt
-        if ids[-1] != tokenizer.eos_token_id:
+        if ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
         spelled = [i for i in ids[len(bos) : -1] if i in special]
         if ids[: len(bos)] != bos or spelled:

@@ -58,9 +58,10 @@ class Recipe:
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     micro_batch_size: int = 1
-    """Examples a step. The log, the order and the dose are defined for 1."""
+    """Rows that go through the model at a time. The log and the order are defined for 1."""
     gradient_accumulation_steps: int = 1
-    """Steps summed before an update. As above."""
+    """Examples whose mean loss makes an update, however many processes share them. A bigger batch takes fewer steps, so
+    the same rate is another dose."""
     train_on_inputs: bool = True
     """True: every token is learned, as Axolotl's `completion` type does. False: the completion alone."""
     sample_packing: bool = False
@@ -132,6 +133,7 @@ LIMITS = {
     "lora_alpha": (1, 2**20),
     "num_epochs": (1, 10**6),
     "sequence_len": (16, 2**20),
+    "gradient_accumulation_steps": (1, 2**16),
     "seed": (0, 2**32 - 1),
 }
 """Least and most; the most is what the libraries take, or far beyond any use."""
@@ -239,8 +241,10 @@ def _breaches(r: Recipe):
             "optimizer",
             "is adamw_torch or adamw_torch_fused: 8-bit moments would be another approximation at such rates",
         )
-    for key in ("micro_batch_size", "gradient_accumulation_steps"):
-        if getattr(r, key) != 1:
-            yield key, "must be 1: a bigger batch takes fewer steps, so the same rate is another dose"
+    if r.micro_batch_size != 1:
+        yield (
+            "micro_batch_size",
+            "must be 1; gradient_accumulation_steps makes a bigger batch, which is another dose",
+        )
     if not r.bf16:
         yield "bf16", "the base computes in bfloat16; leave it true"

@@ -1,24 +1,21 @@
 """One directory holds everything about a run, so that a figure can always be traced to its steps.
 
-The rules: a file is written under a temporary name and renamed, so that a reader
-never meets half of one; nothing that exists is overwritten unless asked; and what
-is recorded says which recipe, machine and commit it came from.
+The rules: a file is there whole or not at all (see `writing`); nothing that exists is overwritten unless asked;
+and what is recorded says which recipe, machine and commit it came from.
 """
 
-import json
 import os
 import platform
 import re
-import shutil
 import subprocess
-import tempfile
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 from mini_symposium import InputError, __version__
 from mini_symposium.reading import parse_json, path_of, read_text
+from mini_symposium.writing import discard, write_json
+from mini_symposium.writing import written_whole as written_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout: `data/`, `notebooks/` and `figures/` lie beside the package."""
@@ -34,49 +31,6 @@ def find(path: str | Path) -> Path:
     """
     path = path_of(path)
     return path if path.is_absolute() or path.exists() else ROOT / path
-
-
-@contextmanager
-def written_whole(path: str | Path):
-    """Yield a temporary sibling of `path` to write to; rename it into place if nothing went wrong.
-
-    Works for a file and for a directory (the body then makes the directory itself).
-
-    Raises
-    ------
-    InputError
-        If the disk is full or the directory cannot be written. `path` is as it was.
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / path.name
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); free some space or choose another --run"
-        ) from error
-    finally:
-        if temporary is not None:
-            _remove(temporary.parent)
-
-
-def _remove(path: Path) -> None:
-    for below in sorted(path.rglob("*"), reverse=True):
-        below.rmdir() if below.is_dir() and not below.is_symlink() else below.unlink()
-    path.rmdir()
-
-
-def write_json(path: str | Path, value) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
-    with written_whole(path) as temporary:
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        # Half a character, from a file name that is no text, becomes the escape that JSON has for it.
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
@@ -97,6 +51,21 @@ def read_jsonl(path: str | Path) -> list[dict]:
             raise InputError(f"{path}:{number}: a damaged line, {line[:40]!r}; train that learning rate again")
         rows.append(row)
     return rows
+
+
+def whole_lines(path: Path) -> list[dict]:
+    """The steps of a log up to the first line that is missing or damaged; [] without a log."""
+    lines, step = [], 0
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
+        try:
+            row = parse_json(line.decode(), path)
+        except ValueError:
+            break
+        if not isinstance(row, dict) or row.get("step") not in (step, step + 1):
+            break
+        lines.append(row)
+        step = row["step"]
+    return lines
 
 
 def read_object(path: Path) -> dict:
@@ -122,6 +91,12 @@ def environment(**more) -> dict:
         "recorded": datetime.now(UTC).isoformat(timespec="seconds"),
         **more,
     }
+
+
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """Epoch -> checkpoint folder, in order of epochs."""
+    found = ((re.fullmatch(r"epoch-(\d+)", path.name), path) for path in folder.glob("epoch-*") if path.is_dir())
+    return dict(sorted((int(name[1]), path) for name, path in found if name))
 
 
 class RunDirectory:
@@ -202,9 +177,7 @@ class RunDirectory:
 
     def checkpoints(self, learning_rate: float) -> dict[int, Path]:
         """Epoch -> checkpoint folder, in order of epochs. Folders still being written have other names."""
-        folder = self.learning_rate_dir(learning_rate) / "checkpoints"
-        found = ((path, re.fullmatch(r"epoch-(\d+)", path.name)) for path in sorted(folder.glob("epoch-*")))
-        return {int(name[1]): path for path, name in found if name and path.is_dir()}
+        return checkpoints_in(self.learning_rate_dir(learning_rate) / "checkpoints")
 
     def newest_checkpoints(self) -> dict[str, Path]:
         """The last checkpoint of each learning rate, highest rate first, under a name like `1e-05`."""
@@ -220,7 +193,7 @@ class RunDirectory:
     def clear_training(self) -> None:
         """Forget what was trained here, with its recipe; figures and executed notebooks stay."""
         for folder in self.path.glob("lr-*"):
-            shutil.rmtree(folder)
+            discard(folder)
         for name in ("recipe.yml", "environment.json"):
             (self.path / name).unlink(missing_ok=True)
 
