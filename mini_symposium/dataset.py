@@ -103,10 +103,7 @@ def _read(path: Path) -> list[Example]:
 
 
 def _sections(text: str) -> tuple[str, list[tuple[int, str, str]], int]:
-    """What stands before the first heading, (line, heading, text) of each, and the line of a fence left open, or 0.
-
-    Fenced code holds no headings.
-    """
+    """As `split_sections`, and the line of a fence that is left open, or 0."""
     before: list[str] = []
     found: list[tuple[int, str, list[str]]] = []
     fence, opened = "", 0
@@ -119,6 +116,11 @@ def _sections(text: str) -> tuple[str, list[tuple[int, str, str]], int]:
             (found[-1][2] if found else before).append(line)
     sections = [(number, heading, "\n".join(body).strip()) for number, heading, body in found]
     return "\n".join(before).strip(), sections, opened if fence else 0
+
+
+def split_sections(text: str) -> tuple[str, list[tuple[int, str, str]]]:
+    """What stands before the first heading, and (line, heading, text) of each; fenced code holds no headings."""
+    return _sections(text)[:2]
 
 
 def _fence(line: str, opened: str) -> str:
@@ -198,7 +200,7 @@ def _from_object(row, where: str) -> Example:
         return _from_messages(row["messages"], where)
     if "text" in fields:
         [text] = _strings(row, where, "text")
-        before, sections, _ = _sections(text)
+        before, sections = split_sections(text)
         if sections and not before:
             return _example(sections, lambda _: where)
         return Example(text[:80], (), "", text, where)
