@@ -26,9 +26,10 @@ test: setup
 	.venv/bin/ruff format --check
 	.venv/bin/python -m pytest --durations=10
 
-# the tests of hostile input and of interruption, with other inputs each time and a hundred times as many
+# hostile input, other each time and 25 times as much; a kill at every change to a file: an hour or more
 soak: setup
-	.venv/bin/python -m pytest tests/test_hostile_input.py tests/test_hostile_models.py -m 'soak or not soak' --hypothesis-profile=soak
+	.venv/bin/python -m pytest tests/test_hostile_input.py tests/test_hostile_models.py tests/test_interrupted.py \
+		-m 'soak or not soak' --hypothesis-profile=soak
 
 # step through the notebooks
 lab: setup

@@ -78,10 +78,10 @@ def execute(notebook: Notebook, made: dict, given: dict, directory: RunDirectory
         done = execute_notebook(*paths, parameters, "mini-symposium", **options, notebook=notebook.name, show=show)
         done.metadata["mini_symposium"] = made
         done.metadata.papermill = {key: done.metadata.papermill[key] for key in ("start_time", "end_time", "duration")}
+        failed.unlink(missing_ok=True)
         with written_whole(final) as temporary:
             nbformat.write(done, temporary)
         running.unlink()
-        failed.unlink(missing_ok=True)
         show(notebook.name, len(done.cells), len(done.cells), "done")
     except NotebookError as error:
         raise NotebookError(f"{error}; see {failed}") from error

@@ -36,6 +36,9 @@ from mini_symposium.writing import alone, clear_away, write_json, written_whole
 REPORTERS = ("none", "tensorboard", "trackio")
 """To whom the trainer may report, if it is installed."""
 
+SCRATCH = ".trainer"
+"""A folder that transformers' trainer wants to have; nothing is kept in it."""
+
 PATIENCE = 15.0
 """Seconds to wait for another process to leave a run."""
 
@@ -142,6 +145,7 @@ def held(runs: Sequence[RunDirectory]) -> Iterator[None]:
         for path in sorted({run.path.absolute() for run in runs}) if processes.writes() else ():
             stack.enter_context(alone(path, ".training.lock", PATIENCE))
             clear_away(path)
+            shutil.rmtree(path / SCRATCH, ignore_errors=True)
         yield
 
 
@@ -273,8 +277,7 @@ def _train_pass(
 ) -> None:
     """Train one adapter per job over one base, from epoch `start` or from the beginning."""
     parts = [Part(f"adapter{k}", job.recipe, job.folder) for k, job in enumerate(jobs)]
-    scratch = jobs[0].run.path / ".trainer"
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch = jobs[0].run.path / SCRATCH
     disable_progress_bars()
     trainer = build_trainer(parts, rows, scratch, chosen, report_to)
     last = jobs[0].recipe.num_epochs

@@ -7,6 +7,7 @@ import os
 
 import torch.distributed as dist
 
+from mini_symposium import InputError
 from mini_symposium.base_models import device
 
 
@@ -27,6 +28,8 @@ def writes() -> bool:
 
 def join() -> None:
     """Meet the other processes: over gloo on CPUs, over NCCL on GPUs."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise InputError("adapters are measured and saved whole here, not in shards; see data/accelerate/README.md")
     if count() > 1 and not dist.is_initialized():
         from accelerate import PartialState
 
