@@ -5,6 +5,7 @@ the newest is damaged, the one before it is gone on from, and ends at the same b
 """
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,10 +19,26 @@ RESUMABLE = 2
 """How many of the newest keep their RESUME_FILES."""
 
 
-def seal(folder: Path, lines: int) -> None:
-    """Write down, last of all, the checksum of every file of a checkpoint, and how long its log is."""
+def seal(folder: Path, lines: int, companions: Sequence[str]) -> None:
+    """Write down, last of all, the checksum of every file of a checkpoint, its log's length, and with whom it trained.
+
+    Parameters
+    ----------
+    companions
+        Folders of the adapters of its pass, itself included, as seen from its run: their sums were rounded together.
+    """
     written = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    write_json(folder / "checksums.json", {"lines": lines, "files": written})
+    write_json(folder / "checksums.json", {"lines": lines, "companions": list(companions), "files": written})
+
+
+def companions(learning_rate_dir: Path, epoch: int) -> set[Path]:
+    """Folders of the adapters that shared the pass of a checkpoint; none if it does not say."""
+    folder = checkpoints_in(learning_rate_dir / "checkpoints").get(epoch)
+    try:
+        named = read_object(folder / "checksums.json")["companions"] if folder else []
+        return {(learning_rate_dir.parent / name).resolve() for name in named}
+    except (InputError, LookupError, TypeError):
+        return set()
 
 
 def _sha256(path: Path) -> str:

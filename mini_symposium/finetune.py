@@ -201,12 +201,14 @@ def train_together(
     """
     recipe = jobs[0].recipe
     epochs = _kept_epochs(recipe, checkpoint_epochs)
-    pending = [job for job in jobs if not job.finished]
-    for job in jobs if processes.writes() else ():
-        if job not in pending:  # it may have been killed while it tidied up
+    waiting = {job.folder.resolve() for job in jobs if not job.finished}
+    if not waiting:
+        for job in jobs if processes.writes() else ():  # it may have been killed while it tidied up
             checkpoints.put_aside_older(job.folder / "checkpoints", recipe.num_epochs)
-    if not pending:
         return
+    # Killed between the last checkpoints of a pass, those who are through go the last stretch again with the others.
+    cut_off = [job for job in jobs if checkpoints.companions(job.folder, recipe.num_epochs) & waiting]
+    pending = [job for job in jobs if job in cut_off or not job.finished]
     longest = max(len(row.input_ids) for row in rows)
     if processes.count() > 1:
         chosen = Acceleration.off(f"{processes.count()} processes")
@@ -235,13 +237,29 @@ def _less(chosen: Acceleration, longest: int) -> str:
 
 
 def _passes(jobs: Sequence[Job], together: int) -> list[tuple[Sequence[Job], int | None]]:
-    """Jobs to train together, and the epoch to go on from: one that they have in common, or each its own."""
+    """Jobs to train together, and the epoch to go on from: those that shared a pass share it again.
+
+    They go on from the newest epoch that they have in common; without one, each from its own. But where none has more
+    than its first checkpoint, the pass was cut off while these were written, and begins again.
+    """
     kept = [job.resumable for job in jobs]
-    common = set.intersection(*kept)
-    if not common and any(kept):
-        return [([job], max(epochs, default=None)) for job, epochs in zip(jobs, kept, strict=True)]
-    parts = [jobs[start : start + together] for start in range(0, len(jobs), together)]
-    return [(part, max(common, default=None)) for part in parts]
+    records = [
+        checkpoints.companions(job.folder, max(epochs)) for job, epochs in zip(jobs, kept, strict=True) if epochs
+    ]
+    groups: dict[frozenset[Path], list[int]] = {}
+    for number, job in enumerate(jobs):
+        shared = next((record for record in records if job.folder.resolve() in record), set())
+        groups.setdefault(frozenset(shared), []).append(number)
+    passes = []
+    for numbers in groups.values():
+        some, epochs = [jobs[number] for number in numbers], [kept[number] for number in numbers]
+        common = set.intersection(*epochs)
+        if not common and max(map(len, epochs)) > 1:
+            passes += [([job], max(own, default=None)) for job, own in zip(some, epochs, strict=True)]
+        else:
+            parts = [some[start : start + together] for start in range(0, len(some), together)]
+            passes += [(part, max(common, default=None)) for part in parts]
+    return passes
 
 
 def claim(run: RunDirectory, recipe: Recipe, examples: Sequence[Example]) -> None:
@@ -279,26 +297,25 @@ def _train_pass(
     parts = [Part(f"adapter{k}", job.recipe, job.folder) for k, job in enumerate(jobs)]
     scratch = jobs[0].run.path / SCRATCH
     disable_progress_bars()
-    trainer = build_trainer(parts, rows, scratch, chosen, report_to)
-    last = jobs[0].recipe.num_epochs
-    log = Log(trainer, parts, rows, epochs, held_out, {*range(0, last, max(10, last // 10)), last})
-    trainer.add_callback(log)
-    trainer.remove_callback(PrinterCallback)  # it would print every step
-    for part in parts:
-        first = part.checkpoints / "epoch-0000"
-        if processes.writes() and not first.exists():
-            with written_whole(first) as temporary:
-                save_adapter(trainer.model, part.name, temporary)
-    check_batches(trainer, rows)
-    try:
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        trainer = build_trainer(parts, rows, scratch, chosen, report_to)
+        last = jobs[0].recipe.num_epochs
+        log = Log(trainer, parts, rows, epochs, held_out, {*range(0, last, max(10, last // 10)), last})
+        stack.callback(log.close)
+        trainer.add_callback(log)
+        trainer.remove_callback(PrinterCallback)  # it would print every step
+        for part in parts:
+            first = part.checkpoints / "epoch-0000"
+            if processes.writes() and not first.exists():
+                with written_whole(first) as temporary:
+                    save_adapter(trainer.model, part.name, temporary)
+        check_batches(trainer, rows)
         resume = parts[0].checkpoints / f"epoch-{start:04d}" if start is not None else None
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         for run in {job.run.path: job.run for job in jobs if processes.writes()}.values():
             found = run.environment()
             write_json(run.environment_file, {**found, "peak_bytes": max(peak_memory(), found.get("peak_bytes", 0))})
-    finally:
-        log.close()
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def prove_movement(run: RunDirectory, learning_rate: float) -> Travel:

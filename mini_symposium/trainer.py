@@ -7,6 +7,7 @@ ends where it would have ended alone.
 
 import io
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -189,7 +190,8 @@ class RecipeTrainer(SFTTrainer):
                 _save({"last_epoch": scheduler["last_epoch"], **own}, temporary / "scheduler.pt")
                 self._save_rng_state(str(temporary))
                 self.state.save_to_json(str(temporary / "trainer_state.json"))
-                checkpoints.seal(temporary, lines=epoch * self.order.n_examples)
+                companions = [os.path.relpath(other.folder, part.folder.parent) for other in self.parts]
+                checkpoints.seal(temporary, epoch * self.order.n_examples, companions)
         for part in self.parts:
             checkpoints.put_aside_older(part.checkpoints, epoch)
 

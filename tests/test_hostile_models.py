@@ -141,7 +141,6 @@ CONFIGS = {
     "another hidden size": lambda f: change(f / "config.json", hidden_size=256),
     "another vocabulary": lambda f: change(f / "config.json", vocab_size=77),
     "an unknown activation": lambda f: change(f / "config.json", hidden_act="os.system"),
-    "another quantisation": lambda f: change(f / "config.json", quantization_config={"quant_method": "gptq"}),
     "an adapter": lambda f: (f / "adapter_config.json").write_text('{"base_model_name_or_path": "x/y"}'),
     "half a tokenizer": lambda f: (f / "tokenizer.json").write_bytes((f / "tokenizer.json").read_bytes()[:5000]),
     "a tokenizer of text": lambda f: (f / "tokenizer.json").write_text('"hello"'),
