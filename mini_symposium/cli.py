@@ -3,6 +3,7 @@
 import errno
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mini_symposium import InputError, RunError, cli_export
+from mini_symposium.safe_text import printable
 
 app = typer.Typer(
     help="Fine-tune a language model on a dozen handwritten examples, and know what happened.",
@@ -21,6 +23,9 @@ app = typer.Typer(
 )
 app.add_typer(cli_export.app, name="export")
 console = Console()
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as a shell has it."""
 
 RecipeOption = Annotated[str, typer.Option(help="tiny, proxy, paper, or the path of a recipe.yml")]
 RunOption = Annotated[str, typer.Option(help="run directory; runs/RECIPE if not given")]
@@ -63,6 +68,7 @@ def train(
     from mini_symposium.reproduce import alone, check_parameters, parse_parameters
 
     given = check_parameters(parse_parameters(parameter or []), "02_finetune")
+    from mini_symposium import processes
     from mini_symposium.dataset import load_examples
     from mini_symposium.finetune import prepare
     from mini_symposium.finetune import train as run_training
@@ -70,7 +76,7 @@ def train(
     chosen, examples, directory = prepare(
         given.get("RECIPE", recipe), given.get("DATASET", ""), given.get("RUN", run), given.get("NUM_EPOCHS", 0)
     )
-    with alone(directory.path):
+    with alone(directory.path) if processes.writes() else nullcontext():
         travels = run_training(
             chosen,
             examples,
@@ -82,6 +88,8 @@ def train(
             given.get("FAST", True),
             load_examples(twins) if (twins := given.get("HELD_OUT", "data/twins.md")) else (),
         )
+    if not processes.writes():
+        return
     table = Table("learning rate", "steps", "LR x steps", "A moved", "A travel, rms", "B travel, rms", "B travel, max")
     for t in travels:
         figures = [t.dose, t.a_travel_rms, t.b_travel_rms, t.b_travel_max]
@@ -109,11 +117,11 @@ def inspect(
         return
     table = Table("where", "query", "sections", "words", title=f"{file}: {len(examples)} examples")
     for row in description["examples"]:
-        cells = [row["source"], row["query"], " > ".join(row["headings"]), str(row["words"])]
-        table.add_row(*map(escape, cells))
+        cells = [row["source"], row["query"], " > ".join(row["headings"])[:200], str(row["words"])]
+        table.add_row(*(escape(printable(cell)) for cell in cells))
     console.print(table)
     for warning in warnings:
-        console.print(f"[yellow]note[/] {escape(warning)}", soft_wrap=True)
+        console.print(f"[yellow]note[/] {escape(printable(warning))}", soft_wrap=True)
 
 
 @app.command()
@@ -149,7 +157,7 @@ def ask(
     for cell in answer_grid(model, tokenizer, ["base", *checkpoints], formats, [query], max_new_tokens):
         title = f"[bold]{escape(cell['format'])}[/] · {escape(cell['model'])}"
         console.rule(f"{title} · {cell['tokens']} tokens, {cell['stop_reason']}")
-        console.print(cell["answer"], markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(cell["answer"]), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -381,10 +389,15 @@ def bench(
         console.print(f"{peer} was not measured: {why}", soft_wrap=True)
 
 
-def main() -> None:
-    """Run the command line: 0 done, 1 a run failed, 2 bad input or usage; the kit's own errors print as one line."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line: 0 done, 1 a run failed, 2 bad input or usage, 130 interrupted; errors print as one line."""
     try:
-        app()
+        app(arguments)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            said = "interrupted; what was finished is kept, and the same command goes on from there"
+            print(f"mini-symposium: {said}", file=sys.stderr)
+        raise
     except (InputError, RunError) as error:
         print(f"mini-symposium: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

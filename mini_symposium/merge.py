@@ -30,6 +30,7 @@ from mini_symposium.adapters import Factors, check_trained_on, read_adapters
 from mini_symposium.base_models import device, local_directory
 from mini_symposium.run_directory import write_json, written_whole
 from mini_symposium.tensor_files import Entry, read_header, read_tensor, write_tensors
+from mini_symposium.writing import being_written, clear_away
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BASES = ("original", "nf4")
@@ -73,6 +74,9 @@ def merge(
         raise InputError(f"base={base!r}, dtype={dtype!r}: base is one of {BASES}, dtype one of {tuple(DTYPES)}")
     if out.exists():
         raise InputError(f"{out}: is there already; choose another folder or delete it")
+    if being_written(out):
+        raise InputError(f"{out}: another process is writing it; wait for it, or choose another folder")
+    clear_away(out.parent, out.name)
     weights = checkpoint if isinstance(checkpoint, Mapping) else {checkpoint: 1.0}
     source = local_directory(base_model)
     factors, adapters = read_adapters(weights)

@@ -8,7 +8,7 @@ import time
 import nbformat
 import pytest
 import torch
-from conftest import command
+from conftest import SECRET, command
 from safetensors.torch import load_file
 
 from mini_symposium.run_directory import ROOT
@@ -48,6 +48,11 @@ def test_tiny_run_leaves_what_a_run_directory_holds(tiny_run):
         )
         moved = torch.cat([(first[k] != last[k]).flatten() for k in first if "lora_A" in k]).float().mean()
         assert moved > 0.99
+
+
+def test_no_token_of_the_environment_is_in_a_run(tiny_run):
+    for path in tiny_run.path.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
 
 def test_a_finished_run_is_not_run_again_and_says_so(tiny_run):
