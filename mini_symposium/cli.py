@@ -169,6 +169,7 @@ def merge(
     ] = 0,
     base: Annotated[str, typer.Option(help="nf4, the base that training saw, or original")] = "nf4",
     dtype: Annotated[str, typer.Option(help="of the file: float32, float16 or bfloat16")] = "float32",
+    by_chance: Annotated[bool, typer.Option("--by-chance", help="bfloat16, rounded up or down by chance")] = False,
     out: Annotated[str, typer.Option(help="folder to write; RUN/lr-R/merged/epoch-N if not given")] = "",
 ):
     """Add adapters into their base and write a model, tensor by tensor; several are averaged, or weighted."""
@@ -185,7 +186,7 @@ def merge(
         raise InputError("--out: several checkpoints make a model of their own; name a folder for it")
     first = next(iter(weights))
     target = Path(out) if out else first.parents[1] / "merged" / first.name
-    made = write(weights, recipe.base_model, target, base, dtype)
+    made = write(weights, recipe.base_model, target, base, dtype, by_chance)
     for adapter in made["checkpoints"]:
         console.print(f"{adapter['weight']:g} x {adapter['checkpoint']}, scaled by {adapter['scaling']:g}")
     predicted, measured = (made["memory"][key] / 2**20 for key in ("predicted", "measured"))

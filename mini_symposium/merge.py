@@ -45,6 +45,7 @@ def merge(
     out: Path,
     base: str = "original",
     dtype: str = "float32",
+    by_chance: bool = False,
 ) -> dict:
     """Write base + adapter as safetensors with config and tokenizer into `out`, one tensor after another.
 
@@ -57,6 +58,9 @@ def merge(
         "original": the weights as they came. "nf4": what training saw, quantised and dequantised again.
     dtype
         Of the file. The sum is always taken in float32.
+    by_chance
+        For bfloat16: round up or down by chance (see `stochastic`). A change below half of bfloat16's step, which
+        rounding to the nearest drops altogether, is then kept on average, beneath more noise.
 
     Returns
     -------
@@ -72,6 +76,8 @@ def merge(
     """
     if base not in BASES or dtype not in DTYPES:
         raise InputError(f"base={base!r}, dtype={dtype!r}: base is one of {BASES}, dtype one of {tuple(DTYPES)}")
+    if by_chance and dtype != "bfloat16":
+        raise InputError(f"by_chance, dtype={dtype!r}: only bfloat16 is rounded by chance")
     if out.exists():
         raise InputError(f"{out}: is there already; choose another folder or delete it")
     if being_written(out):
@@ -98,6 +104,8 @@ def merge(
         for path, entries in shards.items():
             tensors = (merged_tensor(path, name, entry, factors, base) for name, entry in entries.items())
             layout = layouts[path]
+            if by_chance:
+                tensors = (stochastic(tensor) if tensor.is_floating_point() else tensor for tensor in tensors)
             cast = (tensor.to(layout[name][0]) for name, tensor in zip(entries, tensors, strict=True))
             write_tensors(temporary / path.name, layout, cast)
         for path in source.iterdir():
@@ -109,6 +117,7 @@ def merge(
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         write_json(temporary / "config.json", {**config, "dtype": dtype})
         provenance = {"base_model": base_model, "base": base, "dtype": dtype, "checkpoints": adapters}
+        provenance["rounded"] = "by chance" if by_chance else "to nearest"
         provenance["mini_symposium"] = __version__
         write_json(temporary / "merge.json", provenance)
     predicted = held + predicted_bytes(shards, factors, base, dtype)
@@ -128,6 +137,15 @@ def merged_tensor(path: Path, name: str, entry: Entry, factors: Factors, base: s
         weight = dequantize_4bit(packed, state).cpu()
     a, b = factors[name]
     return weight.float().addmm_(b, a)
+
+
+def stochastic(tensor: torch.Tensor) -> torch.Tensor:
+    """Rounded to bfloat16 up or down by chance, in proportion to how near each is, so that the mean is kept.
+
+    The chances are the same for each tensor of a shape: two models are rounded alike where they are alike.
+    """
+    dice = torch.randint(0, 2**16, tensor.shape, dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    return ((tensor.float().view(torch.int32) + dice) & -(2**16)).view(torch.float32)
 
 
 QUANTISING = 24

@@ -12,6 +12,7 @@ from mini_symposium.adapters import Factors
 from mini_symposium.base_models import device
 from mini_symposium.gguf_files import read_gguf, tensor_types
 from mini_symposium.llama_cpp import FILE_TYPES, INSTALL, QUANTISER, installed, quantise, to_gguf
+from mini_symposium.merge import stochastic
 from mini_symposium.tensor_files import Tensors, read_header, read_tensor
 
 CASTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -96,15 +97,6 @@ def stored(
                 quantise(_whole_gguf(model, scratch / f"{number}.gguf"), file, storage)
                 tensors.append(read_gguf(file, read_names(model)))
             yield storage, tensors, tensor_types(file)
-
-
-def stochastic(tensor: torch.Tensor) -> torch.Tensor:
-    """Rounded to bfloat16 up or down by chance, in proportion to how near each is, so that the mean is kept.
-
-    The chances are the same for each tensor of a shape: two models are rounded alike where they are alike.
-    """
-    dice = torch.randint(0, 2**16, tensor.shape, dtype=torch.int32, generator=torch.Generator().manual_seed(0))
-    return ((tensor.float().view(torch.int32) + dice) & -(2**16)).view(torch.float32)
 
 
 @torch.no_grad()

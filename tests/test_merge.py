@@ -64,6 +64,19 @@ def test_bfloat16_loses_a_small_delta_that_float32_keeps(checkpoint, tmp_path):
     assert kept["bfloat16"] < 0.01
 
 
+def test_bfloat16_rounded_by_chance_keeps_the_mean_of_what_nearest_drops(tmp_path):
+    from mini_symposium.merge import stochastic
+
+    whole, change = torch.full((1000, 1000), 0.02).bfloat16().float(), 1e-6
+    assert torch.equal((whole + change).bfloat16().float(), whole)
+    rounded = stochastic(whole + change)
+    assert torch.equal(rounded.bfloat16().float(), rounded)
+    assert (rounded - whole).mean().item() == pytest.approx(change, rel=0.05)
+    assert torch.equal(stochastic(-whole), -whole)
+    with pytest.raises(InputError, match="only bfloat16 is rounded by chance"):
+        merge(tmp_path, "tiny", tmp_path / "out", by_chance=True)
+
+
 def test_what_cannot_be_merged_is_refused_and_nothing_is_left_behind(checkpoint, tmp_path):
     out = tmp_path / "merged"
     with pytest.raises(InputError, match="the adapter is for"):

@@ -50,14 +50,14 @@ def test_llama_cpp_answers_from_the_gguf_as_transformers_does(exported):
     found = proofs(folder / "merged")
     assert found["f32"]["prompts"] == 2 * len(FORMATS)
     assert found["f32"]["same_answers"] == found["f32"]["prompts"]
-    assert found["f32"]["behind"] < 0.01
-    assert found["q8_0"]["same_answers"] > found["q8_0"]["prompts"] / 2
+    assert found["f32"]["worst"] < 0.01
+    assert found["q8_0"]["behind"] < 0.1
     assert said.count("llama.cpp against transformers: tokens of 16 prompts equal") == 2
 
 
 def test_llama_cpp_answers_with_the_adapter_beside_a_quantised_base(exported, proxy_checkpoint):
     folder, _, said = exported
-    assert proofs(folder / "lora")["q4_K_M"]["same_answers"] > len(FORMATS)
+    assert proofs(folder / "lora")["q4_K_M"]["behind"] < 0.1
     assert {path.suffixes[-2] for path in (folder / "lora").glob("*.gguf")} == {".lora", ".q4_K_M"}
     base, lora = (next((folder / "lora").glob(f"*.{kind}.gguf")) for kind in ("q4_K_M", "lora"))
     form = FORMATS["new-query"]
@@ -88,7 +88,7 @@ def test_a_file_that_answers_otherwise_is_not_exported(proxy_checkpoint, tmp_pat
         "mini_symposium.proof.read_gguf", lambda file, names: load_file(tmp_path / "m/model.safetensors")
     )
     merge(proxy_checkpoint, "SmolLM2-135M-Instruct", tmp_path / "m", "nf4")
-    with pytest.raises(RunError, match=r"nats behind, 0\.1 are allowed"):
+    with pytest.raises(RunError, match=r"nats behind, 0\.01 are allowed"):
         gguf(source(str(tmp_path / "m")), out, ["f16"])
     assert not out.exists()
 

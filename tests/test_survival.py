@@ -30,9 +30,10 @@ def scaled(checkpoint, folder, factor):
 
 @pytest.fixture(scope="module")
 def small(tiny_checkpoint, tmp_path_factory):
-    """A change of about 1e-6 on weights that are bfloat16 numbers of about 2e-2: far below half of bfloat16's step."""
+    """A change of about 1e-6 on weights that are bfloat16 numbers of about 2e-2: below half of bfloat16's step for all
+    but the smallest of them."""
     checkpoint = scaled(tiny_checkpoint, tmp_path_factory.mktemp("small") / "epoch-0006", 1e-3)
-    storages = ["fp32", "bf16", "q8_0", "NF4"]
+    storages = ["fp32", "bf16", "bf16, stochastic", "q8_0", "NF4"]
     said = []
     found = survival(checkpoint, load_recipe("tiny"), storages, rows=2, max_new_tokens=8, show=said.append)
     return found, said
@@ -41,8 +42,9 @@ def small(tiny_checkpoint, tmp_path_factory):
 def test_a_change_that_vanishes_is_reported_as_vanished(small):
     found = {row["storage"]: row for row in small[0]["storages"]}
     assert found["bf16"]["verdict"] == "lost"
-    assert abs(found["bf16"]["gain"]) < 0.1 and found["bf16"]["relative_norm"] < 0.1
-    assert found["bf16"]["kl_share"] == pytest.approx(1, abs=0.1)
+    assert found["bf16"]["gain"] < 0.25 and found["bf16"]["relative_norm"] < 0.75
+    assert found["bf16"]["kl_share"] > 0.5
+    assert found["bf16, stochastic"]["gain"] > 0.75  # what rounding by chance is for
     assert found["NF4"]["verdict"] == "lost"
 
 
@@ -53,14 +55,14 @@ def test_a_change_that_is_kept_is_reported_as_kept(small):
     assert kept["cosine"] == pytest.approx(1, abs=1e-3) and kept["gain"] == pytest.approx(1, abs=0.02)
     assert found["q8_0 + LoRA"]["cosine"] > 0.99 > found["q8_0"]["cosine"]
     assert "lost in bf16" in small[0]["sentence"] and "still in fp32" in small[0]["sentence"]
-    assert small[1] == ["live adapter", "fp32", "bf16", "q8_0", "q8_0 + LoRA", "NF4"]
+    assert small[1] == ["live adapter", *(row["storage"] for row in small[0]["storages"])]
 
 
 def test_layers_are_measured_one_by_one(small):
     layers = pd.DataFrame(small[0]["layers"])
     assert set(layers.groupby("storage")["layer"].nunique()) == {3 * 7}
     assert (layers[layers["storage"] == "fp32"]["cosine"] > 0.99).all()
-    assert (layers[layers["storage"] == "bf16"]["relative_norm"] < 0.5).all()
+    assert (layers[layers["storage"] == "bf16"]["cosine"] < 0.75).all()
 
 
 def test_the_picture_is_drawn_from_the_results_and_again_from_its_csv(small, tmp_path):
@@ -123,7 +125,7 @@ def test_an_adapter_that_changes_nothing_is_refused(tiny_checkpoint, tmp_path):
 def test_without_the_quantiser_the_rest_is_measured_and_its_line_said(monkeypatch):
     monkeypatch.setattr("mini_symposium.storages.installed", lambda *names: False)
     there, said = possible(STORAGES)
-    assert there == ["fp32", "fp16", "bf16", "NF4"]
+    assert there == ["fp32", "fp16", "bf16", "bf16, stochastic", "NF4"]
     assert said.startswith("not measured: q8_0, q6_K, q5_K_M, q4_K_M") and "pip install -e '.[release]'" in said
 
 
