@@ -220,6 +220,8 @@ def train_together(
         passes = _passes(pending, chosen.together)
         processes.wait()  # all of them have seen the same files; only then may one write
         for some, epoch in passes:
+            if epoch == recipe.num_epochs:  # whole, and no longer in need of those it trained with
+                continue
             try:
                 _train_pass(some, rows, epochs, epoch, chosen, report_to, held_out)
             except (RuntimeError, MemoryError) as error:
