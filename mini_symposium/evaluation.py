@@ -5,13 +5,14 @@ recited, with their twins beside them; how much a format matters; Chinese; persp
 that intervals can be taken later and without a model.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mini_symposium.base_models import predicted_bytes
-from mini_symposium.dataset import Example
+from mini_symposium.dataset import Example, fingerprint
 from mini_symposium.generation import answer_grid, generate
 from mini_symposium.held_out import HeldOut, passes
 from mini_symposium.memorization import intrusion
@@ -34,7 +35,9 @@ def measure(
     show: Callable[[str], object] = lambda line: None,
     **options,
 ) -> None:
-    """Evaluate named adapters of `model`, "base" for none, each into its JSON file; a file that is there is kept.
+    """Evaluate named adapters of `model`, "base" for none, each into its JSON file.
+
+    A file that is there is kept, if it was measured with the same settings on the same prompts.
 
     Parameters
     ----------
@@ -43,13 +46,21 @@ def measure(
     show
         Called with each file before it is measured.
     """
+    examples, twins, prompts = material
+    settings = {
+        "prompts": [prompt.id for prompt in prompts],
+        "rows": fingerprint([*examples, *twins]),
+        **{key: [form.name for form in value] if key == "formats" else value for key, value in options.items()},
+    }
+    settings = json.loads(json.dumps(settings))
     for file, name in targets.items():
-        if not file.exists():
-            show(str(file))
-            found = evaluate(model, tokenizer, *material, name=name, **options)
-            if name == "base":
-                found["paper_bytes"] = sum(predicted_bytes(load_recipe("paper")).values())
-            write_json(file, found)
+        if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("settings") == settings:
+            continue
+        show(str(file))
+        found = evaluate(model, tokenizer, *material, name=name, **options) | {"settings": settings}
+        if name == "base":
+            found["paper_bytes"] = sum(predicted_bytes(load_recipe("paper")).values())
+        write_json(file, found)
 
 
 def evaluate(
@@ -76,7 +87,7 @@ def evaluate(
     posix_queries
         How many of the prompts POSIX is taken over, evenly chosen; 0 for none.
     probes
-        Of the training rows, see `recitation.PROBES`; the twins are only asked their prompts.
+        Of the rows, see `recitation.PROBES`.
 
     Returns
     -------
@@ -88,12 +99,13 @@ def evaluate(
     """
     chosen = prompts[:: max(1, len(prompts) // posix_queries)][:posix_queries] if posix_queries else ()
     first = formats[0]
+    recited = recite(model, tokenizer, [*examples, *twins], [name], probes)
     return {
         "answers": _answers(model, tokenizer, name, formats, prompts, examples, max_new_tokens),
         "roles": _answers(model, tokenizer, name, [ENGINEER], _of(prompts, "code"), examples, max_new_tokens),
         "perspectives": _perspectives(model, tokenizer, name, _of(prompts, "explanation", "trade-off"), max_new_tokens),
-        "recitation": recite(model, tokenizer, examples, [name], probes),
-        "twins": recite(model, tokenizer, twins, [name], ("prompt",)),
+        "recitation": recited[: len(examples)],
+        "twins": recited[len(examples) :],
         "posix": dict(
             zip(
                 [prompt.id for prompt in chosen],

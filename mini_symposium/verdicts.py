@@ -40,6 +40,14 @@ class Claim:
     controls: list[Control] = field(default_factory=list)
     note: str = ""
 
+    @property
+    def said(self) -> str:
+        """What was found, in a line."""
+        between = f" [{self.interval[0]:.3g}, {self.interval[1]:.3g}]" if self.interval else ""
+        number = "" if self.value is None else f"{self.metric}: {self.value:.3g}{between}"
+        counts = f"n={self.n}, seeds={self.seeds}" if self.n else ""
+        return "; ".join(part for part in (number, counts, self.note) if part)
+
     def row(self) -> dict:
         """As JSON."""
         return {**asdict(self), "interval": self.interval and list(self.interval)}
