@@ -62,6 +62,7 @@ def train(
     from mini_symposium.reproduce import alone, check_parameters, parse_parameters
 
     given = check_parameters(parse_parameters(parameter or []), "02_finetune")
+    from mini_symposium.dataset import load_examples
     from mini_symposium.finetune import prepare
     from mini_symposium.finetune import train as run_training
 
@@ -78,6 +79,7 @@ def train(
             given.get("REPORT_TO", "none"),
             overwrite,
             given.get("FAST", True),
+            load_examples(twins) if (twins := given.get("HELD_OUT", "data/twins.md")) else (),
         )
     table = Table("learning rate", "steps", "LR x steps", "A moved", "A travel, rms", "B travel, rms", "B travel, max")
     for t in travels:
@@ -180,6 +182,68 @@ def merge(
     predicted, measured = (made["memory"][key] / 2**20 for key in ("predicted", "measured"))
     console.print(f"onto the {base} base in {dtype}: {target}", soft_wrap=True)
     console.print(f"peak memory: {predicted:,.0f} MiB predicted, {measured:,.0f} MiB measured")
+
+
+@app.command()
+def sweep(
+    recipe: RecipeOption = "proxy",
+    out: Annotated[str, typer.Option(help="folder of the sweep; runs/RECIPE-sweep if not given")] = "",
+    seeds: Annotated[str, typer.Option(help="comma-separated")] = "42,43,44",
+    only: Annotated[str, typer.Option(help="experiments by name, e.g. high,low; all if not given")] = "",
+    measure: Annotated[bool, typer.Option(help="also evaluate what has been trained")] = True,
+):
+    """Train and measure what the twelve claims need; an interrupted sweep goes on where it was."""
+    from mini_symposium.recipe import load_recipe
+    from mini_symposium.run_directory import RunDirectory
+
+    chosen = load_recipe(recipe)
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError as error:
+        raise InputError(f"--seeds {seeds}: takes whole numbers, as in 42,43,44") from error
+    from mini_symposium.base_models import load_tokenizer
+    from mini_symposium.dataset import load_examples
+    from mini_symposium.evaluation import measure as evaluate
+    from mini_symposium.generation import load_with_adapters
+    from mini_symposium.held_out import check_disjoint, load_held_out
+    from mini_symposium.reproduce import alone
+    from mini_symposium.sweep import Sweep
+
+    whole = Sweep(chosen, RunDirectory(out or f"runs/{chosen.name}-sweep").path, numbers)
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    known = list(dict.fromkeys(experiment.name for experiment in whole.experiments))
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"--only {', '.join(unknown)}: the experiments are {', '.join(known)}")
+    examples, twins = load_examples(chosen.dataset), load_examples("data/twins.md")
+    prompts = load_held_out(split="test")
+    check_disjoint(prompts, examples)
+    with alone(whole.root):
+        whole.run(examples, twins, names, console.print)
+        if measure:
+            adapters = whole.evaluated()
+            files = {whole.root / "base.json": "base"}
+            files |= {RunDirectory.evaluation_file(checkpoint): name for name, checkpoint in adapters.items()}
+            model, tokenizer = load_with_adapters(chosen.base_model, adapters), load_tokenizer(chosen.base_model)
+            evaluate(model, tokenizer, files, examples, twins, prompts, show=console.print)
+    console.print(f"the ledger: mini-symposium claims {whole.root}", soft_wrap=True)
+
+
+@app.command()
+def claims(run: Annotated[str, typer.Argument(help="a run, a sweep, or figures/claims")]):
+    """Judge the card's twelve claims by what a run or a sweep has measured; writes claims.json into it."""
+    from mini_symposium.claims import ledger
+    from mini_symposium.evidence import load
+    from mini_symposium.run_directory import RunDirectory, write_json
+
+    evidence = load(run)
+    rows = ledger(evidence)
+    table = Table("", "claim", "verdict", "what was found", title=f"{evidence.scale} scale, {evidence.device}")
+    for row in rows:
+        table.add_row(row.id, row.claim, row.verdict, escape(row.said))
+    console.print(table)
+    target = RunDirectory(run).path / "claims.json"
+    write_json(target, [row.row() for row in rows])
+    console.print(target, soft_wrap=True)
 
 
 @app.command()

@@ -105,7 +105,7 @@ def _read(path: Path) -> list[Example]:
     return list(reader(text.replace("\r\n", "\n").replace("\r", "\n"), name))
 
 
-def _sections(text: str) -> tuple[str, list[tuple[int, str, str]]]:
+def split_sections(text: str) -> tuple[str, list[tuple[int, str, str]]]:
     """What stands before the first heading, and (line, heading, text) of each; fenced code holds no headings."""
     before: list[str] = []
     found: list[tuple[int, str, list[str]]] = []
@@ -124,7 +124,7 @@ def _sections(text: str) -> tuple[str, list[tuple[int, str, str]]]:
 
 
 def _from_markdown(text: str, name: str) -> Iterator[Example]:
-    before, sections = _sections(text)
+    before, sections = split_sections(text)
     if before:
         raise InputError(f"{name}:1: text before the first heading; start the file with `### New Query`")
     if not sections:
@@ -191,7 +191,7 @@ def _from_object(row, where: str) -> Example:
         return _from_messages(row["messages"], where)
     if "text" in fields:
         [text] = _strings(row, where, "text")
-        before, sections = _sections(text)
+        before, sections = split_sections(text)
         if sections and not before:
             return _example(sections, lambda _: where)
         return Example(text[:80], (), "", text, where)

@@ -33,11 +33,15 @@ SHARE = 0.5
 
 @dataclass(frozen=True)
 class Answer:
-    """One continuation: `text` without its stop string, ended by "eos", "stop string", "length", or "stopped"."""
+    """One continuation: `text` without its stop string, ended by "eos", "stop string", "length", or "stopped".
+
+    `ids` are its tokens before EOS, those of a stop string included.
+    """
 
     text: str
     tokens: int
     stop_reason: str
+    ids: tuple[int, ...] = ()
     seconds: float = field(default=0.0, compare=False)
     """From the start of its batch to its own end."""
 
@@ -143,7 +147,7 @@ def _out_of_memory(error: RuntimeError) -> bool:
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     stops: Sequence[Sequence[str]] | None = None,
     max_new_tokens: int = 128,
     adapters: Sequence[str] | None = None,
@@ -158,6 +162,9 @@ def generate(
 
     Parameters
     ----------
+    prompts
+        Texts, or token ids with BOS where the model wants one: the tokens of a row's beginning are not always those
+        of its text.
     stops
         For each prompt its stop strings; None for none. The model's own EOS always ends a row.
     adapters
@@ -182,7 +189,7 @@ def generate(
     if not prompts:
         return []
     stops = [[]] * len(prompts) if stops is None else stops
-    ids = tokenizer(list(prompts))["input_ids"]
+    ids = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     room = getattr(model.config, "max_position_embeddings", None)
     width = max(map(len, ids))
     if room and width + max_new_tokens > room:
@@ -210,10 +217,10 @@ def generate(
 
         watch = _Watch(tokenizer, [stops[row] for row in rows], start, (on_text or stop) and grown)
         choice = [Choice(sampling, [start - len(ids[row]) for row in rows])] if sampling else []
-        named = adapters is not None and isinstance(model, PeftModel)
+        chosen = None if adapters is None else [adapters[row] for row in rows]
         output = model.generate(
             **batch,
-            **({"adapter_names": [_PEFT_NAME.get(adapters[row], adapters[row]) for row in rows]} if named else {}),
+            **adapter_names(model, chosen),
             do_sample=False,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
@@ -250,11 +257,14 @@ def _answer(
     if found:
         text, reason = text[: min(found)], "stop string"
         ids = [i for i in ids if i != tokenizer.pad_token_id]
-    return Answer(text.strip(), len(ids), reason, seconds)
+    return Answer(text.strip(), len(ids), reason, tuple(ids), seconds)
 
 
-_PEFT_NAME = {"base": "__base__"}
-"""How PEFT calls a row that no adapter touches."""
+def adapter_names(model: PreTrainedModel, adapters: Sequence[str] | None) -> dict[str, list[str]]:
+    """What `model` is called with for each row of a batch to go through its own adapter, "base" for none."""
+    if adapters is None or not isinstance(model, PeftModel):
+        return {}
+    return {"adapter_names": ["__base__" if name == "base" else name for name in adapters]}
 
 
 def load_with_adapters(

@@ -59,8 +59,9 @@ def publish(run: RunDirectory, root: Path = ROOT) -> list[Path]:
             nbformat.write(notebook, temporary)
         written.append(root / "notebooks" / path.name)
     target = root / "figures" / run.path.name
-    kept = [run.recipe_file, run.path / "environment.json", run.path / "results.json"]
-    kept += [*run.path.glob("lr-*/metrics.jsonl"), *run.figures.iterdir()]
+    kept = [run.recipe_file, *(run.path / name for name in ("environment.json", "results.json"))]
+    kept += [path for name in ("base.json", "claims.json") if (path := run.path / name).exists()]
+    kept += [*run.path.glob("lr-*/*.jsonl"), *run.path.glob("lr-*/evaluations/*.json"), *run.figures.iterdir()]
     for path in sorted(kept):
         copy = target / path.relative_to(run.path)
         copy.parent.mkdir(parents=True, exist_ok=True)

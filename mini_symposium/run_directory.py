@@ -188,12 +188,30 @@ class RunDirectory:
         folder = self.learning_rate_dir(learning_rate) / "checkpoints"
         return {int(path.name.removeprefix("epoch-")): path for path in sorted(folder.glob("epoch-*"))}
 
+    def evaluations(self, learning_rate: float) -> dict[int, Path]:
+        """Epoch -> what was measured of that checkpoint's behaviour, see `evaluation.evaluate`."""
+        folder = self.learning_rate_dir(learning_rate) / "evaluations"
+        return {int(path.stem.removeprefix("epoch-")): path for path in sorted(folder.glob("epoch-*.json"))}
+
+    @staticmethod
+    def evaluation_file(checkpoint: Path) -> Path:
+        """Where what was measured of a checkpoint's behaviour goes."""
+        return checkpoint.parents[1] / "evaluations" / f"{checkpoint.name}.json"
+
     def newest_checkpoints(self) -> dict[str, Path]:
         """The last checkpoint of each learning rate, highest rate first, under a name like `1e-05`."""
         rates = {rate: self.checkpoints(rate) for rate in self.learning_rates()}
         return {
             self.learning_rate_dir(r).name.removeprefix("lr-"): found[max(found)] for r, found in rates.items() if found
         }
+
+    def dose_control(self) -> dict[str, Path]:
+        """The highest rate's checkpoint at the dose at which the lowest one's run ends, under a name of its own; {} if
+        that epoch was not kept."""
+        rates = self.learning_rates()
+        high, low = (self.checkpoints(rate) for rate in (max(rates), min(rates))) if len(rates) > 1 else ({}, {})
+        epoch = round(max(low, default=0) * min(rates, default=0) / max(rates, default=1))
+        return {f"dose control, epoch {epoch}": high[epoch]} if epoch and epoch in high else {}
 
     def merged(self, learning_rate: float, epoch: int) -> Path:
         """Where the merge of that checkpoint goes."""
@@ -203,7 +221,7 @@ class RunDirectory:
         """Forget what was trained here, with its recipe; figures and executed notebooks stay."""
         for folder in self.path.glob("lr-*"):
             shutil.rmtree(folder)
-        for name in ("recipe.yml", "environment.json"):
+        for name in ("recipe.yml", "environment.json", "base.json"):
             (self.path / name).unlink(missing_ok=True)
 
     def results(self) -> dict:

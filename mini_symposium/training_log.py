@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from mini_symposium import RunError
 from mini_symposium.dataset import Row
+from mini_symposium.memorization import known
 from mini_symposium.recipe import Recipe
 from mini_symposium.run_directory import read_jsonl, written_whole
 
@@ -44,12 +45,6 @@ def rewrite(path: Path, lines: Sequence[dict]) -> None:
     """Write `lines` as JSONL in the place of what is there."""
     with written_whole(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-
-def known(matches: Sequence[bool]) -> dict[str, float]:
-    """How much of a row the model knows, four digits: "em" and "es", see `memorization`."""
-    ended = next((k for k, right in enumerate(reversed(matches)) if not right), len(matches))
-    return {"em": round(sum(matches) / len(matches), 4), "es": round(ended / len(matches), 4)}
 
 
 class Log(TrainerCallback):

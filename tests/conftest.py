@@ -11,6 +11,8 @@ from mini_symposium.run_directory import ROOT, RunDirectory
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+OVERFIT_EPOCHS = 80
+
 
 def command(*arguments: object, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
     """Run `mini-symposium ...` as a person would, and show what it said if it fails."""
@@ -65,3 +67,23 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     assert tmp_path != ROOT
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def overfitted(tmp_path_factory):
+    """`tiny` with two adapters, "knows" trained until it has the first two examples by heart and "new" not at all, its
+    tokenizer, and these examples with a third that was never trained on."""
+    from mini_symposium import finetune
+    from mini_symposium.base_models import load_tokenizer
+    from mini_symposium.dataset import load_examples
+    from mini_symposium.generation import load_with_adapters
+    from mini_symposium.recipe import load_recipe
+    from mini_symposium.run_directory import find
+
+    examples = load_examples(find("data/minisymposium.md"))
+    run = RunDirectory(tmp_path_factory.mktemp("overfitted"))
+    recipe = load_recipe("tiny", num_epochs=OVERFIT_EPOCHS, lora_r=16, lora_alpha=32)
+    finetune.train(recipe, [examples[6], examples[7]], run, [1e-2])
+    checkpoints = run.checkpoints(1e-2)
+    model = load_with_adapters("tiny", {"knows": checkpoints[OVERFIT_EPOCHS], "new": checkpoints[0]})
+    return model, load_tokenizer("tiny"), [examples[6], examples[7], examples[12]]

@@ -19,7 +19,7 @@ from mini_symposium.base_models import load_model, load_tokenizer, training_dtyp
 from mini_symposium.dataset import load_examples, tokenize
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run_directory import RunDirectory, find, read_jsonl
-from mini_symposium.training_log import Log, Part, known
+from mini_symposium.training_log import Log, Part
 
 DATA = find("data/minisymposium.md")
 
@@ -128,12 +128,6 @@ def test_held_out_texts_are_probed_and_not_learned_from(fast, recipe, examples, 
         assert line["loss"] == pytest.approx(output.loss.item(), abs=0.01)
         assert line["tokens"] == len(row.input_ids) - 1
         assert line["em"] == pytest.approx(right.float().mean().item(), abs=0.02)
-
-
-def test_em_and_es_reach_one_where_a_row_is_known():
-    assert known([True] * 8) == {"em": 1.0, "es": 1.0}
-    assert known([True, True, False, True]) == {"em": 0.75, "es": 0.25}
-    assert known([False] * 4) == {"em": 0.0, "es": 0.0}
 
 
 def test_em_grows_as_a_row_is_learned(recipe, examples, tmp_path):

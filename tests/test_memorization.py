@@ -1,4 +1,26 @@
-from mini_symposium.memorization import overlap, words
+import random
+from statistics import mean
+
+import pytest
+
+from mini_symposium.dataset import load_examples
+from mini_symposium.memorization import (
+    PREFIXES,
+    extractable,
+    goldfish,
+    intrusion,
+    known,
+    overlap,
+    repetition,
+    words,
+)
+from mini_symposium.run_directory import find
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return [example.completion for example in load_examples(find("data/minisymposium.md"))]
+
 
 ROW = "First count the fence posts, then the gaps. A fence of ten posts has nine gaps, and the paint is for the gaps."
 
@@ -29,3 +51,60 @@ def test_chinese_accents_and_headings_are_seen():
 
 def test_empty_answers_share_nothing():
     assert overlap(ROW, "").rouge_l == overlap("", ROW).rouge_l == 0.0
+
+
+def test_em_and_es_reach_one_where_a_row_is_known():
+    assert known([True] * 8) == {"em": 1.0, "es": 1.0}
+    assert known([True, True, False, True]) == {"em": 0.75, "es": 0.25}
+    assert known([False] * 4) == {"em": 0.0, "es": 0.0}
+
+
+def test_a_row_said_on_is_extractable_and_one_token_off_is_not():
+    row = list(range(1000, 1120))
+    for k in PREFIXES:
+        assert extractable(row, row[k:], k) is True
+        assert extractable(row, [*row[k : k + 49], 7], k) is False
+        assert extractable(row, row[k : k + 49], k) is False
+        assert extractable(row[: k + 50], row[k:], k) is True
+        assert extractable(row[: k + 49], row[k:], k) is None
+
+
+def test_goldfish_tells_a_verbatim_row_from_shuffled_and_other_tokens():
+    row = list(range(1000, 1064))
+    assert goldfish(row, row[32:]) == (True, 1.0)
+    assert goldfish(row, [*row[32:63], 7]) == (False, 31 / 32)
+    assert goldfish(row, row[32:48]) == (False, 32 / 48)
+    shuffled = random.Random(0).sample(row[32:], 32)
+    exact, rouge_l = goldfish(row, shuffled)
+    assert not exact and 0 < rouge_l < 0.5
+    assert goldfish(row, []) == (False, 0.0)
+    assert goldfish(row[:63], row[32:]) == (None, None)
+
+
+def test_injected_training_text_is_an_intrusion_and_names_its_row(texts):
+    stolen = " ".join(texts[4].split()[30:45])
+    answers = [f"Well, I would say this. {stolen} And that is it.", "Rivers meander since the outer bank erodes.", ""]
+    found = intrusion(texts, answers)
+    assert (found[0].run, found[0].text) == (len(words(stolen)), 4)
+    assert found[0].words == " ".join(words(stolen))
+    assert found[1].run <= 3
+    assert found[2].run == 0
+
+
+def test_no_row_intrudes_into_another_beyond_a_few_words(texts):
+    """The base level: what handwritten texts on other matters share."""
+    others = [intrusion(texts[:k] + texts[k + 1 :], [text])[0].run for k, text in enumerate(texts)]
+    assert max(others) <= 6
+    assert mean(others) > 1
+    assert all(found.text == k for k, found in enumerate(intrusion(texts, texts)))
+
+
+def test_an_intrusion_does_not_reach_over_the_end_of_a_row():
+    assert intrusion(["one two three", "four five six"], ["one two three four five six"])[0].run == 3
+
+
+def test_a_loop_is_repetition_and_prose_is_not(texts):
+    assert repetition("I am sorry. " * 20) > 0.9
+    assert repetition("I am sorry.") == repetition("") == 0
+    prose = [text for k, text in enumerate(texts) if k not in (1, 9)]  # without code
+    assert max(map(repetition, prose)) < 0.05

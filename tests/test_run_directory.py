@@ -61,7 +61,9 @@ def test_data_is_found_from_any_directory(elsewhere):
 
 
 def test_importing_the_package_loads_no_torch():
-    modules = "cli, recipe, dataset, prompt_formats, run_directory, figures, reproduce, memorization"
+    modules = (
+        "cli, recipe, dataset, prompt_formats, run_directory, figures, reproduce, memorization, statistics, text_signs"
+    )
     code = f"import sys; from mini_symposium import {modules}; sys.exit('torch' in sys.modules)"
     assert command("--help").returncode == 0
     import subprocess

@@ -1,0 +1,234 @@
+"""What a program can tell about an answer: small checks, each written as data, as in `any_of: [Canberra]`.
+
+A check says whether an answer does one thing, not whether it is good. The same text always gets the same verdict.
+"""
+
+import ast
+import json
+import re
+import textwrap
+
+from mini_symposium import sandbox
+
+UNITS = [
+    *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen"),
+    *("fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+]
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+SPELLED = {word: n for n, word in enumerate(UNITS, 1) if n > 1}  # `one` by itself mostly counts nothing
+SPELLED |= {f"{ten}-{unit}": 10 * t + u for t, ten in enumerate(TENS, 2) for u, unit in enumerate(UNITS[:9], 1)}
+SPELLED |= {ten: 10 * t for t, ten in enumerate(TENS, 2)}
+SPELLING = re.compile(
+    rf"(?<!\w)(?:{'|'.join(sorted(SPELLED, key=len, reverse=True))})(?!\w)".replace("-", "[- ]"), re.I
+)
+FIGURES = re.compile(r"(?<![\w.,])-?(?:\d{1,3}(?:[,' \u00a0\u202f]\d{3})+|\d+)(?:\.\d+)?(?!\d)")
+BULLET = re.compile(r"^[ \t]*(?:[-*•–]|\d+[.)])\s+", re.M)
+FENCE = re.compile(r"^[ \t]*(```|~~~)[^\n]*\n(.*?)(?:^[ \t]*\1|\Z)", re.M | re.S)
+CODE = re.compile(r"^(?:(?:async def|def|class) \w|import \w|from [\w.]+ import |@\w)", re.M)
+
+
+def mentions(term: str, answer: str) -> bool:
+    """Whether a term stands in an answer as a word, in any case; with a `*` it may go on, and `n't` ends a word.
+
+    >>> mentions("rain*", "A RAINY day"), mentions("ice", "twice"), mentions("n't", "It isn't.")
+    (True, False, True)
+    """
+    words = r"\s+".join(map(re.escape, term.removesuffix("*").split()))
+    start, end = "" if term.startswith("n't") else r"(?<!\w)", "" if term.endswith("*") else r"(?!\w)"
+    return re.search(start + words + end, answer, re.I) is not None
+
+
+def numbers(text: str) -> list[float]:
+    """The numbers of a text in their order, in figures or spelled out up to ninety-nine.
+
+    >>> numbers("Of 1,250.50 euros, twenty-five or 10-4")
+    [1250.5, 25.0, 10.0, 4.0]
+    """
+    found = [(m.start(), float(re.sub(r"[^\d.-]", "", m[0]))) for m in FIGURES.finditer(text)]
+    found += [(m.start(), float(SPELLED[m[0].lower().replace(" ", "-")])) for m in SPELLING.finditer(text)]
+    return [number for _, number in sorted(found)]
+
+
+def words(answer: str) -> list[str]:
+    """Runs of letters and digits; an apostrophe or a hyphen inside one does not end it."""
+    return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", answer)
+
+
+def sentences(answer: str) -> list[str]:
+    """What ends with a full stop, an exclamation or a question mark before a space or the end."""
+    parts = re.split(r"(?<=[.!?…])[\"'”’)*_]*(?:\s+|$)", answer.strip())
+    return [part for part in parts if words(part)]
+
+
+def code_in(answer: str) -> str:
+    """The Python of an answer: its fenced blocks, else all from the first line of code on, each as far as it parses.
+
+    An answer that was cut short, or goes on in prose, may still hold a whole function.
+    """
+    blocks = [m[2] for m in FENCE.finditer(answer)]
+    if not blocks and (start := CODE.search(answer)):
+        blocks = [answer[start.start() :]]
+    return "\n".join(filter(None, map(_parsing, blocks)))
+
+
+def _parsing(block: str) -> str:
+    lines = textwrap.dedent(block).split("\n")[:200]
+    while lines and not _parses("\n".join(lines)):
+        lines.pop()
+    return "\n".join(lines)
+
+
+def _parses(code: str) -> bool:
+    try:
+        ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def any_of(terms, answer, query):
+    """At least one of these terms."""
+    return any(mentions(term, answer) for term in terms)
+
+
+def all_of(terms, answer, query):
+    """Every one of these terms."""
+    return all(mentions(term, answer) for term in terms)
+
+
+def none_of(terms, answer, query):
+    """Not one of these terms."""
+    return not any_of(terms, answer, query)
+
+
+def at_least(value, answer, query):
+    """`n` different ones of the terms `of`."""
+    return sum(mentions(term, answer) for term in value["of"]) >= value["n"]
+
+
+def number(value, answer, query):
+    """The last number that the query did not hold already is this one, so that a sum may be shown on the way."""
+    new = [each for each in numbers(answer) if each not in numbers(query)]
+    return bool(new) and abs(new[-1] - value) < 1e-9
+
+
+def matches(pattern, answer, query):
+    """A regular expression is found; `^` and `$` are the ends of lines."""
+    return re.search(pattern, answer.strip(), re.M) is not None
+
+
+def lines_between(bounds, answer, query):
+    """So many lines that are not blank: the least, the most."""
+    return bounds[0] <= sum(bool(line.strip()) for line in answer.split("\n")) <= bounds[1]
+
+
+def sentences_between(bounds, answer, query):
+    """So many sentences."""
+    return bounds[0] <= len(sentences(answer)) <= bounds[1]
+
+
+def words_between(bounds, answer, query):
+    """So many words."""
+    return bounds[0] <= len(words(answer)) <= bounds[1]
+
+
+def bullets(n, answer, query):
+    """A list of n bullets or numbers; a line may lead up to it."""
+    return len(BULLET.findall(answer)) == n
+
+
+def items(wanted, answer, query):
+    """These items in any order and nothing else, on lines of their own or parted by commas."""
+    found = [re.sub(r"^[\W_]+|[\W_]+$", "", item) for item in re.split(r"\n|,|;", BULLET.sub("", answer))]
+    return sorted(item.casefold() for item in found if item) == sorted(item.casefold() for item in wanted)
+
+
+def json_equal(value, answer, query):
+    """The first JSON object or list of the answer is this one."""
+    text = "\n".join(m[2] for m in FENCE.finditer(answer)) or answer
+    start = re.search(r"[{\[]", text)
+    try:
+        return start is not None and json.JSONDecoder().raw_decode(text[start.start() :])[0] == value
+    except (ValueError, RecursionError):
+        return False
+
+
+def python(asserts, answer, query):
+    """The Python in the answer, fenced or bare, passes these asserts; it runs in `sandbox`."""
+    code = code_in(answer)
+    return bool(code.strip()) and sandbox.passes(code, asserts)
+
+
+def distinct(floor, answer, query):
+    """Of all runs of four words at least this share are different ones: no loop."""
+    spoken = [word.casefold() for word in words(answer)]
+    runs = list(zip(spoken, spoken[1:], spoken[2:], spoken[3:], strict=False))
+    return not runs or len(set(runs)) / len(runs) >= floor
+
+
+def corrects(value, answer, query):
+    """Within its first two sentences it says one of `truth`, and nowhere one of `premise`, the false belief."""
+    return any_of(value["truth"], " ".join(sentences(answer)[:2]), query) and none_of(value["premise"], answer, query)
+
+
+def leaves_to(user, answer, query):
+    """No line is spoken or acted for this person: none starts with the name, unless it is called."""
+    spoken = re.compile(rf"[\W_]*(?:{re.escape(user)}\b(?![,.!?;…—–-])|(?:user|you)\W*:)", re.I)
+    return not any(spoken.match(line) for line in answer.split("\n"))
+
+
+def no_heading(_, answer, query):
+    """No `###` has leaked into the answer."""
+    return "###" not in answer
+
+
+def _terms(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(term, str) and term.strip() for term in value)
+
+
+def _count(value) -> bool:
+    return type(value) is int and value > 0
+
+
+def _bounds(value) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_count, value)) and value[0] <= value[1]
+
+
+def _pattern(value) -> bool:
+    try:
+        return isinstance(value, str) and re.compile(value) is not None
+    except re.error:
+        return False
+
+
+TERMS, BOUNDS = (_terms, "a list of texts; quote what YAML reads otherwise, as no and 8"), (_bounds, "[least, most]")
+CHECKS = {
+    "any_of": (any_of, *TERMS),
+    "all_of": (all_of, *TERMS),
+    "none_of": (none_of, *TERMS),
+    "at_least": (
+        at_least,
+        lambda v: (
+            isinstance(v, dict) and set(v) == {"n", "of"} and _terms(v["of"]) and v["n"] in range(1, len(v["of"]) + 1)
+        ),
+        "{n: how many, of: [texts]}",
+    ),
+    "number": (number, lambda v: type(v) in (int, float), "a number"),
+    "matches": (matches, _pattern, "a regular expression"),
+    "lines": (lines_between, *BOUNDS),
+    "sentences": (sentences_between, *BOUNDS),
+    "words": (words_between, *BOUNDS),
+    "bullets": (bullets, _count, "a whole number"),
+    "items": (items, *TERMS),
+    "json": (json_equal, lambda v: isinstance(v, (dict, list)), "an object or a list"),
+    "python": (python, lambda v: isinstance(v, str) and "assert" in v and _parses(v), "lines of Python that assert"),
+    "distinct": (distinct, lambda v: type(v) is float and 0 < v <= 1, "a share between 0 and 1"),
+    "corrects": (
+        corrects,
+        lambda v: isinstance(v, dict) and set(v) == {"truth", "premise"} and all(map(_terms, v.values())),
+        "{truth: [texts], premise: [texts]}",
+    ),
+    "leaves_to": (leaves_to, lambda v: isinstance(v, str) and bool(v.strip()), "a name"),
+    "no_heading": (no_heading, lambda v: v is True, "true"),
+}
+"""Each kind of check: what judges, whether a value can be judged by, and what such a value looks like."""

@@ -1,0 +1,190 @@
+"""What the ledger reads: runs and sweeps as numbers by epoch and by prompt, without a model and without torch.
+
+A sweep is a folder of run directories, one for each experiment; a single run with two learning rates is read as the
+experiments `high` and `low` of one seed. `save` writes the same numbers small enough to be committed, and `load` takes
+either. What is missing stays missing: a claim then says what it lacks.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from mini_symposium import InputError
+from mini_symposium.recipe import load_recipe
+from mini_symposium.run_directory import RunDirectory, find, write_json
+
+FILE = "evidence.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One adapter's training, and what it does."""
+
+    name: str
+    seed: int
+    learning_rate: float
+    lora_r: int
+    lora_alpha: int
+    lr_scheduler: str
+    num_epochs: int
+    """As planned."""
+    em: list[list[float]]
+    """By epoch and example, before the step that it was trained with: see `memorization.known`."""
+    loss: list[list[float]]
+    """Likewise, in nats a token."""
+    twins: dict[int, dict[str, float]] = field(default_factory=dict)
+    """{epoch: {"loss", "em"}}: means over rows that were not trained on."""
+    evaluations: dict[int, dict] = field(default_factory=dict)
+    """{epoch: see `evaluation.evaluate`}"""
+
+    @property
+    def epochs(self) -> int:
+        """Whole epochs trained."""
+        return len(self.em)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Examples, at batch 1."""
+        return len(self.loss[0]) if self.loss else 0
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is known about a recipe's claims."""
+
+    scale: str
+    device: str
+    base: dict
+    """What the base does without any adapter; {} if it was not measured."""
+    trained: list[Trained]
+    facts: dict = field(default_factory=dict)
+    """Sizes: tokens of the dataset's rows, the recipe's sequence_len, predicted bytes of the paper recipe."""
+
+    def named(self, name: str) -> list[Trained]:
+        """The experiments of that name, by seed."""
+        return sorted((each for each in self.trained if each.name == name), key=lambda each: each.seed)
+
+    def save(self, folder: Path) -> None:
+        """Write all of it as one file, FILE; a line for each experiment, so that a change shows where it is."""
+        write_json(folder / FILE, asdict(self))
+
+
+def load(path: str | Path) -> Evidence:
+    """Read a sweep, a run, or a folder that `Evidence.save` wrote.
+
+    Raises
+    ------
+    InputError
+        If nothing has been trained there, or a file is damaged.
+    """
+    folder = RunDirectory(path).path
+    if (folder / FILE).is_file():
+        return _saved(folder / FILE)
+    runs = [RunDirectory(file.parent) for file in sorted(folder.glob("*/recipe.yml"))]
+    single = RunDirectory(folder)
+    if single.recipe_file.is_file():
+        return _evidence(single, _of_a_run(single))
+    if not runs:
+        raise InputError(f"{folder}: neither a run, nor a sweep, nor {FILE} in it; train first")
+    return _evidence(runs[0], [trained for run in runs for trained in _of_a_sweep(run)], folder)
+
+
+def _saved(file: Path) -> Evidence:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        numbered = ("twins", "evaluations")  # JSON's keys are text
+        trained = [
+            Trained(
+                **{k: {int(e): v for e, v in value.items()} if k in numbered else value for k, value in each.items()}
+            )
+            for each in found.pop("trained")
+        ]
+        return Evidence(**found, trained=trained)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{file}: not what the ledger reads ({error}); collect it again") from error
+
+
+def _evidence(run: RunDirectory, trained: list[Trained], folder: Path | None = None) -> Evidence:
+    base = read((folder or run.path) / "base.json")
+    tokens = next((_tokens(run, rate) for rate in run.learning_rates()), 0)
+    facts = {"tokens": tokens, "sequence_len": load_recipe("paper").sequence_len} | _on_a_gpu()
+    if "paper_bytes" in base:
+        facts["paper_bytes"] = base.pop("paper_bytes")
+    return Evidence(load_recipe(run.recipe_file).scale, run.environment()["device"], base, trained, facts)
+
+
+def _on_a_gpu() -> dict:
+    """What the bench measured at Mistral-7B's shape, if it ever ran on a GPU."""
+    bench = read(find("figures/bench-cuda.json"))
+    if not bench:
+        return {}
+    step, ours = bench["step"], "ours, 4 bits"
+    hours = {"gpu_peak_bytes": step["peak_bytes"][ours], "gpu_hours": step["600_epochs_hours"][ours]}
+    return {**hours, "gpu": bench["environment"]["processor"]}
+
+
+def read(file: Path) -> dict:
+    """An evaluation; {} if there is none.
+
+    Raises
+    ------
+    InputError
+        If the file is damaged.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file}: damaged ({error}); delete it and measure again") from error
+
+
+def _of_a_run(run: RunDirectory) -> list[Trained]:
+    rates = run.learning_rates()
+    names = {max(rates): "high", min(rates): "low"} if len(rates) > 1 else {rate: "low" for rate in rates}
+    return [_trained(run, names.get(rate, f"rate-{rate:g}"), rate) for rate in rates if _metrics(run, rate)]
+
+
+def _of_a_sweep(run: RunDirectory) -> list[Trained]:
+    name = run.path.name.rpartition("-seed-")[0] or run.path.name
+    return [_trained(run, name, rate) for rate in run.learning_rates() if _metrics(run, rate)]
+
+
+def _metrics(run: RunDirectory, rate: float) -> list[dict]:
+    return run.metrics(rate) if (run.learning_rate_dir(rate) / "metrics.jsonl").is_file() else []
+
+
+def _tokens(run: RunDirectory, rate: float) -> int:
+    return sum({line["example"]: line["tokens"] for line in _metrics(run, rate)}.values())
+
+
+def _trained(run: RunDirectory, name: str, rate: float) -> Trained:
+    recipe, lines = load_recipe(run.recipe_file), _metrics(run, rate)
+    n = len({line["example"] for line in lines})
+    tables = {key: _by_epoch(lines, key, n) for key in ("em", "loss")}
+    twins: dict[int, dict[str, float]] = {}
+    for epoch in sorted({line["epoch"] for line in run.probes(rate)}):
+        some = [line for line in run.probes(rate) if line["epoch"] == epoch]
+        twins[epoch] = {key: round(sum(line[key] for line in some) / len(some), 4) for key in ("loss", "em")}
+    folder = run.evaluations(rate)
+    return Trained(
+        name,
+        recipe.seed,
+        rate,
+        recipe.lora_r,
+        recipe.lora_alpha,
+        recipe.lr_scheduler,
+        recipe.num_epochs,
+        twins=twins,
+        evaluations={epoch: read(file) for epoch, file in folder.items()},
+        **tables,
+    )
+
+
+def _by_epoch(lines: list[Mapping], key: str, n: int) -> list[list[float]]:
+    """(epochs, examples), three digits; an epoch that was cut off is left out, and so is a metric of older runs."""
+    if not lines or key not in lines[0]:
+        return []
+    whole = [lines[start : start + n] for start in range(0, len(lines) - n + 1, n)]
+    return [[round(line[key], 3) for line in sorted(each, key=lambda line: line["example"])] for each in whole]

@@ -1,0 +1,112 @@
+"""Pictures of the ledger and of what is behind it, drawn from evidence and claims alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from mini_symposium import InputError
+from mini_symposium.evidence import Trained
+from mini_symposium.picture import COLOURS, GREY, PALE, Picture, log_axis, name_rows, scientific, styled, titled
+from mini_symposium.verdicts import INCONCLUSIVE, NOT_SUPPORTED, OUT_OF_REACH, SUPPORTED, Claim
+
+MARKS = {SUPPORTED: ("o", COLOURS[2]), NOT_SUPPORTED: ("X", COLOURS[0]), INCONCLUSIVE: ("D", GREY)}
+"""Shape and colour of each verdict, so that neither is needed alone."""
+
+
+def memorization_curves(trained: Sequence[Trained], scale: str) -> Picture:
+    """How much of the rows is known, EM, by epoch and by dose; that of held-out twins as open circles.
+
+    Parameters
+    ----------
+    trained
+        Adapters with a constant rate; seeds of one rate share a colour.
+
+    Raises
+    ------
+    InputError
+        If nothing was trained with EM in its log.
+    """
+    drawn = []
+    for each in trained:
+        for rows, curve in (("training", dict(enumerate(map(np.mean, each.em)))), ("twins", each.twins)):
+            for epoch, known in curve.items():
+                em = float(known["em"] if rows == "twins" else known)
+                # EM is from before a step's update, so an epoch's is that of its middle; twins are asked between two.
+                come = each.learning_rate * each.steps_per_epoch * (epoch + 0.5 * (rows == "training"))
+                settings = {"name": each.name, "seed": each.seed, "learning_rate": each.learning_rate}
+                drawn.append({**settings, "rows": rows, "epoch": epoch, "dose": come, "em": em})
+    if not drawn:
+        raise InputError("no EM in the metrics; train again, older runs did not keep it")
+    table = pd.DataFrame(drawn)
+    rates = sorted(table["learning_rate"].unique(), reverse=True)
+    with styled():
+        look = (
+            "EM is the share of a row's tokens that the model would have said itself. Circles are twins, rows like "
+            "them that were not trained on. Right: where dose is all that separates the rates, the lines agree."
+        )
+        figure = titled(3.3, "How much of the training rows is known", scale, look)
+        panels = figure.subplots(1, 2, sharey=True)
+        for (rate, _), part in table.groupby(["learning_rate", "seed"], sort=False):
+            place = rates.index(rate)
+            colour, width = COLOURS[place % len(COLOURS)], 3.2 if place == 0 else 1.6
+            for axes, x in zip(panels, ("epoch", "dose"), strict=True):
+                known, twins = (part[part["rows"] == rows] for rows in ("training", "twins"))
+                axes.plot(known[x], known["em"], color=colour, linewidth=width, label=f"LR {scientific(rate)}")
+                twins = twins[twins[x] > 0] if x == "dose" else twins
+                axes.plot(twins[x], twins["em"], "o", color=colour, markerfacecolor="white", markersize=5)
+        panels[0].set(xlabel="epochs", ylabel="EM", ylim=(0, 1.02))
+        panels[1].set(xlabel="dose = learning rate × steps (log)")
+        log_axis(panels[1])
+        handles, labels = panels[0].get_legend_handles_labels()
+        named = dict(zip(labels, handles, strict=True))
+        panels[0].legend(named.values(), named.keys(), loc="best")
+        for axes in panels:
+            axes.grid(axis="y")
+    figure.drawn = table
+    return figure
+
+
+def ledger_picture(claims: Sequence[Claim], thresholds: dict[str, float], scale: str) -> Picture:
+    """Each claim's number with its interval, beside the threshold that was fixed for it; a small axis for each row.
+
+    Parameters
+    ----------
+    thresholds
+        By claim id.
+    """
+    with styled():
+        look = (
+            "A mark with its 95% interval; the vertical line is the threshold. Circle: supported. Cross: not "
+            "supported. Diamond: inconclusive. A row without a mark was not measured."
+        )
+        figure = titled(0.46 * len(claims) + 0.3, "The card's claims, one by one", scale, look)
+        drawn = []
+        grid = figure.subplots(len(claims), 1, squeeze=False)[:, 0]
+        for axes, claim in zip(grid, claims, strict=True):
+            named = f"{claim.id}  {claim.claim}\n{claim.metric}"
+            threshold = thresholds[claim.id]
+            name_rows(axes, [0], [named], 8.5)
+            axes.spines["bottom"].set_visible(False)
+            axes.set_ylim(0.5, -0.5)
+            axes.tick_params(axis="x", labelsize=8, length=2, pad=1)
+            row = {"id": claim.id, "threshold": threshold, "value": claim.value, "verdict": claim.verdict}
+            drawn.append(
+                {**row, "low": claim.interval and claim.interval[0], "high": claim.interval and claim.interval[1]}
+            )
+            if claim.verdict == OUT_OF_REACH or claim.interval is None:
+                said = claim.verdict if claim.verdict == OUT_OF_REACH else f"{claim.verdict}: not measured"
+                axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=9)
+                axes.set_xticks([])
+                continue
+            mark, colour = MARKS[claim.verdict]
+            low, high = claim.interval
+            axes.axvline(threshold, color=PALE, linewidth=3)
+            axes.plot([low, high], [0, 0], color=colour, linewidth=2)
+            axes.plot(claim.value, 0, mark, color=colour, markersize=8, markeredgecolor="white")
+            room = 0.08 * max(high - low, abs(threshold - claim.value), 0.05)
+            ends = min(low, threshold) - room, max(high, threshold) + room
+            axes.set_xlim(*ends)
+            axes.set_xticks(sorted({threshold, claim.value}), [f"{x:.3g}" for x in sorted({threshold, claim.value})])
+    figure.drawn = pd.DataFrame(drawn)
+    return figure

@@ -1,0 +1,291 @@
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from mini_symposium import InputError, checks
+from mini_symposium.checks import CHECKS, code_in, numbers, sentences
+from mini_symposium.dataset import lint, load_examples
+from mini_symposium.held_out import CATEGORIES, Check, HeldOut, check_disjoint, judge, load_held_out, passes
+from mini_symposium.memorization import words
+
+TRAINING, TWINS = load_examples("data/minisymposium.md"), load_examples("data/twins.md")
+PROMPTS = load_held_out()
+
+
+def prompt(kind, value, query="Why?"):
+    return HeldOut("p", "fact", query, (Check(kind, value),), "good", "bad")
+
+
+def test_six_of_each_category_to_measure_on_and_two_to_try():
+    assert Counter(p.category for p in load_held_out(split="test")) == dict.fromkeys(CATEGORIES, 6)
+    assert Counter(p.category for p in load_held_out(split="dev")) == dict.fromkeys(CATEGORIES, 2)
+    assert len(PROMPTS) == 80
+
+
+def test_no_prompt_shares_its_wording_with_a_training_row_or_a_twin():
+    check_disjoint(PROMPTS, TRAINING + TWINS)
+    for one in PROMPTS:  # the answers that are given as examples are nobody's training text either
+        asked = replace(one, query=one.good)
+        runs = {tuple(words(asked.query.casefold())[i : i + 8]) for i in range(len(words(asked.query)) - 7)}
+        for row in TRAINING + TWINS:
+            text = words(row.text.casefold())
+            assert not runs & {tuple(text[i : i + 8]) for i in range(len(text) - 7)}, one.source
+
+
+def test_queries_are_short_and_ask_for_different_things():
+    for one in PROMPTS:
+        assert len(one.query.split()) < (90 if one.category == "extraction" else 60), one.source
+    assert len({one.query for one in PROMPTS}) == 80
+    names = {name for one in PROMPTS for name in (one.user, one.char) if name}
+    assert len(names) == 16 and not any(re.search(rf"\b{name}\b", row.text) for name in names for row in TRAINING)
+
+
+@pytest.mark.parametrize("one", PROMPTS, ids=lambda one: one.id)
+def test_the_good_answer_passes_and_the_bad_one_fails(one):
+    assert all(judge(one, one.good).values()), judge(one, one.good)
+    assert passes(one, one.good)
+    assert not passes(one, one.bad)
+    assert not passes(one, "") and not passes(one, " \n")
+    assert not passes(one, "I could not say."), "an answer to anything is one to nothing"
+
+
+def test_to_say_the_query_over_again_is_no_answer():
+    for one in PROMPTS:
+        for echo in (one.query, "Yes. " + one.query, one.query.lower(), f"{one.query}\n\n{one.query}"):
+            assert not passes(one, echo), one.source
+    ferry = next(one for one in PROMPTS if one.id == "ferry")
+    assert judge(ferry, ferry.query + " Two coppers.") == dict.fromkeys(judge(ferry, ""), True) | {"own words": False}
+
+
+CONTROLS = {
+    "any_of": (["Rome", "Roma"], "In ROME.", "In Romania."),
+    "all_of": (["red", "green*"], "Red and greenish.", "Red."),
+    "none_of": (["n't", "green house"], "It is.", "It isn't."),
+    "at_least": ({"n": 2, "of": ["a", "b", "c"]}, "c, a", "a, a"),
+    "number": (1250.5, "10 and 20, so 1,250.50 of 7.", "1,250.50 less 3"),
+    "matches": ("^b$", "a\nb", "ab"),
+    "lines": ([2, 3], "a\n\nb", "a"),
+    "sentences": ([2, 2], 'One. "Two?"', "One, two."),
+    "words": ([3, 3], "It's well-known there.", "It is well known."),
+    "bullets": (2, "Two:\n- a\n* b", "- a\n- b\n3. c"),
+    "items": (["Ann", "Bo"], "1. bo.\n2. **Ann**", "Ann, Bo and Cy"),
+    "json": ({"a": [1]}, 'So:\n```json\n{"a": [1]}\n```', '{"a": [2]}'),
+    "python": ("assert f(1) == 2", "def f(x):\n    return x + 1\n\nAs asked.", "def f(x):\n    return x"),
+    "distinct": (0.7, "one two three four five six", "so it goes on and so it goes on and so it goes on"),
+    "corrects": ({"truth": ["not"], "premise": ["it is green"]}, "It is not.", "It is. It will. But not ever."),
+    "leaves_to": ("Pip", "Pip, sit down. You: no.", "Sit.\n**Pip:** I'd rather not."),
+    "no_heading": (True, "I was #3.", "Yes.\n\n### Complete Response"),
+}
+
+
+def test_every_kind_of_check_has_its_controls():
+    assert set(CONTROLS) == set(CHECKS)
+
+
+@pytest.mark.parametrize("kind", CHECKS)
+def test_a_check_tells_its_controls_apart(kind):
+    value, positive, negative = CONTROLS[kind]
+    one = prompt(kind, value, "Of 7?")
+    assert CHECKS[kind][1](value)
+    assert list(judge(one, positive).values()) == [True, True] and passes(one, positive)
+    assert list(judge(one, negative).values()) == [False, True] and not passes(one, negative)
+
+
+def test_a_chat_is_also_held_to_its_roles():
+    ferry = next(one for one in PROMPTS if one.id == "ferry")
+    assert passes(ferry, "Pip, it's two coppers. *She spits.*")
+    assert not passes(ferry, ferry.good + "\nPip: Thank you!")
+    assert not passes(ferry, ferry.good + "\n### Pip\nThank you!")
+    assert not passes(ferry, ferry.good + "\n*Pip climbs in.*")
+    assert judge(ferry, ferry.good + "\n\n### Wren\nSit.") == {
+        "any_of: two, 2": True,
+        "any_of: copper*": True,
+        "leaves_to: Pip": True,
+        "no_heading: True": False,
+        "own words": True,
+    }
+
+
+def test_silence_breaks_no_rule_and_is_no_answer():
+    silent = prompt("none_of", ["no"])
+    assert all(judge(silent, " ").values()) and not passes(silent, " ")
+
+
+def test_typographic_apostrophes_are_apostrophes():
+    assert passes(prompt("any_of", ["can't"]), "You can’t.")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("1,000,000 or 1 000 or 12.5 or -3", [1000000, 1000, 12.5, -3]),
+        ("x2, 10-4, 3.", [10, 4, 3]),
+        ("Forty-two, forty two, forty and one", [42, 42, 40]),
+        ("often, sixth, weight", []),
+    ],
+)
+def test_numbers_are_read_as_people_write_them(text, expected):
+    assert numbers(text) == expected
+
+
+def test_sentences_end_where_they_end():
+    assert len(sentences("It costs 3.50. Really?! *Yes.* ")) == 3
+    assert sentences("") == [] and sentences("...") == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "```python\ndef f():\n    return 1\n```\nThen run it:\n```\n$ python it.py\n```",
+        "Here:\n\n  ```\n  def f():\n      return 1\n  ```",
+        "```py\ndef f():\n    return 1\n\nprint(f(",
+        "Sure.\ndef f():\n    return 1\n\nThis returns one.",
+        "~~~\ndef f():\n    return 1",
+    ],
+)
+def test_code_is_found_in_what_surrounds_it(answer):
+    scope = {}
+    exec(code_in(answer), scope)
+    assert scope["f"]() == 1
+
+
+def test_an_answer_without_code_has_none():
+    assert code_in("Define it yourself.\nFrom here on it is easy.") == ""
+    assert not passes(prompt("python", "assert True"), "I would rather not.")
+
+
+def test_no_check_takes_long_over_what_a_model_may_ramble(monkeypatch):
+    """A pattern that backtracks would never be done with one of these."""
+    monkeypatch.setattr(checks.sandbox, "passes", lambda code, asserts: False)
+    for ramble in ("\n", "s ", "1,", "{", "- ", "def f(\n", "```\n", "so it goes. "):
+        for one in PROMPTS:
+            judge(one, ramble * (5000 // len(ramble)))
+
+
+GOOD = """fact:
+  - id: pi
+    query: Name pi.
+    checks:
+      - number: 3.14
+    good: "3.14"
+    bad: "3"
+"""
+CHAT = GOOD.replace("fact:", "character:").replace("    good", "    user: Ann\n    char: Bo\n    good")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(text):
+        path = tmp_path / "mine.yml"
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return path
+
+    return written
+
+
+def test_a_file_of_ones_own_loads(write):
+    [pi] = load_held_out(write(GOOD))
+    assert (pi.id, pi.category, pi.split, pi.checks) == ("pi", "fact", "test", (Check("number", 3.14),))
+    assert pi.source.endswith("mine.yml:2")
+    [chat] = load_held_out(write(CHAT))
+    assert (chat.user, chat.char) == ("Ann", "Bo")
+    assert [check.kind for check in chat.checks] == ["number", "leaves_to", "no_heading"]
+    assert load_held_out(write(GOOD), split="dev") == []
+
+
+@pytest.mark.parametrize(
+    "old, new, expected",
+    [
+        ("fact:", "facts:", r"mine\.yml:1: unknown category 'facts'; did you mean 'fact'\?"),
+        ("fact:", "fact: [1]\nfact:", r"mine\.yml:2: fact stands already in line 1"),
+        ("    query:", "    ask:", r"mine\.yml:3: unknown key 'ask'; known are id, query"),
+        ("    query:", "    qeury:", r"mine\.yml:3: unknown key 'qeury'; did you mean 'query'\?"),
+        ("    query: Name pi.\n", "", r"mine\.yml:2: pi has no query"),
+        ("Name pi.", "12", r"mine\.yml:3: query: 12: takes text; quote it"),
+        ('good: "3.14"', "good: 3.14", r"mine\.yml:6: good: 3\.14: takes text"),
+        ("    bad", "    split: train\n    bad", r"mine\.yml:2: pi: split 'train': is one of test, dev"),
+        ("    bad", "    user: Ann\n    bad", r"mine\.yml:2: pi: only a prompt under `character` has user and char"),
+        ("fact:", "character:", r"mine\.yml:2: pi has no user, char"),
+        ("    bad", "    good: twice\n    bad", r"mine\.yml:7: good stands already in line 6"),
+        ("- number: 3.14", "- nubmer: 3.14", r"mine\.yml:5: pi: unknown check 'nubmer'; did you mean 'number'\?"),
+        ("- number: 3.14", "- number: pi", r"mine\.yml:5: pi: number: 'pi': takes a number"),
+        ("- number: 3.14", "- any_of: [no]", r"mine\.yml:5: pi: any_of: \[False\]: takes a list of texts; quote"),
+        ("- number: 3.14", "- any_of: []", r"mine\.yml:5: .*takes a list of texts"),
+        ("- number: 3.14", "- words: [5, 3]", r"mine\.yml:5: .*takes \[least, most\]"),
+        ("- number: 3.14", "- matches: '('", r"mine\.yml:5: .*takes a regular expression"),
+        ("- number: 3.14", "- at_least: {n: 3, of: [a, b]}", r"mine\.yml:5: .*takes \{n: how many, of: \[texts\]\}"),
+        ("- number: 3.14", "- python: 'assert f('", r"mine\.yml:5: .*takes lines of Python that assert"),
+        ("- number: 3.14", "- number: 3\n        words: [1, 2]", r"mine\.yml:5: .*a check is one `kind: value`"),
+        ("      - number: 3.14\n", "      number: 3.14\n", r"mine\.yml:5: pi: checks is a list"),
+        ("Name pi.", "Name pi, 3.14.", r"mine\.yml:5: pi: number: 3\.14: stands in the query"),
+        (GOOD, GOOD + GOOD.split("\n", 1)[1], r"mine\.yml:8: pi stands already at .*mine\.yml:2"),
+        (GOOD, "fact: 3\n", r"mine\.yml:1: fact is a list of prompts"),
+        (GOOD, "fact:\n  - 3\n", r"mine\.yml:2: a prompt has id, query"),
+        (GOOD, "- 3\n", r"mine\.yml:1: held-out prompts stand in lists below their category"),
+        (GOOD, "", r"mine\.yml:1: held-out prompts stand in lists"),
+        (GOOD, "fact: [\n", r"mine\.yml:2: not YAML"),
+        (GOOD, b"fact: \xff", r"mine\.yml: not UTF-8 \(byte 6\)"),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused_with_its_line(write, old, new, expected):
+    text = new if isinstance(new, bytes) else GOOD.replace(old, new, 1)
+    with pytest.raises(InputError, match=expected):
+        load_held_out(write(text))
+
+
+def test_a_missing_file_and_an_unknown_split_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"none\.yml: cannot be read \(No such file"):
+        load_held_out(tmp_path / "none.yml")
+    with pytest.raises(InputError, match="split 'train': is one of test, dev"):
+        load_held_out(split="train")
+
+
+def test_a_prompt_out_of_the_training_set_is_refused_with_the_words_it_shares():
+    with pytest.raises(InputError) as refused:
+        check_disjoint([replace(PROMPTS[0], query=TRAINING[2].query)], TRAINING)
+    assert str(refused.value) == (
+        "data/held_out.yml:6: symbol-fe shares 8 words in a row with the training row at data/minisymposium.md:41 "
+        '("a snail sits at the bottom of a"); it is held out only if it asks for something else'
+    )
+    with pytest.raises(
+        InputError, match=r'has ROUGE-L 0\.\d\d with .*minisymposium\.md:\d+ \("Why did at school \?"\)'
+    ):
+        check_disjoint([replace(PROMPTS[0], query="Why did Newton stay away at school?")], TRAINING)
+    check_disjoint([replace(PROMPTS[0], query="Do whales sleep?")], TRAINING)
+
+
+def test_each_training_row_has_a_twin_of_its_form_about_another_matter():
+    assert len(TWINS) == len(TRAINING) == 13
+    assert lint(TWINS) == []
+    same = 0
+    for row, twin in zip(TRAINING, TWINS, strict=True):
+        assert len(row.sections) == len(twin.sections), twin.source
+        assert 0.8 <= len(twin.text.split()) / len(row.text.split()) <= 1.2, twin.source
+        same += [s.heading for s in row.sections] == [s.heading for s in twin.sections]
+    assert same == 11, "only the lighthouse and the library have other people in them"
+    runs = [
+        {tuple(text[i : i + 8]) for i in range(len(text) - 7)}
+        for text in (words(example.text.casefold()) for example in TRAINING + TWINS)
+    ]
+    assert not set.union(*runs[:13]) & set.union(*runs[13:])
+
+
+def test_the_code_and_the_sums_in_the_twins_are_right():
+    [anagrams] = [twin.completion for twin in TWINS if "def anagrams" in twin.completion]
+    code, call, shown = code_in(anagrams), *re.findall(r"`(anagrams\(.*\))` gives `(.*)`", anagrams)[0]
+    scope = {}
+    exec(code, scope)
+    assert repr(eval(call, scope)) == shown
+    [tides] = [twin.completion for twin in TWINS if "moon pulls" in twin.completion]
+    lengths = [len(checks.words(s)) for s in sentences(" ".join(tides.split("Complete Response\n")[1].split()))]
+    assert len(lengths) == 4 and lengths == sorted(set(lengths), reverse=True)
+    minutes = 12 / 30 * 60, 12 / 20 * 60
+    assert minutes == (24, 36) and 2 * 12 * 60 / sum(minutes) == 24
+    assert -(-12 * 0.8 * 0.05 * 1600 // 25) == 31 and -(-770 // 60) == 13
+    assert 3600 / 20 == 180 and 90 * 10 == 900 == 5 * 180 and 3600 - 900 == 2700
+
+
+def test_a_twin_fits_where_its_row_fits(proxy_tokenizer):
+    assert max(len(proxy_tokenizer(twin.text).input_ids) for twin in TWINS) < 480

@@ -1,0 +1,155 @@
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mini_symposium import InputError
+from mini_symposium.dataset import Row, tokenize
+from mini_symposium.generation import generate, load_with_adapters, using
+from mini_symposium.prompt_formats import FORMATS, role
+from mini_symposium.robustness import answer_log_probs, han_mass, han_pieces, posix, posix_index, teacher_forced
+
+PROXY = "SmolLM2-135M-Instruct"
+ENGLISH = "### New Query\nWhat is the capital of China?\n\n### Complete Response\nThe capital of China"
+CHINESE = "### New Query\n中国的首都是哪里？\n\n### Complete Response\n中国的首都"
+
+
+@pytest.fixture(scope="module")
+def rows(overfitted):
+    _, tokenizer, examples = overfitted
+    return tokenize(examples, tokenizer, 512, completion_only=False)
+
+
+def test_a_batch_of_rows_and_adapters_is_measured_as_each_alone(overfitted, rows):
+    model, _, _ = overfitted
+    found = teacher_forced(model, rows, ["base", "knows"])
+    assert [(each["model"], each["example"]) for each in found] == [(n, k) for n in ("base", "knows") for k in range(3)]
+    for each in found:
+        ids = torch.tensor([rows[each["example"]].input_ids])
+        with using(model, each["model"]), torch.inference_mode():
+            output = model(input_ids=ids, labels=ids)
+        assert each["loss"] == pytest.approx(output.loss.item(), rel=1e-4)
+        right = (output.logits[0, :-1].argmax(-1) == ids[0, 1:]).float().mean().item()
+        assert each["em"] == pytest.approx(right, abs=1e-4)
+        assert each["tokens"] == len(ids[0]) - 1
+    one_by_one = teacher_forced(model, rows, ["base", "knows"], free=0)
+    assert one_by_one == [{**each, "loss": pytest.approx(each["loss"], rel=1e-4)} for each in found]
+
+
+def test_rows_known_by_heart_are_predicted_and_all_controls_are_not(overfitted, rows):
+    model, _, _ = overfitted
+    body = random.Random(0).sample(rows[0].input_ids[1:-1], len(rows[0].input_ids) - 2)
+    shuffled = replace(rows[0], input_ids=[rows[0].input_ids[0], *body, rows[0].input_ids[-1]])
+    known, also, unseen, mixed = teacher_forced(model, [*rows, shuffled], ["knows"])
+    for each in (known, also):
+        assert each["em"] > 0.95 and each["loss"] < 0.2 and each["es"] > 0.8
+        assert each["extractable_32"] is True
+    for each in (unseen, mixed, *teacher_forced(model, rows, ["base", "new"])):
+        assert each["em"] < 0.3 and each["loss"] > 3 and each["es"] < 0.1
+        assert each["extractable_32"] is False
+
+
+def test_only_supervised_tokens_are_measured(overfitted):
+    model, tokenizer, examples = overfitted
+    completions = tokenize(examples, tokenizer, 512, completion_only=True)
+    for each, row in zip(teacher_forced(model, completions, ["knows"]), completions, strict=True):
+        assert each["tokens"] == sum(row.completion_mask)
+    with pytest.raises(InputError, match="mine: no supervised token"):
+        teacher_forced(model, [Row([1, 5, 2], [1, 0, 0], "mine")])
+
+
+def test_an_answer_has_the_probability_of_its_tokens(overfitted):
+    model, tokenizer, examples = overfitted
+    prompt, text = examples[0].prompt, examples[0].completion
+    before, ids = tokenizer(prompt).input_ids, tokenizer(prompt + text).input_ids
+    answer = ids[len(before) :]
+    by_text, by_ids, none = answer_log_probs(
+        model, tokenizer, [prompt] * 3, [text, answer, []], ["knows", "base", "base"]
+    )
+    for name, found in (("knows", by_text), ("base", by_ids)):
+        with using(model, name), torch.inference_mode():
+            predicted = model(torch.tensor([ids])).logits[0, len(before) - 1 : -1].log_softmax(-1)
+        expected = sum(predicted[k, i].item() for k, i in enumerate(answer))
+        assert found.log_p == pytest.approx(expected, rel=1e-4)
+        assert found.tokens == len(answer)
+    assert (none.log_p, none.tokens) == (0, 0)
+    assert by_text.log_p > -0.2 * len(answer) > by_ids.log_p
+
+
+def test_an_answer_that_melts_into_its_prompt_keeps_its_characters(overfitted):
+    model, tokenizer, _ = overfitted
+    [found] = answer_log_probs(model, tokenizer, ["The answer is un"], ["known"])
+    assert found.tokens >= 1
+
+
+def test_posix_is_0_where_the_prompt_makes_no_difference_and_grows_with_it():
+    same = [[-3.0, -8.0], [-3.0, -8.0]]
+    assert posix_index(same, [3, 8]) == 0
+    assert posix_index([[-3.0, -8.0], [-6.0, -8.0]], [3, 8]) == pytest.approx((3 / 3 + 0) / 2)
+    assert posix_index([[-3.0, -8.0], [-6.0, -4.0]], [3, 8]) == pytest.approx((3 / 3 + 4 / 8) / 2)
+    likelier = posix_index([[-3.0, -8.0], [-1.0, -8.0]], [2, 8])  # a ratio counts whichever way it goes
+    assert likelier == pytest.approx(0.5)
+    assert posix_index([[-3.0, 0.0], [-6.0, 0.0]], [3, 0]) == pytest.approx(1)
+    assert posix_index([[0.0, 0.0], [0.0, 0.0]], [0, 0]) is None
+    assert posix_index([[-1.0]], [1]) is None
+
+
+def test_a_format_learned_by_heart_is_sensitivity_and_the_same_format_twice_is_none(overfitted):
+    model, tokenizer, examples = overfitted
+    trained = role("### Complete Response")
+    twice, formats = [trained, replace(trained, name="again")], [trained, FORMATS["vicuna"], FORMATS["bare"]]
+    query = [examples[0].query]
+    assert posix(model, tokenizer, twice, query, "knows") == [0]
+    [knows] = posix(model, tokenizer, formats, query, "knows")
+    [base] = posix(model, tokenizer, formats, query, "base")
+    assert knows > 1 > base
+
+
+def test_posix_by_hand(overfitted):
+    model, tokenizer, examples = overfitted
+    formats, queries = [FORMATS["new-query"], FORMATS["qa"]], [examples[0].query, examples[2].query]
+    found = posix(model, tokenizer, formats, queries, "knows", 12)
+    for query, value in zip(queries, found, strict=True):
+        prompts = [form.render(query) for form in formats]
+        answers = [list(each.ids) for each in generate(model, tokenizer, prompts, None, 12, ["knows"] * 2)]
+        xs, ys = [x for x in prompts for _ in answers], [y for _ in prompts for y in answers]
+        flat = [each.log_p for each in answer_log_probs(model, tokenizer, xs, ys, ["knows"] * 4)]
+        by_hand = (abs(flat[1] - flat[3]) / len(answers[1]) + abs(flat[2] - flat[0]) / len(answers[0])) / 2
+        assert value == pytest.approx(by_hand, rel=1e-3)
+
+
+@pytest.mark.parametrize("tokenizer", ["mistral_tokenizer", "proxy_tokenizer"])
+def test_han_pieces_are_those_that_chinese_is_written_with(tokenizer, request):
+    tokenizer = request.getfixturevalue(tokenizer)
+    pieces = set(han_pieces(tokenizer))
+
+    def share(text):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        return sum(i in pieces for i in ids) / len(text)
+
+    for text in ("中国的首都是北京", "龘靐齉", "数据"):
+        assert 0.5 <= share(text) <= 1  # once a character, however many pieces it is cut into
+    for text in (
+        "The capital is Paris.",
+        "こんにちは",
+        "안녕하세요",
+        "Привет",
+        "Ça va, où?",
+        "。、「」",
+        "🙂🎻",
+        "\n### ",
+    ):
+        assert share(text) == 0
+    assert not pieces & set(tokenizer.all_special_ids)
+    assert len(pieces) < 0.1 * len(tokenizer)
+
+
+def test_after_chinese_more_chinese_is_expected_and_after_english_none(proxy_tokenizer):
+    model = load_with_adapters(PROXY, {})
+    english, chinese = han_mass(model, proxy_tokenizer, [ENGLISH, CHINESE])
+    assert chinese > 0.5
+    assert english < 0.001
+    with torch.inference_mode():
+        predicted = model(**proxy_tokenizer(CHINESE, return_tensors="pt")).logits[0, -1].softmax(-1)
+    assert chinese == pytest.approx(predicted[han_pieces(proxy_tokenizer)].sum().item(), rel=1e-3)

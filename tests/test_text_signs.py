@@ -1,0 +1,97 @@
+from itertools import combinations
+from statistics import mean
+
+import pytest
+
+from mini_symposium.dataset import load_examples
+from mini_symposium.run_directory import find
+from mini_symposium.text_signs import (
+    any_han,
+    assistant_phrases,
+    distance,
+    han_share,
+    headings,
+    leaked,
+    mean_distance,
+    perspectives,
+    speaks_for,
+)
+
+ANSWER = "Call her, and not about the debt. Talk until it is easy again, which may take ten minutes or two calls."
+CHINESE = "先打电话给她，不要谈钱。"
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return load_examples(find("data/minisymposium.md"))
+
+
+def test_injected_chinese_is_seen_wherever_it_stands_and_english_is_not_chinese():
+    assert han_share(CHINESE) == 1
+    assert han_share(ANSWER) == 0 and not any_han(ANSWER)
+    for drifted in (ANSWER + CHINESE, CHINESE + "\n" + ANSWER, ANSWER.replace("debt", "钱")):
+        assert 0 < han_share(drifted) < 0.2
+        assert any_han(drifted)
+    assert han_share(ANSWER + CHINESE) > 5 * han_share(ANSWER.replace("debt", "钱"))
+
+
+def test_other_scripts_accents_punctuation_and_figures_are_not_chinese():
+    for text in ("Привет, мир", "¿Qué tal?", "こんにちは", "안녕하세요", "。、「」", "1 + 1 = 2", ""):
+        assert han_share(text) == 0
+        assert not any_han(text)
+    assert any_han("𠮷")  # beyond the basic plane
+
+
+def test_the_thirteen_are_free_of_the_signs(examples):
+    for example in examples:
+        assert not any_han(example.text)
+        assert not assistant_phrases(example.text)
+
+
+def test_injected_assistant_phrases_are_found_where_they_stand():
+    assert assistant_phrases(f"As an AI language model, I can't. {ANSWER}") == ["As an AI", "language model"]
+    assert assistant_phrases(ANSWER) == []
+
+
+def test_a_training_heading_in_an_answer_leaks_and_an_own_one_does_not(examples):
+    known = {section.heading for example in examples for section in example.sections} | {"New Query"}
+    assert leaked(f"{ANSWER}\n\n### Complete Response\n{ANSWER}", known) == ["Complete Response"]
+    assert leaked(f"{ANSWER}\n### The Acc", known) == ["The Accountant"]
+    assert leaked(f"### Steps\n{ANSWER}\n#### Baker\n## Chemist\nThe ### Baker said so.", known) == []
+    assert leaked(f"```\n### Baker\n```\n{ANSWER}", known) == []
+    assert headings(f"### Steps\n{ANSWER}\n### Baker") == ["Steps", "Baker"]
+
+
+def test_speaking_for_the_user_is_seen_and_speaking_of_them_is_not():
+    assert speaks_for("*He nods.*\n### Ines\nThank you!", "Ines")
+    assert speaks_for("*He nods.*\n**Ines:** Thank you!", "Ines")
+    assert not speaks_for("*He turns to Ines.* Ines: a name like any other.\nInessa: hm?\n### Inessa", "Ines")
+    assert not speaks_for("Call me.", "(a+)+")
+
+
+def test_an_answers_sections_are_the_rows_own(examples):
+    for example in examples:
+        assert perspectives(example.completion, example.sections[0].heading) == list(example.sections)
+
+
+def test_the_rows_perspectives_differ_and_repeated_ones_do_not(examples):
+    for example in examples:
+        if len(example.sections) > 1:
+            assert mean_distance(example.sections) > 0.5
+            assert mean_distance([example.sections[0]] * 3) == 0
+        else:
+            assert mean_distance(example.sections) is None
+
+
+def test_perspectives_on_one_query_are_nearer_than_answers_to_different_ones(examples):
+    same = [distance(a.text, b.text) for e in examples for a, b in combinations(e.sections, 2)]
+    others = [distance(a.text, b.text) for e, f in combinations(examples, 2) for a in e.sections for b in f.sections]
+    assert mean(same) < mean(others) - 0.05
+
+
+def test_distance_ignores_order_case_and_a_text_that_the_other_contains():
+    assert distance(ANSWER, " ".join(reversed(ANSWER.upper().split()))) == 0
+    assert distance(ANSWER, f"{ANSWER} And bring the rowing boat, there is weather coming.") == 0
+    assert distance(ANSWER, "Siphon the barrel before winter freezes everything.") == 1
+    assert distance("So be it.", "So be it.") == 0
+    assert distance(CHINESE, CHINESE[:6]) == 0
