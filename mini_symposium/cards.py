@@ -84,11 +84,11 @@ def inspector(cell: Mapping, tokens: Sequence) -> str:
     )
 
 
-def strip(by_epoch: Mapping[int, Mapping | None], here: int) -> str:
+def strip(by_epoch: Mapping[int, Mapping], here: int, rows: TrainingRows) -> str:
     """A training as a row of bars, one for each epoch: how much of the answer is recited; `here` is framed."""
     bars = []
     for epoch, cell in by_epoch.items():
-        share = cell["recited"] if cell and "recited" in cell else None
+        share = rows.read(cell["answer"], cell["prompt"]).recited if "answer" in cell else None
         text = "–" if share is None else f"{share:.0%}"
         bars.append(
             f'<div{" class=ms-here" if epoch == here else ""}>{text}<i style="height: {5 * (share or 0):.2f}em"></i>'

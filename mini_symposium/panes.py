@@ -118,8 +118,9 @@ class Epochs:
     def _draw(self, seconds: float | None = None) -> None:
         cell = self.found.get(self.epoch.value)
         if cell:
-            self.shown.value = cards.card(cell, self.desk.bench.shelf.rows, None if "tokens" in cell else seconds)
-            self.strip.value = cards.strip(self.found, self.epoch.value)
+            rows = self.desk.bench.shelf.rows
+            self.shown.value = cards.card(cell, rows, seconds)
+            self.strip.value = cards.strip(self.found, self.epoch.value, rows)
 
 
 class Chat:
@@ -143,11 +144,12 @@ class Chat:
         for box in boxes:
             box.add_class("ms-card")
         who = HBox([self.model, self.user, self.char, *self.formats], layout=WRAP)
-        grid = GridBox(boxes, layout=Layout(**GRID))
+        grid = GridBox(
+            boxes, layout=Layout(**{**GRID, "grid_template_columns": "repeat(auto-fit, minmax(19rem, 1fr))"})
+        )
         self.box = VBox([who, self.scene, grid, self.message, HBox([send, clear])])
         send.on_click(lambda _: desk.start("Send", self._answer))
         clear.on_click(lambda _: desk.start("Start over", self._clear))
-        self._draw()
 
     def refresh(self) -> None:
         """Take over which models and formats there are."""
@@ -155,6 +157,7 @@ class Chat:
         _options(self.model, list(shelf.models) or [""], (shelf.newest() or [""])[-1])
         for choice, first in zip(self.formats, ("character", "alpaca"), strict=True):
             _options(choice, list(self.desk.formats), first)
+        self._draw()
 
     def _clear(self) -> str:
         self.talks = ([], [])

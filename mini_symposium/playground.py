@@ -127,8 +127,8 @@ class Playground:
         }
         self.max_new_tokens = BoundedIntText(max_new_tokens, min=1, max=4096, description="max_new_tokens")
         for field in (*self.sampling.values(), self.max_new_tokens):
-            field.style.description_width = "initial"
-            field.layout.width = "16em"
+            field.style.description_width = "11.5em"
+            field.layout.width = "18em"
         self.status = HTML(layout=Layout(flex="1 1 20em"))
         self.progress = IntProgress(max=1, layout=Layout(width="12em"))
         self.compare, self.keep = Compare(self), Keep(self)

@@ -81,9 +81,9 @@ class Workbench:
     def open(self, path: str = "") -> str:
         """Look what there is to ask; see `Shelf.open`. Without a path, the run of the environment or runs/proxy."""
         with self._alone():
-            base = self.shelf.base_model
+            before = self.shelf.base_model, self.shelf.four_bit
             said = self.shelf.open(default_run(path))
-            if self.shelf.base_model != base:
+            if (self.shelf.base_model, self.shelf.four_bit) != before:
                 self._drop()
                 self.tokenizer, self._merged = None, (None, None)
             return said
