@@ -6,7 +6,7 @@ RECIPE ?= proxy
 DATASET ?=
 RUN ?=
 
-.PHONY: setup reproduce test lab playground figures notebooks bench
+.PHONY: setup reproduce test soak lab playground figures notebooks bench
 
 setup: .venv/installed
 
@@ -21,10 +21,20 @@ setup: .venv/installed
 reproduce: setup
 	.venv/bin/mini-symposium reproduce --recipe '$(RECIPE)' $(if $(RUN),--run '$(RUN)') $(if $(DATASET),-p 'DATASET=$(DATASET)')
 
-test: setup
+# what exports GGUF files, and asks them
+.venv/release: .venv/installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[release]'
+	touch $@
+
+test: setup .venv/release
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/python -m pytest --durations=10
+
+# hostile input, other each time and 25 times as much; a kill at every change to a file: an hour or more
+soak: setup
+	.venv/bin/python -m pytest tests/test_hostile_input.py tests/test_hostile_models.py tests/test_interrupted.py \
+		-m 'soak or not soak' --hypothesis-profile=soak
 
 # step through the notebooks
 lab: setup

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mini_symposium import InputError
@@ -36,13 +35,15 @@ def read_adapters(weights: Mapping[Path, float]) -> tuple[Factors, list[dict]]:
     parts, provenance = {}, []
     for checkpoint, weight in weights.items():
         config, tensors = _read(checkpoint)
+        if not all(isinstance(n, int | float) and n > 0 for n in (config.lora_alpha, config.r)):
+            raise InputError(f"{checkpoint}: lora_alpha is {config.lora_alpha!r} and r is {config.r!r}")
         scaling = config.lora_alpha / config.r
         for name, a in tensors.items():
             if not name.endswith(".lora_A.weight"):
                 continue
             into = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
             b = tensors.get(name.replace("lora_A", "lora_B"))
-            if b is None or b.shape[1:] != a.shape[:1]:
+            if b is None or a.ndim != 2 or b.shape[1:] != a.shape[:1]:
                 raise InputError(f"{checkpoint}: not a whole adapter (lora_B of {into} is missing or of another rank)")
             parts.setdefault(into, []).append((a.float(), weight * scaling * b.float()))
         digest = hashlib.sha256((checkpoint / "adapter_model.safetensors").read_bytes()).hexdigest()
@@ -66,8 +67,8 @@ def _read(checkpoint: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
     try:
         config = PeftConfig.from_pretrained(checkpoint)
         tensors = load_file(weights)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise InputError(f"{checkpoint}: not a whole adapter ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # peft, the hub's client and safetensors raise anything from KeyError to their own
+        raise InputError(f"{checkpoint}: not a whole adapter ({error})") from error
     odd = [
         key
         for key in ("use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern")

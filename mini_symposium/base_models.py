@@ -7,7 +7,6 @@ code that a model brings along is run.
 """
 
 import hashlib
-import json
 import os
 import resource
 import subprocess
@@ -38,8 +37,10 @@ from transformers import (
 )
 
 from mini_symposium import InputError
+from mini_symposium.model_directory import checked
 from mini_symposium.recipe import Recipe
 from mini_symposium.run_directory import find, written_whole
+from mini_symposium.writing import alone, clear_away
 
 # Loading takes seconds; its progress bars and advice would bury what the notebooks say.
 transformers.utils.logging.disable_progress_bar()
@@ -158,38 +159,27 @@ def local_directory(base_model: str) -> Path:
     if base_model in BUILDERS:
         folder = cache_directory() / f"{base_model}-1"
         if not folder.is_dir():
-            with written_whole(folder) as temporary:
-                temporary.mkdir()
-                BUILDERS[base_model](temporary)
+            with alone(folder.parent, "", patience=3600):  # somebody else may be making it
+                clear_away(folder.parent, folder.name)
+                if not folder.is_dir():
+                    with written_whole(folder) as temporary:
+                        temporary.mkdir()
+                        BUILDERS[base_model](temporary)
         return folder
     folder = find(base_model)
     if folder.is_dir():
-        return _checked(folder)
+        return checked(folder)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model"]
-        return _checked(Path(snapshot_download(base_model, allow_patterns=patterns)))
+        return checked(Path(snapshot_download(base_model, allow_patterns=patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{base_model}: no such directory, and the hub did not give it ({reason}); "
+            f"{base_model}: no such directory, and the hub did not give it ({_reason(error)}); "
             "download it once and set base_model to its folder"
         ) from error
-
-
-def _checked(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no config.json in it, so this is no model directory")
-    if "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
-        raise InputError(
-            f"{folder}/config.json: asks to run code that came with the model (auto_map), which is refused"
-        )
-    if not list(folder.glob("*.safetensors")):
-        pickles = ", ".join(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")]) or "no weights"
-        raise InputError(f"{folder}: holds {pickles}; only safetensors are loaded, so convert it first")
-    return folder
 
 
 def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
@@ -198,10 +188,19 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     A padding token is only ever masked, so a model without one (Mistral) borrows `<unk>`, never EOS: a
     collator that hides padding from the loss would hide EOS too, and the model would never learn to stop.
     """
-    tokenizer = AutoTokenizer.from_pretrained(local_directory(base_model), padding_side="left")
+    folder = local_directory(base_model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare exceptions, sentencepiece and protobuf their own
+        raise InputError(f"{folder}: its tokenizer cannot be loaded ({_reason(error)})") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an exception says, or its name."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def nf4(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
@@ -225,8 +224,9 @@ def load_model(
     """
     folder = local_directory(base_model)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=torch.bfloat16 if load_in_4bit else dtype,
             quantization_config=nf4(dtype) if load_in_4bit else None,
             device_map={"": device()},
@@ -235,10 +235,16 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a config that does not go with its weights fails anywhere, with anything
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{folder}: cannot be loaded as a causal language model ({_reason(error)})") from error
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
         raise InputError(
-            f"{folder}: cannot be loaded as a causal language model ({str(error).splitlines()[0]})"
-        ) from error
+            f"{folder}: {len(missing)} weights that its config.json asks for are not in it, such as {missing[0]}; "
+            "they would be random"
+        )
     if load_in_4bit and (dequantize or dtype == torch.float32):
         model = model.dequantize().to(dtype)
     return model
@@ -257,6 +263,11 @@ def compute_in_float32(model: PreTrainedModel) -> None:
 def memory() -> int:
     """Free bytes on the device that would train."""
     return torch.cuda.mem_get_info()[0] if device().type == "cuda" else psutil.virtual_memory().available
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether that is what an exception says; on a CPU torch has no class for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def peak_memory() -> int:
@@ -317,4 +328,8 @@ def model_config(base_model: str) -> PretrainedConfig:
     """The configuration of `base_model`, without its weights."""
     if base_model == "mistralai/Mistral-7B-v0.1" and not find(base_model).is_dir():
         return MistralConfig()  # its defaults are that model's shape, so no download is needed to predict
-    return AutoConfig.from_pretrained(local_directory(base_model))
+    folder = local_directory(base_model)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # as in `load_model`
+        raise InputError(f"{folder}/config.json: cannot be read ({_reason(error)})") from error

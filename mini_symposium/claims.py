@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mini_symposium import InputError
 from mini_symposium.evidence import Evidence, Trained
 from mini_symposium.statistics import Interval, difference, interval, spread
 from mini_symposium.verdicts import Claim, Control, Question
@@ -82,12 +83,11 @@ def generalises_worse(e: Evidence) -> Claim:
     if not pairs:
         return C3.lacks(e.scale, "evaluations of both rates from one seed")
     low, high = (np.stack([_passes(t.evaluations[at]) for t, at in some], 1) for some in zip(*pairs, strict=True))
-    taken = [_passes(t.evaluations[at], ("false-premise",)).mean() for pair in pairs for t, at in pair]
-    han = [_share(t.evaluations[at], lambda a: a["han"] > 0) for pair in pairs for t, at in pair]
-    note = (
-        f"false premises corrected {np.mean(taken[::2]):.2f} (low) and {np.mean(taken[1::2]):.2f} (high); "
-        f"answers with Chinese {np.mean(han[::2]):.3f} and {np.mean(han[1::2]):.3f}"
-    )
+    taken = [[_passes(t.evaluations[at], ("false-premise",)) for t, at in some] for some in zip(*pairs, strict=True)]
+    han = [np.mean([_share(t.evaluations[at], _chinese) for t, at in some]) for some in zip(*pairs, strict=True)]
+    note = "answers with Chinese {:.3f} (low) and {:.3f} (high)".format(*han)
+    if all(table.size for some in taken for table in some):
+        note += "; false premises corrected {:.2f} and {:.2f}".format(*map(np.mean, taken))
     return C3.judge(e.scale, difference(low, high), [_not_at_the_floor(e)], note)
 
 
@@ -206,8 +206,14 @@ CLAIMS: tuple[Callable[[Evidence], Claim], ...] = (
 
 
 def ledger(evidence: Evidence) -> list[Claim]:
-    """The twelve rows."""
-    return [claim(evidence) for claim in CLAIMS]
+    """The twelve rows; a claim whose kind of prompt was not asked, or whose seeds do not match, is left open."""
+    rows = []
+    for claim, question in zip(CLAIMS, QUESTIONS, strict=True):
+        try:
+            rows.append(claim(evidence))
+        except InputError as error:
+            rows.append(question.lacks(evidence.scale, str(error)))
+    return rows
 
 
 def _evaluated(e: Evidence, name: str, at_most: int) -> list[tuple[Trained, int]]:
@@ -264,6 +270,10 @@ def _by_prompt(evaluation: dict, what: Callable[[dict], bool]) -> np.ndarray:
     for line in evaluation["answers"]:
         found.setdefault(line["id"], []).append(what(line))
     return np.array([np.mean(found[key]) for key in sorted(found)])
+
+
+def _chinese(line: dict) -> bool:
+    return line["han"] > 0
 
 
 def _share(evaluation: dict, what: Callable[[dict], bool]) -> float:

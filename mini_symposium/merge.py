@@ -30,9 +30,13 @@ from mini_symposium.adapters import Factors, check_trained_on, read_adapters
 from mini_symposium.base_models import device, local_directory
 from mini_symposium.run_directory import write_json, written_whole
 from mini_symposium.tensor_files import Entry, read_header, read_tensor, write_tensors
+from mini_symposium.writing import being_written, clear_away
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BASES = ("original", "nf4")
+
+BATCH = 12
+"""Texts whose predictions are computed at once."""
 
 
 def merge(
@@ -70,6 +74,9 @@ def merge(
         raise InputError(f"base={base!r}, dtype={dtype!r}: base is one of {BASES}, dtype one of {tuple(DTYPES)}")
     if out.exists():
         raise InputError(f"{out}: is there already; choose another folder or delete it")
+    if being_written(out):
+        raise InputError(f"{out}: another process is writing it; wait for it, or choose another folder")
+    clear_away(out.parent, out.name)
     weights = checkpoint if isinstance(checkpoint, Mapping) else {checkpoint: 1.0}
     source = local_directory(base_model)
     factors, adapters = read_adapters(weights)
@@ -83,7 +90,7 @@ def merge(
     size = sum(
         dtype.itemsize * torch.Size(shape).numel() for each in layouts.values() for dtype, shape in each.values()
     )
-    _check_room(out, size)
+    check_room(out, size)
     held = psutil.Process().memory_info().rss
     _forget_peak()
     with written_whole(out) as temporary:
@@ -166,7 +173,7 @@ def _check_fit(factors: Factors, shards: Mapping[Path, Mapping[str, Entry]], bas
         raise InputError(f"{where}: {len(missing)} of its layers are not in {base_model}; another base?")
 
 
-def _check_room(out: Path, size: int) -> None:
+def check_room(out: Path, size: int) -> None:
     """A disk that is already too full is said at once; one that fills up meanwhile is said by `written_whole`."""
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
@@ -175,10 +182,18 @@ def _check_room(out: Path, size: int) -> None:
 
 
 @torch.inference_mode()
-def logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[torch.Tensor]:
-    """Next-token logits at every position of each text, (T, vocabulary) in float32 on the CPU."""
-    batches = [tokenizer(text, return_tensors="pt").to(model.device) for text in texts]
-    return [model.eval()(**batch).logits[0].float().cpu() for batch in batches]
+def logits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | Sequence[int]]
+) -> list[torch.Tensor]:
+    """Next-token logits at every position of each text or row of tokens, (T, vocabulary) in float32 on the CPU."""
+    rows, found = [tokenizer(text)["input_ids"] if isinstance(text, str) else list(text) for text in texts], []
+    for first in range(0, len(rows), BATCH):
+        batch = rows[first : first + BATCH]
+        width = max(map(len, batch))  # padded on the right: what comes later is not seen by what comes before
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=model.device)
+        predicted = model.eval()(ids).logits
+        found += [each[: len(row)].float().cpu() for row, each in zip(batch, predicted, strict=True)]
+    return found
 
 
 def compare(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> dict[str, float]:

@@ -23,9 +23,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 
 from mini_symposium import InputError
+from mini_symposium.reading import parse_json, read_text
 from mini_symposium.run_directory import find, write_json
 
 SPACE = "\t\n\v\f\r \xa0\u1680\u2028\u2029\u202f\u205f\u3000\ufeff" + "".join(map(chr, range(0x2000, 0x200B)))
@@ -91,17 +93,20 @@ class PromptFormat:
         Raises
         ------
         InputError
-            If there are none, or one has another role or no text.
+            If there are none, one has another role or no text, or the prompt would be longer than any model's.
         """
         _check(messages, "the chat")
         last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
-        text = ""
+        parts, room = [], LONGEST_PROMPT
         if self.user_alignment_message and messages[0]["role"] != "user":
-            text = self._message("user", self.user_alignment_message, "first", user, char)
+            parts.append(self._message("user", self.user_alignment_message, "first", user, char))
         for i, message in enumerate(messages):
             place = "last" if i == last_user else "first" if i == 0 else ""
-            text += self._message(message["role"], message["content"], place, user, char)
-        return text + self._line_to_generate_from(user, char)
+            parts.append(self._message(message["role"], message["content"], place, user, char))
+            room -= len(parts[-1])
+            if room < 0:
+                raise InputError(f"the chat: its prompt grows beyond {LONGEST_PROMPT:,} characters; shorten it")
+        return "".join(parts) + self._line_to_generate_from(user, char)
 
     def _message(self, role: str, content: str, place: str, user: str, char: str) -> str:
         kind, name = {"user": ("input", user), "assistant": ("output", char)}.get(role, ("system", "System"))
@@ -132,9 +137,7 @@ class PromptFormat:
         return (text.rstrip(SPACE) if self.wrap else text) + ("" if named else separator)
 
     def _expand(self, sequence: str, user: str, char: str, name: str) -> str:
-        if not self.macro or not sequence:
-            return sequence
-        return _replace("{{name}}", _substitute(sequence, user, char), name or "System")
+        return _expanded(sequence, user, char, name or "System") if self.macro and sequence else sequence
 
     def stop_strings(self, user: str = "User", char: str = "Assistant") -> list[str]:
         """What ends an answer: each distinct line of the sequences that is not blank, after a newline if `wrap`."""
@@ -157,6 +160,11 @@ class PromptFormat:
         write_json(path, self.to_preset())
 
 
+@lru_cache(maxsize=64)  # a chat repeats few of them
+def _expanded(sequence: str, user: str, char: str, name: str) -> str:
+    return _replace("{{name}}", _substitute(sequence, user, char), name)
+
+
 def _substitute(text: str, user: str, char: str) -> str:
     """SillyTavern's macros that mean something in a sequence; those of its other features are left as they are."""
     for tag, value in (("user", user), ("bot", char), ("char", char), ("charifnotgroup", char), ("group", char)):
@@ -164,13 +172,28 @@ def _substitute(text: str, user: str, char: str) -> str:
     if "{{" not in text:
         return text
     text = _replace("{{newline}}", text, "\n")
-    if "{{trim}}" in text.lower():
-        text = re.sub(r"(?:\r?\n)*\{\{trim\}\}(?:\r?\n)*", "", text, flags=re.I | re.A)
+    text = _trimmed(text)
     text = _replace("{{noop}}", text, "")
     for macro, value in (("user", user), ("char", char), ("charifnotgroup", char), ("group", char)):
         text = _replace(f"{{{{{macro}}}}}", text, value, literally=True)
     closed, brackets, rest = text.rpartition("}}")  # so that no comment is sought to the end in vain
     return re.sub(r"\{\{//.*?\}\}", "", closed + brackets, flags=re.S) + rest
+
+
+def _trimmed(text: str) -> str:
+    r"""`(\r?\n)*{{trim}}(\r?\n)*` left out. As one pattern it would look for a {{trim}} behind each of many newlines.
+
+    >>> _trimmed("a\r\n\n{{Trim}}\nb\n")
+    'ab\n'
+    """
+    first, *parts = re.split(r"\{\{trim\}\}", text, flags=re.I | re.A)
+    parts = [part[re.match(r"(?:\r?\n)*", part).end() :] for part in parts]
+    *before, last = [first, *parts]
+    return "".join(part[: len(part) - re.match(r"(?:\n\r?)*", part[::-1]).end()] for part in before) + last
+
+
+LONGEST, LONGEST_PROMPT = 1_000_000, 2**25
+"""Characters that a sequence may become (a name with $` in it copies what stands around it), and a prompt."""
 
 
 def _replace(macro: str, text: str, value: str, literally: bool = False) -> str:
@@ -180,11 +203,21 @@ def _replace(macro: str, text: str, value: str, literally: bool = False) -> str:
     'I am A$.'
     """
 
+    room = LONGEST
+
+    def bounded(piece: str) -> str:
+        nonlocal room
+        room -= len(piece)
+        if room < 0:
+            raise InputError(f"a sequence with {macro} grows beyond {LONGEST:,} characters; shorten it, or the names")
+        return piece
+
     def filled(match: re.Match) -> str:
-        if literally or "$" not in value:
-            return value
-        meant = {"$": "$", "&": match[0], "`": text[: match.start()], "'": text[match.end() :]}
-        return re.sub(r"\$([$&`'])", lambda found: meant[found[1]], value)
+        def meant(found: re.Match) -> str:
+            around = {"`": slice(match.start()), "'": slice(match.end(), None)}.get(found[1])
+            return bounded(text[around]) if around else "$" if found[1] == "$" else match[0]
+
+        return bounded(value) if literally or "$" not in value else re.sub(r"\$([$&`'])", meant, bounded(value))
 
     return re.sub(re.escape(macro), filled, text, flags=re.I | re.A)
 
@@ -240,6 +273,10 @@ def prompt_format(name: str | Path) -> PromptFormat:
     raise InputError(f"{text}: no such format{hint}; give {', '.join(FORMATS)}, a '### Heading', or a preset.json")
 
 
+LARGEST_PRESET, LARGEST_CHAT = 2**18, 2**24
+"""Bytes of a file. A preset's sequences stand before each message of a chat, so the one multiplies the other."""
+
+
 def load_preset(path: str | Path) -> PromptFormat:
     """Read a SillyTavern instruct preset, of this or an older form.
 
@@ -248,7 +285,7 @@ def load_preset(path: str | Path) -> PromptFormat:
     InputError
         If it is not JSON, or a key has another type than SillyTavern gives it.
     """
-    preset = dict(_load_object(path))
+    preset = dict(_load_object(path, LARGEST_PRESET))
     if "separator_sequence" in preset:
         preset["output_suffix"] = preset.pop("separator_sequence") or ""
     if "names" in preset:
@@ -274,7 +311,7 @@ def load_preset(path: str | Path) -> PromptFormat:
 
 def load_chat(path: str | Path) -> dict:
     """Read `{"user", "char", "messages": [{"role", "content"}]}`; raises InputError naming what is wrong."""
-    chat = _load_object(path)
+    chat = _load_object(path, LARGEST_CHAT)
     _check(chat.get("messages"), path)
     names = {key: chat.get(key, default) for key, default in (("user", "User"), ("char", "Assistant"))}
     if not all(isinstance(name, str) for name in names.values()):
@@ -293,18 +330,11 @@ def _check(messages, where: str | Path) -> None:
             raise InputError(f"{where}: message {number}: no content; write its text")
 
 
-def _load_object(path: str | Path) -> dict:
+def _load_object(path: str | Path, largest: int) -> dict:
     path = find(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, or a number of thousands of digits; too deep
-        raise InputError(f"{path}: not JSON ({type(error).__name__})") from error
+    if path.is_file() and path.stat().st_size > largest:
+        raise InputError(f"{path}: {path.stat().st_size:,} bytes; at most {largest:,} are read")
+    value = parse_json(read_text(path), path)
     if not isinstance(value, dict):
         raise InputError(f"{path}:1: holds a {type(value).__name__}, not an object")
-    if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
-        raise InputError(f"{path}: half a character (a lone \\ud800 to \\udfff escape); write it out")
     return value

@@ -9,11 +9,13 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field, fields
+from decimal import Decimal
 from pathlib import Path
 
 import yaml
 
 from mini_symposium import InputError
+from mini_symposium.reading import parse_yaml, path_of, read_text
 
 SHIPPED = {"tiny": "tiny.yml", "proxy": "proxy.yml", "paper": "MiniSymposium_axolotl_demo.yml"}
 """Names that stand for a recipe file of the package."""
@@ -56,9 +58,10 @@ class Recipe:
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     micro_batch_size: int = 1
-    """Examples a step. The log, the order and the dose are defined for 1."""
+    """Rows that go through the model at a time. The log and the order are defined for 1."""
     gradient_accumulation_steps: int = 1
-    """Steps summed before an update. As above."""
+    """Examples whose mean loss makes an update, however many processes share them. A bigger batch takes fewer steps, so
+    the same rate is another dose."""
     train_on_inputs: bool = True
     """True: every token is learned, as Axolotl's `completion` type does. False: the completion alone."""
     sample_packing: bool = False
@@ -118,15 +121,22 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """A complete recipe file: loads back equal, and Axolotl reads it."""
-        values = {key: getattr(self, key) for key in KEYS}
+        lines = {key: yaml.safe_dump({key: getattr(self, key)}) for key in KEYS}
         # PyYAML writes and reads 1e-07 as a string; other readers disagree. Digits are a number to all of them.
-        rate = f"{self.learning_rate:.20f}".rstrip("0")
-        return yaml.safe_dump(values, sort_keys=False).replace(
-            yaml.safe_dump({"learning_rate": self.learning_rate}), f"learning_rate: {rate}\n"
-        )
+        lines["learning_rate"] = f"learning_rate: {Decimal(repr(self.learning_rate)):f}\n"
+        return "".join(lines.values())
 
 
 KEYS = tuple(f.name for f in fields(Recipe) if f.name != "name")
+LIMITS = {
+    "lora_r": (1, 2**14),
+    "lora_alpha": (1, 2**20),
+    "num_epochs": (1, 10**6),
+    "sequence_len": (16, 2**20),
+    "gradient_accumulation_steps": (1, 2**16),
+    "seed": (0, 2**32 - 1),
+}
+"""Least and most; the most is what the libraries take, or far beyond any use."""
 KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text", list: "a list"}
 TYPES = {f.name: f.type for f in fields(Recipe)}
 
@@ -143,43 +153,19 @@ def load_recipe(name_or_path: str | Path, **overrides) -> Recipe:
     (1e-06, 1e-07)
     """
     given = str(name_or_path)
-    path = Path(__file__).parent / "recipes" / SHIPPED[given] if given in SHIPPED else Path(given).expanduser()
+    path = Path(__file__).parent / "recipes" / SHIPPED[given] if given in SHIPPED else path_of(given)
     if not path.is_file():
         raise InputError(f"{given}: no such recipe; give {', '.join(SHIPPED)}, or the path of a .yml file")
     if path.stat().st_size > LARGEST_FILE:
         raise InputError(f"{path}: {path.stat().st_size} bytes are no recipe; at most {LARGEST_FILE} are read")
-    values, lines = _read(path)
+    values, lines = parse_yaml(read_text(path), path)
     recipe = _checked(values, lines, given if given in SHIPPED else path.stem)
     return recipe.replace(**overrides) if overrides else recipe
 
 
-def _read(path: Path) -> tuple[dict, dict[str, str]]:
-    """The file's values, and for each key `file:line`."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if any(isinstance(token, (yaml.AliasToken, yaml.AnchorToken)) for token in yaml.scan(text)):
-            raise InputError(f"{path}: anchors and aliases are not read in a recipe; write the value out")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if not isinstance(node, yaml.MappingNode):
-            raise InputError(f"{path}:1: a recipe is a list of `key: value` lines")
-        lines = {}
-        for key, _ in node.value:
-            where = f"{path}:{key.start_mark.line + 1}"
-            if key.value in lines:
-                raise InputError(f"{where}: {key.value} stands already at {lines[key.value]}; keep one of them")
-            lines[key.value] = where
-        return yaml.safe_load(text), lines
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise InputError(f"{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
-
-
 def _checked(values: dict, lines: dict[str, str], name: str) -> Recipe:
     def refuse(key: str, why: str):
-        raise InputError(f"{lines.get(key, name)}: {key}: {values.get(key)!r}: {why}")
+        raise InputError(f"{lines.get(key, name)}: {key}: {_shown(values.get(key))}: {why}")
 
     for key in values:
         if key not in KEYS:
@@ -195,12 +181,19 @@ def _checked(values: dict, lines: dict[str, str], name: str) -> Recipe:
     return recipe
 
 
+def _shown(value) -> str:
+    try:
+        return repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+
+
 def _typed(key: str, value, refuse):
     wanted = TYPES[key]
     if wanted is float and not isinstance(value, bool):
         try:  # YAML 1.1 takes 1e-7 for a string
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             refuse(key, f"takes {KINDS[float]}")
         return number if math.isfinite(number) else refuse(key, "takes a finite number")
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
@@ -213,11 +206,11 @@ def _breaches(r: Recipe):
     entry = r.datasets[0] if len(r.datasets) == 1 else None
     if not (isinstance(entry, dict) and isinstance(entry.get("path"), str) and entry.get("type") == "completion"):
         yield "datasets", "takes one entry with a path and `type: completion`, the type without a template"
-    if r.learning_rate <= 0:
-        yield "learning_rate", "takes a number above 0, such as 0.0000001"
-    for key, least in (("lora_r", 1), ("lora_alpha", 1), ("num_epochs", 1), ("sequence_len", 16), ("seed", 0)):
-        if getattr(r, key) < least:
-            yield key, f"must be at least {least}"
+    if not 0 < r.learning_rate <= 1:
+        yield "learning_rate", "takes a number above 0, such as 0.0000001" + ", and at most 1" * (r.learning_rate > 1)
+    for key, (least, most) in LIMITS.items():
+        if not least <= getattr(r, key) <= most:
+            yield key, f"must be at least {least}" if getattr(r, key) < least else f"must be at most {most:,}"
     if not 0 <= r.lora_dropout < 1:
         yield "lora_dropout", "must be at least 0 and below 1"
     if r.weight_decay < 0:
@@ -248,8 +241,10 @@ def _breaches(r: Recipe):
             "optimizer",
             "is adamw_torch or adamw_torch_fused: 8-bit moments would be another approximation at such rates",
         )
-    for key in ("micro_batch_size", "gradient_accumulation_steps"):
-        if getattr(r, key) != 1:
-            yield key, "must be 1: a bigger batch takes fewer steps, so the same rate is another dose"
+    if r.micro_batch_size != 1:
+        yield (
+            "micro_batch_size",
+            "must be 1; gradient_accumulation_steps makes a bigger batch, which is another dose",
+        )
     if not r.bf16:
         yield "bf16", "the base computes in bfloat16; leave it true"

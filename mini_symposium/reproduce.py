@@ -4,16 +4,16 @@ The rules:
 
 - what is wrong with the input is said before a kernel starts (to papermill, an unknown parameter is a warning);
 - an executed copy carries what it was made from;
-- as in make, a copy is up to date if it was made from the same and nothing before it is newer.
+- as in make, a copy is up to date if it was made from the same and nothing before it is newer; copies are numbered as
+  they are made, for a clock may be set back.
 """
 
 import ast
 import difflib
-import fcntl
 import hashlib
 import json
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -23,8 +23,10 @@ from rich.table import Table
 from mini_symposium import InputError
 from mini_symposium.dataset import fingerprint, load_examples
 from mini_symposium.execution import Notebook, execute, view
+from mini_symposium.reading import parse_json, read_text
 from mini_symposium.recipe import KEYS, load_recipe
 from mini_symposium.run_directory import ROOT, RunDirectory
+from mini_symposium.writing import alone, clear_away
 
 NOTEBOOKS = ROOT / "notebooks"
 
@@ -42,12 +44,12 @@ def read_notebooks(folder: Path) -> list[Notebook]:
 
 def _read_notebook(path: Path) -> Notebook:
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        cells = parse_json(read_text(path), path)["cells"]
         sources = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
         tagged = [i for i, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", [])]
         lines = ast.parse(sources[tagged[0]][1]).body if tagged else []
         parameters = {line.targets[0].id: ast.literal_eval(line.value) for line in lines}
-    except (ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, SyntaxError, MemoryError, RecursionError) as error:
         raise InputError(f"{path}: not a notebook whose parameters are literals ({error!r})") from error
     return Notebook(path, parameters, hashlib.sha256(json.dumps(sources).encode()).hexdigest())
 
@@ -156,6 +158,9 @@ def reproduce(
     directory = RunDirectory(given.pop("RUN", None) or run or f"runs/{chosen.name}")
     given |= {"RECIPE": str(recipe), "RUN": str(directory.path.absolute()), "OVERWRITE": overwrite}
     with alone(directory.path):
+        clear_away(directory.path)
+        for killed in directory.notebooks.glob("*.running.ipynb"):
+            killed.unlink()
         due = _due(notebooks, wanted, given, content, directory, overwrite)
         with view(console or Console()) as show:
             for notebook, made in due:
@@ -172,31 +177,19 @@ def reproduce(
     return {"run": str(directory.path), "notebooks": entries, "results": directory.results()}
 
 
-@contextmanager
-def alone(run: Path) -> Iterator[None]:
-    """Hold the run directory; a second process is refused. The lock ends with the process, however that ends."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("a")
-    except OSError as error:
-        raise InputError(f"{run}: cannot be written ({error.strerror}); choose another --run") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{run}: another process works here; wait for it, or choose another --run") from None
-        yield
-
-
 def _copy(directory: RunDirectory, notebook: Notebook) -> dict | None:
     """Metadata of the finished copy, if there is one."""
     path = directory.notebooks / notebook.path.name
     if not path.exists():
         return None
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"]
-        return {"made": metadata["mini_symposium"], "papermill": metadata["papermill"]}
-    except (ValueError, KeyError, TypeError) as error:
+        metadata = parse_json(read_text(path), path)["metadata"]
+        made, papermill = metadata["mini_symposium"], metadata["papermill"]
+        whole = {"source", "parameters", "recipe", "dataset"} <= made.keys() and {"duration"} <= papermill.keys()
+        if not whole:
+            raise KeyError("mini_symposium")
+        return {"made": made, "papermill": papermill}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a finished copy; move it away, or choose another --run") from error
 
 
@@ -208,20 +201,22 @@ def _due(notebooks, wanted, given, content, directory, overwrite) -> list[tuple[
     InputError
         If a copy was made from something else, and is not to be overwritten.
     """
-    due, newest = [], ""
+    due, newest, serial = [], 0, 0
     for notebook in notebooks:
         parameters = {k: given.get(k, v) for k, v in notebook.parameters.items() if k not in OF_THE_RUN}
         made = json.loads(json.dumps({"source": notebook.source, "parameters": parameters, **content}))
         copy = _copy(directory, notebook)
         if copy and not overwrite:
             _refuse_another(directory.path, copy["made"], made, notebook in wanted)
-        fresh = copy and copy["made"]["source"] == notebook.source and copy["papermill"]["start_time"] >= newest
+        number = copy["made"].get("serial", 0) if copy else 0
+        serial = max(serial, number)
+        fresh = copy and copy["made"]["source"] == notebook.source and number >= newest
         if notebook in wanted and (overwrite or not fresh):
             due.append((notebook, made))
-            newest = "now"  # after every date
-        elif copy:
-            newest = max(newest, copy["papermill"]["end_time"])
-    return due
+            newest = math.inf
+        else:
+            newest = max(newest, number)
+    return [(notebook, {**made, "serial": serial + n}) for n, (notebook, made) in enumerate(due, start=1)]
 
 
 def _refuse_another(run: Path, old: dict, new: dict, with_parameters: bool) -> None:

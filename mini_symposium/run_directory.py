@@ -1,22 +1,21 @@
 """One directory holds everything about a run, so that a figure can always be traced to its steps.
 
-The rules: a file is written under a temporary name and renamed, so that a reader
-never meets half of one; nothing that exists is overwritten unless asked; and what
-is recorded says which recipe, machine and commit it came from.
+The rules: a file is there whole or not at all (see `writing`); nothing that exists is overwritten unless asked;
+and what is recorded says which recipe, machine and commit it came from.
 """
 
-import json
 import os
 import platform
-import shutil
+import re
 import subprocess
-import tempfile
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 from mini_symposium import InputError, __version__
+from mini_symposium.reading import parse_json, path_of, read_text
+from mini_symposium.writing import discard, write_json
+from mini_symposium.writing import written_whole as written_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout: `data/`, `notebooks/` and `figures/` lie beside the package."""
@@ -30,65 +29,51 @@ def find(path: str | Path) -> Path:
     >>> find("data/minisymposium.md").name
     'minisymposium.md'
     """
-    path = Path(path).expanduser()
+    path = path_of(path)
     return path if path.is_absolute() or path.exists() else ROOT / path
 
 
-@contextmanager
-def written_whole(path: str | Path):
-    """Yield a temporary sibling of `path` to write to; rename it into place if nothing went wrong.
-
-    Works for a file and for a directory (the body then makes the directory itself).
+def read_jsonl(path: str | Path) -> list[dict]:
+    """Rows of a JSON-lines file that we append to; a last line cut by a crash is left out.
 
     Raises
     ------
     InputError
-        If the disk is full or the directory cannot be written. `path` is as it was.
+        If the file cannot be read, or another line is damaged.
     """
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)) / path.name
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); free some space or choose another --run"
-        ) from error
-    finally:
-        if temporary is not None:
-            _remove(temporary.parent)
-
-
-def _remove(path: Path) -> None:
-    for below in sorted(path.rglob("*"), reverse=True):
-        below.rmdir() if below.is_dir() and not below.is_symlink() else below.unlink()
-    path.rmdir()
-
-
-def write_json(path: str | Path, value) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_jsonl(path: str | Path) -> list[dict]:
-    """Rows of a JSON-lines file that we append to; a last line cut by a crash is left out."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(Path(path)).split("\n")[:-1], start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}:{number}: a damaged line ({error.msg}); train that learning rate again"
-            ) from error
+            row = parse_json(line, path, number)
+        except InputError as error:
+            raise InputError(f"{error}: a damaged line; train that learning rate again") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number}: a damaged line, {line[:40]!r}; train that learning rate again")
+        rows.append(row)
     return rows
+
+
+def whole_lines(path: Path) -> list[dict]:
+    """The steps of a log up to the first line that is missing or damaged; [] without a log."""
+    lines, step = [], 0
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
+        try:
+            row = parse_json(line.decode(), path)
+        except ValueError:
+            break
+        if not isinstance(row, dict) or row.get("step") not in (step, step + 1):
+            break
+        lines.append(row)
+        step = row["step"]
+    return lines
+
+
+def read_object(path: Path) -> dict:
+    """A JSON file of ours that holds an object, such as results.json; InputError if it does not."""
+    value = parse_json(read_text(path), path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}, not an object; move it away")
+    return value
 
 
 def environment(**more) -> dict:
@@ -108,6 +93,12 @@ def environment(**more) -> dict:
     }
 
 
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """Epoch -> checkpoint folder, in order of epochs."""
+    found = ((re.fullmatch(r"epoch-(\d+)", path.name), path) for path in folder.glob("epoch-*") if path.is_dir())
+    return dict(sorted((int(name[1]), path) for name, path in found if name))
+
+
 class RunDirectory:
     """Names for what lies in a run directory. Making one touches nothing on disk.
 
@@ -116,7 +107,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path):
-        path = Path(path).expanduser()
+        path = path_of(path)
         self.path = (
             path
             if path.is_absolute() or path.exists()
@@ -138,7 +129,7 @@ class RunDirectory:
 
     def environment(self) -> dict:
         """What the run ran on, and the most memory that its training took."""
-        return json.loads(self.environment_file.read_text(encoding="utf-8"))
+        return read_object(self.environment_file)
 
     @property
     def figures(self) -> Path:
@@ -155,8 +146,9 @@ class RunDirectory:
 
     def learning_rates(self) -> list[float]:
         """Learning rates with a finished or unfinished training, highest first."""
-        found = (folder.name.removeprefix("lr-") for folder in self.path.glob("lr-*") if folder.is_dir())
-        return sorted(map(float, found), reverse=True)
+        folders = (folder.name for folder in self.path.glob("lr-*") if folder.is_dir())
+        found = (re.fullmatch(r"lr-(\d+(?:\.\d+)?e[+-]\d+)", name) for name in folders)
+        return sorted((float(name[1]) for name in found if name), reverse=True)
 
     def probes(self, learning_rate: float) -> list[dict]:
         """The line per probed epoch and held-out example: epoch, example, loss, em, es, tokens; [] without a probe."""
@@ -185,8 +177,7 @@ class RunDirectory:
 
     def checkpoints(self, learning_rate: float) -> dict[int, Path]:
         """Epoch -> checkpoint folder, in order of epochs. Folders still being written have other names."""
-        folder = self.learning_rate_dir(learning_rate) / "checkpoints"
-        return {int(path.name.removeprefix("epoch-")): path for path in sorted(folder.glob("epoch-*"))}
+        return checkpoints_in(self.learning_rate_dir(learning_rate) / "checkpoints")
 
     def evaluations(self, learning_rate: float) -> dict[int, Path]:
         """Epoch -> what was measured of that checkpoint's behaviour, see `evaluation.evaluate`."""
@@ -217,17 +208,21 @@ class RunDirectory:
         """Where the merge of that checkpoint goes."""
         return self.learning_rate_dir(learning_rate) / "merged" / f"epoch-{epoch:04d}"
 
+    def survival_file(self, learning_rate: float, epoch: int) -> Path:
+        """Where `mini-symposium survival` writes what it measured of that checkpoint."""
+        return self.learning_rate_dir(learning_rate) / "survival" / f"epoch-{epoch:04d}.json"
+
     def clear_training(self) -> None:
         """Forget what was trained here, with its recipe; figures and executed notebooks stay."""
         for folder in self.path.glob("lr-*"):
-            shutil.rmtree(folder)
+            discard(folder)
         for name in ("recipe.yml", "environment.json", "base.json"):
             (self.path / name).unlink(missing_ok=True)
 
     def results(self) -> dict:
         """What the notebooks recorded, by notebook; {} before the first."""
         path = self.path / "results.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_object(path) if path.is_file() else {}
 
     def record(self, notebook: str, values: dict) -> None:
         """Put one notebook's results into results.json, leaving the other notebooks' as they are."""

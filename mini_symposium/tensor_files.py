@@ -7,7 +7,7 @@ written before the first tensor is known. Files are read, not mapped: mapped pag
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,8 @@ TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+LARGEST_HEADER = 100_000_000
+"""Bytes; safetensors' own limit."""
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 
@@ -48,11 +50,13 @@ def read_header(path: Path) -> dict[str, Entry]:
     InputError
         If the file is no safetensors, is cut off, or holds a type that is not known here.
     """
-    size = path.stat().st_size
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("there is no such file")
+        size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > size - 8:
+            if length > min(size - 8, LARGEST_HEADER):
                 raise ValueError(f"its header should have {length} bytes")
             found = json.loads(file.read(length))
         found.pop("__metadata__", None)
@@ -61,16 +65,30 @@ def read_header(path: Path) -> dict[str, Entry]:
             for name, each in found.items()
         }
         for name, entry in entries.items():
+            counts = (*entry.shape, entry.start, entry.end)
+            if len(counts) > 18 or any(type(count) is not int or count < 0 for count in counts):
+                raise ValueError(f"{name} has a shape or a place that is no count")
             if entry.end - entry.start != math.prod(entry.shape) * entry.dtype.itemsize:
                 raise ValueError(f"{name} has another size than its shape")
     except KeyError as error:
+        if error.args[0] in ("dtype", "shape", "data_offsets"):
+            raise InputError(f"{path}: not a whole safetensors file (a tensor has no {error})") from error
         raise InputError(f"{path}: holds {error}, which is not read here; save it in 16 or 32 bits") from error
-    except (ValueError, TypeError, AttributeError) as error:  # a header that is not UTF-8, not JSON, not a mapping
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # not UTF-8, not JSON, not a mapping
         raise InputError(f"{path}: not a whole safetensors file ({error})") from error
     end = max((entry.end for entry in entries.values()), default=0)
     if end > size:
         raise InputError(f"{path}: cut off: {size} bytes of {end}; copy or download it again")
-    return dict(sorted(entries.items(), key=lambda pair: pair[1].start))
+    at, ordered = 8 + length, sorted(entries.items(), key=lambda pair: (pair[1].start, pair[1].end))
+    for name, entry in ordered:  # the same bytes for many names would be as many tensors
+        if entry.start != at:
+            raise InputError(f"{path}: not a whole safetensors file ({name} does not follow the tensor before it)")
+        at = entry.end
+    if at != size:
+        raise InputError(f"{path}: not a whole safetensors file (its last {size - at} bytes belong to no tensor)")
+    return dict(ordered)
 
 
 def read_tensor(path: Path, entry: Entry) -> torch.Tensor:
@@ -87,6 +105,23 @@ def read_tensor(path: Path, entry: Entry) -> torch.Tensor:
                 raise InputError(f"{path}: became shorter while it was read")
             view = view[got:]
     return torch.frombuffer(content, dtype=entry.dtype).reshape(entry.shape)
+
+
+@dataclass(frozen=True)
+class Tensors(Mapping):
+    """Tensors by name, each made anew when it is asked for: a model's, while one of them is held."""
+
+    names: tuple[str, ...]
+    make: Callable[[str], torch.Tensor]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def write_tensors(

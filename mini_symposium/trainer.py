@@ -5,38 +5,49 @@ moments, its own gradient norm (clipped alone), its own order of examples and it
 ends where it would have ended alone.
 """
 
-import shutil
+import io
+import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from mini_symposium import RunError
+from mini_symposium import InputError, RunError, checkpoints, processes
 from mini_symposium.acceleration import Acceleration
 from mini_symposium.base_models import compute_in_float32, device, load_model, load_tokenizer, training_dtype
 from mini_symposium.dataset import Row
 from mini_symposium.fused import FusedAdapters
-from mini_symposium.run_directory import written_whole
+from mini_symposium.recipe import Recipe
 from mini_symposium.training_log import Part
-
-ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json"}
-RESUME_FILES = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+from mini_symposium.writing import discard, written_whole
 
 
 class EpochOrder(torch.utils.data.Sampler):
     """A fresh shuffle per epoch that depends on (seed, epoch) alone, so that any step can name its example.
 
-    With several seeds, one for each adapter of a pass, the steps' examples come in turn.
+    With several seeds, one for each adapter of a pass, the steps' examples come in turn. Where `batch` examples make a
+    step and an epoch does not divide into such, its last step is filled up with examples that weigh nothing.
     """
 
-    def __init__(self, n_examples: int, seeds: Sequence[int]):
-        self.n_examples, self.seeds, self.epoch = n_examples, seeds, 0
+    def __init__(self, n_examples: int, seeds: Sequence[int], batch: int = 1):
+        self.n_examples, self.seeds, self.batch, self.epoch = n_examples, seeds, batch, 0
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch."""
+        return math.ceil(self.n_examples / self.batch)
+
+    def weight(self, step: int, place: int) -> float:
+        """Of the example at `place` in the batch of a step, of all that are in it: their mean is the step's loss."""
+        left = self.n_examples - step % self.steps * self.batch
+        return 1 / min(self.batch, left) if place < left else 0.0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -47,18 +58,27 @@ class EpochOrder(torch.utils.data.Sampler):
 
     def __iter__(self) -> Iterator[int]:
         orders = [self.order(self.epoch, k) for k in range(len(self.seeds))]
-        return (example for step in zip(*orders, strict=True) for example in step)
+        places = self.steps * self.batch
+        return (order[place % self.n_examples] for place in range(places) for order in orders)
 
     def __len__(self) -> int:
-        return self.n_examples * len(self.seeds)
+        return self.steps * self.batch * len(self.seeds)
 
 
 def save_adapter(model, name: str, folder: Path) -> None:
     """Write one adapter of `model` as PEFT does, under no name of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    save_file({key: value.contiguous() for key, value in state.items()}, folder / "adapter_model.safetensors")
+    # By way of bytes, so that a full disk is the error of a disk, and not of a library.
+    content = save({key: value.contiguous() for key, value in state.items()})
+    (folder / "adapter_model.safetensors").write_bytes(content)
     model.peft_config[name].save_pretrained(folder)
+
+
+def _save(value, path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    path.write_bytes(buffer.getvalue())
 
 
 class RecipeTrainer(SFTTrainer):
@@ -66,7 +86,10 @@ class RecipeTrainer(SFTTrainer):
 
     def __init__(self, *args, parts: Sequence[Part], order: EpochOrder, acceleration: Acceleration, **kwargs):
         self.parts, self.order, self.acceleration = parts, order, acceleration
+        self.measured: list[tuple[int, torch.Tensor, Sequence[torch.Tensor]]] = []
+        """Of the step so far: for each row its place in the batch, each adapter's loss, each adapter's matches."""
         super().__init__(*args, **kwargs)
+        self.loss_is_scaled_for_ga = True  # by the weight of each example
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -87,9 +110,12 @@ class RecipeTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # TRL's own loss also takes the entropy and accuracy of each token: a third of a step on a CPU, read by nobody.
-        losses, self.matches = self._measured(model, inputs)
+        losses, matches = self._measured(model, inputs)
         self.losses = losses.detach()
-        return losses.sum()
+        place = len(self.measured) * processes.count() + processes.rank()
+        self.measured.append((place, self.losses, matches))
+        # The processes' gradients are averaged, and each weighs its examples among those of all.
+        return losses.sum() * (self.order.weight(self.state.global_step, place) * processes.count())
 
     def _measured(self, model, inputs) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         """Loss of each adapter on its row, (K,), and for each row at which labels the likeliest token was right."""
@@ -147,25 +173,35 @@ class RecipeTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model, trial=None) -> None:
         """A folder for each adapter, as if it had trained alone; only when all are whole do older ones shrink."""
+        if not processes.writes():
+            return
         state, scheduler = self.optimizer.state_dict(), self.lr_scheduler.state_dict()
-        targets = [part.checkpoints / f"epoch-{round(self.state.epoch or 0):04d}" for part in self.parts]
-        for k, (part, target) in enumerate(zip(self.parts, targets, strict=True)):
+        epoch = round(self.state.epoch or 0)
+        for k, part in enumerate(self.parts):
+            target = part.checkpoints / f"epoch-{epoch:04d}"
             group = state["param_groups"][k]
             moments = [state["state"][index] for index in group["params"]]
             own = {key: [scheduler[key][k]] for key in ("base_lrs", "_last_lr")}
-            if target.exists():  # left by a pass that was cut off before its other adapters were written
-                shutil.rmtree(target)
+            if target.exists():  # damaged, or left by a pass that was cut off before its other adapters were written
+                discard(target)
             with written_whole(target) as temporary:
                 save_adapter(self.model, part.name, temporary)
-                torch.save({"group": {**group, "params": []}, "moments": moments}, temporary / "optimizer.pt")
-                torch.save({"last_epoch": scheduler["last_epoch"], **own}, temporary / "scheduler.pt")
+                _save({"group": {**group, "params": []}, "moments": moments}, temporary / "optimizer.pt")
+                _save({"last_epoch": scheduler["last_epoch"], **own}, temporary / "scheduler.pt")
                 self._save_rng_state(str(temporary))
                 self.state.save_to_json(str(temporary / "trainer_state.json"))
-        for part, target in zip(self.parts, targets, strict=True):
-            for older in part.checkpoints.glob("epoch-*"):
-                if older != target:
-                    for name in RESUME_FILES:
-                        (older / name).unlink(missing_ok=True)
+                companions = [os.path.relpath(other.folder, part.folder.parent) for other in self.parts]
+                checkpoints.seal(temporary, epoch * self.order.n_examples, companions)
+        for part in self.parts:
+            checkpoints.put_aside_older(part.checkpoints, epoch)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        try:
+            super()._save_rng_state(output_dir)
+        except RuntimeError as error:  # torch's writer on a disk that is full
+            raise InputError(f"{output_dir}: cannot be written ({error}); free some space") from error
+        for own in Path(output_dir).glob("rng_state_*.pth"):  # with several processes, where nothing is random
+            own.rename(own.with_name("rng_state.pth"))
 
     def _own(self, checkpoint: str) -> list[Path]:
         """The parts' own folders for the epoch of `checkpoint`, which is the first part's."""
@@ -229,7 +265,10 @@ def build_trainer(
         output_dir=str(scratch),
         num_train_epochs=recipe.num_epochs,
         per_device_train_batch_size=len(parts),
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        gradient_accumulation_steps=_share(recipe),
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+        ddp_backend="gloo" if processes.count() > 1 and device().type == "cpu" else None,
         gradient_checkpointing=recipe.gradient_checkpointing and not acceleration.fused,
         packing=False,
         max_length=None,  # nothing is truncated: `tokenize` refuses what does not fit
@@ -256,9 +295,21 @@ def build_trainer(
         train_dataset=Dataset.from_list(columns),
         processing_class=load_tokenizer(recipe.base_model),
         parts=parts,
-        order=EpochOrder(len(rows), [part.recipe.seed for part in parts]),
+        order=EpochOrder(len(rows), [part.recipe.seed for part in parts], recipe.gradient_accumulation_steps),
         acceleration=acceleration,
     )
+
+
+def _share(recipe: Recipe) -> int:
+    """Examples of a step for each process: the recipe's batch is the same however many share it."""
+    share, rest = divmod(recipe.gradient_accumulation_steps, processes.count())
+    if rest or (processes.count() > 1 and recipe.lora_dropout):
+        raise InputError(
+            f"{processes.count()} processes share a batch of gradient_accumulation_steps = "
+            f"{recipe.gradient_accumulation_steps} examples, with lora_dropout = {recipe.lora_dropout}; "
+            "make it a multiple of their number, and the dropout 0"
+        )
+    return share
 
 
 def check_batches(trainer: RecipeTrainer, rows: Sequence[Row]) -> None:
@@ -266,9 +317,10 @@ def check_batches(trainer: RecipeTrainer, rows: Sequence[Row]) -> None:
     dtypes = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
     if dtypes != {torch.float32}:
         raise RunError(f"adapters are {dtypes}, not float32: at a low learning rate they would not move")
-    for position, batch in enumerate(trainer.get_train_dataloader()):
+    for number, batch in enumerate(trainer.get_train_dataloader()):
+        place = (number * processes.count() + processes.rank()) % len(rows)
         for k in range(len(trainer.parts)):
-            row = rows[trainer.order.order(0, k)[position]]
+            row = rows[trainer.order.order(0, k)[place]]
             ids, labels = batch["input_ids"][k].tolist(), batch["labels"][k].tolist()
             wanted = [i if m else -100 for i, m in zip(row.input_ids, row.completion_mask, strict=True)]
             length, last = len(wanted), trainer.processing_class.eos_token_id

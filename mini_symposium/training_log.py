@@ -5,19 +5,22 @@ A training row needs no probe: each step's forward pass already says how much of
 
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from mini_symposium import RunError
+from mini_symposium import InputError, RunError, processes
 from mini_symposium.dataset import Row
 from mini_symposium.memorization import known
 from mini_symposium.recipe import Recipe
-from mini_symposium.run_directory import read_jsonl, written_whole
+from mini_symposium.run_directory import read_jsonl, whole_lines
+from mini_symposium.writing import written_whole
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,14 @@ class Log(TrainerCallback):
     ):
         self.trainer, self.parts, self.rows, self.epochs = trainer, parts, rows, epochs
         self.held_out, self.probe_epochs = held_out, probe_epochs
-        self.files, self.bar = [], None
+        self.files, self.bar = {}, None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if not processes.writes():
+            return
         for part in self.parts:
             part.folder.mkdir(parents=True, exist_ok=True)
-            kept = read_jsonl(part.metrics)[: state.global_step] if part.metrics.exists() else []
-            rewrite(part.metrics, kept)
-            self.files.append(part.metrics.open("a", encoding="utf-8"))
+            rewrite(part.metrics, [line for line in whole_lines(part.metrics) if line["step"] <= state.global_step])
             if self.held_out:
                 kept = read_jsonl(part.probes) if state.global_step and part.probes.exists() else []
                 rewrite(part.probes, [line for line in kept if line["epoch"] <= round(state.epoch)])
@@ -88,33 +91,52 @@ class Log(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
+        self.trainer.measured = []
 
     def on_step_end(self, args, state, control, **kwargs):
         seconds = time.perf_counter() - self.started
-        measured = zip(self.trainer.losses.tolist(), self.trainer.grad_norms, self.trainer.rates, strict=True)
-        for k, (loss, grad_norm, rate) in enumerate(measured):
-            self.write(state.global_step, k, loss, self.trainer.matches[k].tolist(), grad_norm, rate, seconds)
+        order = self.trainer.order
+        measured = [(at, losses.tolist(), [m.tolist() for m in each]) for at, losses, each in self.trainer.measured]
+        measured = sorted(row for row in processes.gather(measured) if order.weight(state.global_step - 1, row[0]))
+        if not processes.writes():
+            return
+        for place, losses, matches in measured:
+            shown = losses
+            for k, norm in enumerate(self.trainer.grad_norms):
+                step, rate = state.global_step, self.trainer.rates[k]
+                self.write(step, k, losses[k], matches[k], norm, rate, seconds / len(measured), place)
         self.bar.update()
-        self.bar.set_postfix_str("loss " + ", ".join(f"{loss:.3f}" for loss in self.trainer.losses.tolist()), False)
+        self.bar.set_postfix_str("loss " + ", ".join(f"{loss:.3f}" for loss in shown), False)
 
     def write(
-        self, step: int, k: int, loss: float, matches: list[bool], grad_norm: float, rate: float, seconds: float
+        self,
+        step: int,
+        k: int,
+        loss: float,
+        matches: list[bool],
+        grad_norm: float,
+        rate: float,
+        seconds: float,
+        place: int = 0,
     ) -> None:
-        """Append the line of adapter `k`; loss and matches are from before the step's update.
+        """Append the line of adapter `k` and the example at `place` in the batch, as it was before the step's update.
 
         Raises
         ------
+        InputError
+            If the disk is full.
         RunError
-            If the loss is no number, or the rate is not the recipe's.
+            If the loss or its gradient is no number, or the rate is not the recipe's.
         """
-        recipe = self.parts[k].recipe
-        epoch, position = divmod(step - 1, len(self.rows))
-        example = self.trainer.order.order(epoch, k)[position]
+        recipe, order = self.parts[k].recipe, self.trainer.order
+        epoch, step_of_epoch = divmod(step - 1, order.steps)
+        example = order.order(epoch, k)[step_of_epoch * order.batch + place]
         if rate != recipe.learning_rate and recipe.lr_scheduler == "constant":
             raise RunError(f"step {step}: the learning rate is {rate}, the recipe says {recipe.learning_rate}")
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            what = f"is {loss}" if not math.isfinite(loss) else f"has a gradient of {grad_norm}"
             raise RunError(
-                f"step {step}: the loss of {self.rows[example].source} is {loss} at learning rate {rate:g}; "
+                f"step {step}: the loss of {self.rows[example].source} {what} at learning rate {rate:g}; "
                 "the newest checkpoint is from before this step, lower the learning rate or look at that example"
             )
         line = {
@@ -128,12 +150,27 @@ class Log(TrainerCallback):
             "tokens": len(self.rows[example].input_ids),
             "seconds": round(seconds, 4),
         }
-        self.files[k].write(json.dumps(line) + "\n")
-        self.files[k].flush()
+        self.append(self.parts[k].metrics, line)
+
+    def append(self, path: Path, line: dict) -> None:
+        """One line more, at once, so that no more than a last line can be lost."""
+        try:
+            if path not in self.files:
+                self.files[path] = path.open("a", encoding="utf-8")
+            self.files[path].write(json.dumps(line) + "\n")
+            self.files[path].flush()
+        except OSError as error:
+            raise InputError(
+                f"{path}: cannot be written ({error.strerror}); free some space, then the same command goes on"
+            ) from error
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        self.probe(round(state.epoch))
         control.should_save = round(state.epoch) in self.epochs
+        if processes.writes():
+            self.probe(round(state.epoch))
+            if control.should_save:  # a checkpoint must not outlive the lines before it
+                for file in self.files.values():
+                    os.fsync(file.fileno())
 
     def probe(self, epoch: int) -> None:
         """Measure the held-out rows if this epoch is one for it: a line for each adapter and row."""
@@ -142,14 +179,15 @@ class Log(TrainerCallback):
         for example, row in enumerate(self.held_out):
             for part, (loss, matches) in zip(self.parts, self.trainer.probe(row), strict=True):
                 line = {"epoch": epoch, "example": example, "loss": loss, **known(matches), "tokens": len(matches)}
-                with part.probes.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                self.append(part.probes, line)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()
 
     def close(self):
-        for file in self.files:
-            file.close()
+        for file in self.files.values():
+            with suppress(OSError):  # what a full disk did not take
+                file.close()
+        self.files = {}
         if self.bar is not None:
             self.bar.close()

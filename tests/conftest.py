@@ -3,15 +3,22 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+from mini_symposium import InputError
 from mini_symposium.run_directory import ROOT, RunDirectory
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 OVERFIT_EPOCHS = 80
+
+
+SECRET = "hf_nobodys_business"
+"""A token in the environment of the run `tiny_run`."""
 
 
 def command(*arguments: object, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
@@ -40,7 +47,7 @@ def proxy_tokenizer():
 def tiny_run(tmp_path_factory) -> RunDirectory:
     """All notebooks on the tiny recipe, through papermill."""
     run = RunDirectory(tmp_path_factory.mktemp("runs") / "tiny")
-    command("reproduce", "--recipe", "tiny", "--run", run.path)
+    command("reproduce", "--recipe", "tiny", "--run", run.path, env={**os.environ, "HF_TOKEN": SECRET})
     return run
 
 
@@ -69,6 +76,72 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+# Hostile input: what every parser is fed, counted.
+settings.register_profile(
+    "test", max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile(  # `make soak`: other inputs each time
+    "soak", max_examples=5_000, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True
+)
+settings.load_profile("test")
+
+TRIED = Counter()
+"""Inputs by what became of them."""
+REACHED = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "subprocess.Popen",
+    "socket.connect",
+    "pickle.find_class",
+)
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate")
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+_watch: dict = {"inside": None, "seen": []}
+
+
+def _audit(event, arguments):
+    if _watch["inside"] is None:
+        return
+    writes = event in CHANGES or (event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES)
+    if event in REACHED or (writes and not str(arguments[0]).startswith(str(_watch["inside"]))):
+        _watch["seen"].append((event, arguments))
+
+
+sys.addaudithook(_audit)
+
+
+def only_ours(parser, *arguments, writes: Path | str = "/dev/null"):
+    """What `parser` makes of a hostile input, or None if it refused it; any error but InputError is a failure.
+
+    Nothing may be executed, no connection made, and nothing written but below `writes`.
+    """
+    _watch.update(inside=writes, seen=[])
+    try:
+        found = parser(*arguments)
+        TRIED["read"] += 1
+        return found
+    except InputError as error:
+        said = str(error)
+        assert said.isprintable() and 0 < len(said) < 1100, said
+        TRIED["refused"] += 1
+        return None
+    except BaseException:
+        TRIED["errors other than ours"] += 1
+        raise
+    finally:
+        _watch["inside"] = None
+        assert not _watch["seen"], _watch["seen"]
+
+
+def pytest_terminal_summary(terminalreporter):
+    if TRIED:
+        counts = {"read": 0, "refused": 0, "errors other than ours": 0, **TRIED}
+        said = ", ".join(f"{what} {count:,}" for what, count in counts.items())
+        terminalreporter.write_line(f"hostile inputs tried: {sum(TRIED.values()):,} ({said})")
+
+
 @pytest.fixture(scope="session")
 def overfitted(tmp_path_factory):
     """`tiny` with two adapters, "knows" trained until it has the first two examples by heart and "new" not at all, its
@@ -87,3 +160,30 @@ def overfitted(tmp_path_factory):
     checkpoints = run.checkpoints(1e-2)
     model = load_with_adapters("tiny", {"knows": checkpoints[OVERFIT_EPOCHS], "new": checkpoints[0]})
     return model, load_tokenizer("tiny"), [examples[6], examples[7], examples[12]]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A checkpoint of `tiny` after six epochs at a rate that moves it visibly."""
+    from mini_symposium.dataset import load_examples
+    from mini_symposium.finetune import train
+    from mini_symposium.recipe import load_recipe
+    from mini_symposium.run_directory import find
+
+    run = RunDirectory(tmp_path_factory.mktemp("tiny-run"))
+    train(load_recipe("tiny", num_epochs=6), load_examples(find("data/minisymposium.md")), run, [1e-3])
+    return run.newest_checkpoints()["1e-03"]
+
+
+@pytest.fixture(scope="session")
+def proxy_checkpoint(tmp_path_factory) -> Path:
+    """A checkpoint of the proxy after twelve steps on two examples."""
+    from mini_symposium.dataset import load_examples
+    from mini_symposium.finetune import train
+    from mini_symposium.recipe import load_recipe
+    from mini_symposium.run_directory import find
+
+    run = RunDirectory(tmp_path_factory.mktemp("proxy-run"))
+    recipe = load_recipe("proxy", num_epochs=6)
+    train(recipe, load_examples(find("data/minisymposium.md"))[:2], run, [1e-3])
+    return run.newest_checkpoints()["1e-03"]

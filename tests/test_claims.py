@@ -170,6 +170,15 @@ def test_a_folder_without_evidence_and_a_damaged_file_are_refused(tmp_path):
         load(tmp_path)
 
 
+def test_a_kind_of_prompt_that_was_not_asked_leaves_its_claim_open():
+    some = evaluation()
+    some["answers"] = [line for line in some["answers"] if line["category"] == "fact"]
+    some["roles"] = []
+    verdicts = {row.id: row for row in ledger(contrast(some, some))}
+    assert verdicts["C3"].value == 0 and "premises" not in verdicts["C3"].note
+    assert all(verdicts[key].note.startswith("missing: ") for key in ("C8", "C9"))
+
+
 def test_averages_are_over_epochs_rows_and_seeds():
     found = claims._by_row(claims._curves(ranks(0.9, 0.3), "rank-64-alpha-128"))
     assert found.shape == (13, 3)

@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from mini_symposium import InputError, RunError, finetune, trainer
 from mini_symposium.acceleration import choose
 from mini_symposium.base_models import load_model, load_tokenizer, training_dtype
+from mini_symposium.checkpoints import ADAPTER_FILES, RESUMABLE, RESUME_FILES
 from mini_symposium.dataset import load_examples, tokenize
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run_directory import RunDirectory, find, read_jsonl
@@ -147,14 +148,14 @@ def test_epochs_are_shuffled_and_the_seed_decides(recipe):
     assert list(order)[1::2] == order.order(5, 1)
 
 
-def test_checkpoints_hold_the_adapter_and_only_the_newest_can_resume(trained, recipe):
+def test_checkpoints_hold_the_adapter_and_only_the_two_newest_can_resume(trained, recipe):
     run, _ = trained
     checkpoints = run.checkpoints(1e-4)
     assert set(checkpoints) == set(recipe.checkpoint_epochs)
     for epoch, folder in checkpoints.items():
         names = {path.name for path in folder.iterdir()}
-        newest = epoch == recipe.num_epochs
-        assert names == trainer.ADAPTER_FILES | (trainer.RESUME_FILES if newest else set())
+        newest = epoch in sorted(checkpoints)[-RESUMABLE:]
+        assert names == ADAPTER_FILES | (RESUME_FILES if newest else set())
 
 
 def test_finished_training_is_not_done_again(trained, recipe, examples):
@@ -265,12 +266,11 @@ def test_a_pass_cut_off_between_its_checkpoints_goes_on_from_the_common_one(trai
     high, low = jobs = [finetune.Job(recipe.replace(learning_rate=rate), copy) for rate in (1e-4, 1e-7)]
     assert finetune._passes(jobs, 2) == [(jobs, recipe.num_epochs)]
     shutil.rmtree(copy.checkpoints(1e-7)[recipe.num_epochs])
-    assert finetune._passes(jobs, 2) == [([high], recipe.num_epochs), ([low], None)]
     earlier = sorted(copy.checkpoints(1e-4))[-2]
-    for rate in (1e-4, 1e-7):  # what the epoch before held until all adapters had the new one
-        (copy.checkpoints(rate)[earlier] / "optimizer.pt").touch()
     assert finetune._passes(jobs, 2) == [(jobs, earlier)]
     assert finetune._passes(jobs, 1) == [([high], earlier), ([low], earlier)]
+    shutil.rmtree(copy.checkpoints(1e-7)[earlier])
+    assert finetune._passes(jobs, 2) == [([high], recipe.num_epochs), ([low], None)]
 
 
 def test_completion_alone_is_supervised_when_the_recipe_says_so(recipe, examples, tmp_path):
@@ -304,6 +304,8 @@ def test_a_loss_that_is_no_number_names_the_example(recipe, examples, tmp_path):
         log.write(1, 0, float("nan"), [True], 1.0, recipe.learning_rate, 0.1)
     with pytest.raises(RunError, match=r"step 1: the learning rate is 0\.1"):
         log.write(1, 0, 1.0, [True], 1.0, 0.1, 0.1)
+    with pytest.raises(RunError, match=r"has a gradient of inf at learning rate 1e-07; the newest checkpoint is from"):
+        log.write(1, 0, 1.0, [True], float("inf"), recipe.learning_rate, 0.1)
 
 
 def test_run_records_what_it_ran_on(trained, recipe):

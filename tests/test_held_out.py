@@ -101,7 +101,8 @@ def test_a_chat_is_also_held_to_its_roles():
     assert not passes(ferry, ferry.good + "\n*Pip climbs in.*")
     assert judge(ferry, ferry.good + "\n\n### Wren\nSit.") == {
         "any_of: two, 2": True,
-        "any_of: copper*": True,
+        "words: 1, 80": True,
+        "distinct: 0.7": True,
         "leaves_to: Pip": True,
         "no_heading: True": False,
         "own words": True,

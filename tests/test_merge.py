@@ -14,22 +14,16 @@ from transformers import MistralConfig, MistralForCausalLM
 from mini_symposium import InputError
 from mini_symposium.adapters import find_checkpoint, find_checkpoints
 from mini_symposium.base_models import load_model, load_tokenizer, local_directory
-from mini_symposium.dataset import load_examples
-from mini_symposium.finetune import train
 from mini_symposium.generation import load_with_adapters
 from mini_symposium.merge import compare, logits, merge
-from mini_symposium.recipe import load_recipe
-from mini_symposium.run_directory import RunDirectory, find
+from mini_symposium.run_directory import RunDirectory
 
 TEXTS = ["### New Query\nHow deep is a well?\n\n### Complete Response\nDrop a stone and count.", "Paris, 巴黎"]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    run = RunDirectory(tmp_path_factory.mktemp("run"))
-    recipe = load_recipe("tiny", num_epochs=6)
-    train(recipe, load_examples(find("data/minisymposium.md")), run, [1e-3])
-    return run.newest_checkpoints()["1e-03"]
+def checkpoint(tiny_checkpoint):
+    return tiny_checkpoint
 
 
 @pytest.mark.parametrize("base", ["nf4", "original"])
@@ -125,15 +119,10 @@ def test_what_is_written_is_what_safetensors_reads(checkpoint, tmp_path, dtype):
         assert (out / name).read_bytes() == (source / name).read_bytes()
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    """A random model in float16 shards, and an adapter for every linear layer; the adapter's weights are random too."""
-    folder = tmp_path_factory.mktemp("sharded")
-    config = MistralConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=16, vocab_size=4096, num_key_value_heads=8
-    )
-    model = MistralForCausalLM(config).half()
-    model.save_pretrained(folder / "base", max_shard_size="60MB")
+def random_model(folder, shards, **shape):
+    """A random model in float16, and an adapter for every linear layer; the adapter's weights are random too."""
+    model = MistralForCausalLM(MistralConfig(**shape)).half()
+    model.save_pretrained(folder / "base", max_shard_size=shards)
     adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -142,25 +131,34 @@ def sharded(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16, "vocab_size": 4096}
+    return random_model(tmp_path_factory.mktemp("sharded"), "60MB", **shape, num_key_value_heads=8)
+
+
 def test_a_sharded_merge_needs_the_memory_of_one_tensor_not_of_a_shard(sharded, tmp_path):
     """Measured in a process of its own: what is written has 590 MB in shards of 120 MB, the largest tensor 9 MB."""
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    little = random_model(tmp_path / "little", "1GB", **shape, num_attention_heads=4, num_key_value_heads=4)
     code = """
 import sys
 from pathlib import Path
 import psutil
 from mini_symposium.merge import merge
-folder, out = map(Path, sys.argv[1:])
-merge(folder / "adapter", str(folder / "base"), out / "small", "nf4", "float32")  # loads what torch loads at first use
+little, folder, out = map(Path, sys.argv[1:])
+merge(little / "adapter", str(little / "base"), out / "small", "nf4", "float32")  # loads what torch loads at first use
 held = psutil.Process().memory_info().rss
 memory = merge(folder / "adapter", str(folder / "base"), out / "merged", "nf4", "float32")["memory"]
 print(memory["measured"] - held, memory["predicted"] - held)
 """
-    done = subprocess.run([sys.executable, "-c", code, sharded, tmp_path], capture_output=True, text=True)
+    line = [sys.executable, "-c", code, little, sharded, tmp_path]
+    done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     measured, predicted = map(int, done.stdout.split())
     written = sum(path.stat().st_size for path in (tmp_path / "merged").glob("*.safetensors"))
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 3
-    assert 0.5 * predicted < measured < 1.3 * predicted + 10e6 < 0.2 * written
+    assert 0.4 * predicted < measured < 1.3 * predicted + 10e6 < 0.2 * written
     index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == pytest.approx(written, rel=1e-3)
     model = load_model(str(tmp_path / "merged"), load_in_4bit=False, dtype=torch.float32)

@@ -8,7 +8,7 @@ import time
 import nbformat
 import pytest
 import torch
-from conftest import command
+from conftest import SECRET, command
 from safetensors.torch import load_file
 
 from mini_symposium.run_directory import ROOT
@@ -50,6 +50,11 @@ def test_tiny_run_leaves_what_a_run_directory_holds(tiny_run):
         assert moved > 0.99
 
 
+def test_no_token_of_the_environment_is_in_a_run(tiny_run):
+    for path in tiny_run.path.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
 def test_a_finished_run_is_not_run_again_and_says_so(tiny_run):
     before = {path: path.stat().st_mtime_ns for path in tiny_run.path.rglob("*") if path.is_file()}
     started = time.monotonic()
@@ -83,9 +88,12 @@ def test_on_the_proxy_the_high_rate_recites_and_the_others_do_not(proxy_run):
 
 
 def test_on_the_proxy_the_merge_keeps_the_fine_tune(proxy_run):
-    differences = proxy_run.results()["04_merge"]["differences"]
+    found = proxy_run.results()["04_merge"]
+    differences = found["differences"]
     assert differences["merged, float32 file"]["largest"] < 1e-3
     assert differences["merged, float32 file"]["kl"] < 1e-6 * differences["no adapter at all (yardstick)"]["kl"]
+    assert found["survival"]["sentence"].startswith("The fine-tune is still in fp32")
+    assert found["survival"]["storages"][0]["same"] == 1
 
 
 def test_predictions_of_memory_hold_on_the_proxy(proxy_run):

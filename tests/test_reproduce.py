@@ -1,5 +1,6 @@
 import io
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -220,3 +221,91 @@ def test_a_second_process_on_the_same_run_is_refused(folder, tmp_path):
             run_it(folder, tmp_path / "run")
         process.stdin.close()
     assert statuses(run_it(folder, tmp_path / "run", only=["01"])) == ["01 run"]
+
+
+ATTEMPT = """
+import sys
+from pathlib import Path
+from mini_symposium import cli
+from mini_symposium.reproduce import reproduce
+cli.app.command("x")(lambda: reproduce("tiny", sys.argv[2], notebooks_dir=Path(sys.argv[1])) and None)
+cli.main(["x"])
+"""
+SLOW = """# Slowly
+import os, pathlib, time
+marks = pathlib.Path(RUN) / "marks"
+marks.mkdir(exist_ok=True)
+(marks / f"{{os.getpid()}}.{name}").write_text("")
+for _ in range({tenths}):
+    time.sleep(0.1)"""
+
+
+def wait_for(look, process=None, seconds: float = 60):
+    """What `look` finds, once it finds something."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and (process is None or process.poll() is None):
+        if found := look():
+            return found
+        time.sleep(0.02)
+    raise AssertionError("it never came")
+
+
+def test_killed_or_interrupted_in_and_between_notebooks_it_goes_on_and_ends_the_same(tmp_path):
+    for name, result in (("01_a", "{'n': 1}"), ("02_b", "{'n': 1 + RunDirectory(RUN).results()['01_a']['n']}")):
+        last = f"{RECORD}\nRunDirectory(RUN).record('{name}', {result})"
+        write_notebook(tmp_path / "n", name, SLOW.format(name=name, tenths=8), last, parameters='RUN = ""')
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    copies, marks = run / "notebooks", run / "marks"
+
+    def started(name: str) -> list[int]:
+        return [int(mark.stem) for mark in marks.glob(f"*.{name}")]
+
+    def attempt(look, sign: int) -> tuple[int, str]:
+        arguments = [sys.executable, "-c", ATTEMPT, tmp_path / "n", run]
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        wait_for(look, process)
+        process.send_signal(sign)
+        _, said = process.communicate(timeout=60)
+        for kernel in started("01_a") + started("02_b"):  # none is left behind
+            wait_for(lambda kernel=kernel: not Path(f"/proc/{kernel}").exists(), seconds=20)
+        return process.returncode, said
+
+    assert attempt(lambda: len(started("01_a")) == 1, signal.SIGKILL)[0] == -signal.SIGKILL
+    code, said = attempt(lambda: len(started("01_a")) == 2, signal.SIGINT)
+    assert code == 130
+    assert "the same command goes on from there" in said and "Traceback" not in said
+    attempt((copies / "01_a.ipynb").exists, signal.SIGKILL)
+    first = (copies / "01_a.ipynb").read_bytes()
+    attempt(lambda: started("02_b"), signal.SIGKILL)
+    (run / ".results.json.abc.part").mkdir()
+    summary = run_it(tmp_path / "n", run)
+    assert statuses(summary) == ["01 already there", "02 run"]
+    assert (copies / "01_a.ipynb").read_bytes() == first
+    assert summary["results"] == run_it(tmp_path / "n", whole)["results"] == {"01_a": {"n": 1}, "02_b": {"n": 2}}
+    assert sorted(path.name for path in copies.iterdir()) == ["01_a.ipynb", "02_b.ipynb"]
+    assert {path.name for path in run.iterdir()} == {".lock", "marks", "notebooks", "results.json"}
+
+
+def test_a_clock_that_is_set_back_makes_nothing_old(folder, tmp_path):
+    """What a copy says of its time is as if the second notebook had been run a year before the first."""
+    run_it(folder, tmp_path / "run")
+    copy = tmp_path / "run" / "notebooks" / "02_b.ipynb"
+    notebook = json.loads(copy.read_text())
+    for key in ("start_time", "end_time"):
+        notebook["metadata"]["papermill"][key] = "2001" + notebook["metadata"]["papermill"][key][4:]
+    copy.write_text(json.dumps(notebook))
+    assert statuses(run_it(folder, tmp_path / "run")) == ["01 already there", "02 already there"]
+
+
+def test_what_a_notebook_prints_of_the_environments_secrets_does_not_stay_in_its_copy(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijklmnop")
+    cell = "import os\nprint(os.environ['HF_TOKEN'])\nprint({**os.environ})\nos.environ['HF_TOKEN']"
+    folder = write_notebook(tmp_path / "n", "01_x", cell, "1 / len('') if os.environ['HF_TOKEN'] else 0")
+    with pytest.raises(NotebookError, match="ZeroDivisionError"):
+        run_it(folder, tmp_path / "run")
+    [copy] = (tmp_path / "run" / "notebooks").iterdir()
+    assert "***" in copy.read_text()
+    write_notebook(folder, "01_x", cell, "raise ValueError(os.environ['HF_TOKEN'])")
+    with pytest.raises(NotebookError, match=r"ValueError: \*\*\*"):
+        run_it(folder, tmp_path / "run")
+    assert not any(b"hf_abc" in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())

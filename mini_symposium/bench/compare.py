@@ -5,6 +5,7 @@ measures, prints and writes down.
 """
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -204,6 +205,27 @@ class Bench:
         early = sizes[10 * len(self.rows)]
         self.found["memory"] = {"epochs": epochs, "after_10_epochs": early, "at_the_end": sizes[-1]}
 
+    def merge(self) -> None:
+        """Memory of a merge at Mistral-7B's shape: measured with one layer and with three, and drawn out to all 32."""
+        found = {}
+        for layers in (1, 3):
+            folder = self.folder / f"{layers}-layers"
+            line = [sys.executable, "-m", "mini_symposium.bench.merge_memory", str(layers), str(folder)]
+            done = [subprocess.run(line, capture_output=True, text=True, check=True) for _ in ("write", "merge")]
+            found[layers] = json.loads(done[-1].stdout.splitlines()[-1])
+            shutil.rmtree(folder)
+            mib = {name: size / 2**20 for name, size in found[layers].items()}
+            self.say(f"{layers} layers: {mib['predicted']:,.0f} MiB predicted, {mib['measured']:,.0f} MiB measured")
+        whole = {
+            name: found[3][name] + (32 - 3) * (found[3][name] - found[1][name]) / 2
+            for name in ("predicted", "measured")
+        }
+        self.say(
+            f"32 layers, by the step from 1 to 3: {whole['predicted'] / 2**20:,.0f} MiB predicted, "
+            f"{whole['measured'] / 2**20:,.0f} MiB measured and drawn out"
+        )
+        self.found["merge"] = {"by_layers": {str(n): each for n, each in found.items()}, "7B": whole}
+
     def grid(self) -> None:
         """8 formats x 4 queries x 64 tokens as a batch, one at a time, and in llama.cpp."""
         options = {"base": PROXY, "tokens": GRID_TOKENS}
@@ -265,7 +287,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-PARTS = ("step", "profile", "together", "lengths", "trajectory", "grid", "memory")
+PARTS = ("step", "profile", "together", "lengths", "trajectory", "grid", "memory", "merge")
 
 
 def run(parts: Sequence[str] = PARTS, say: Callable[[str], None] = print) -> dict:

@@ -54,6 +54,9 @@ def bars(found: Mapping) -> list[dict]:
     if memory:
         growth = memory["at_the_end"] / memory["after_10_epochs"] - 1
         more.append(("memory, epoch 600 over epoch 10: growth", growth, 0.05, "at most", ""))
+    if "merge" in found:
+        peak = found["merge"]["7B"]["measured"] / GIB
+        more.append(("memory of a 7B merge, drawn out from 3 layers", peak, 8, "at most", " GiB"))
     rows += [
         {"what": what, "bar": f"{word} {most:g}{unit}", "value": value, "most": most, "unit": unit}
         for what, value, most, word, unit in more

@@ -1,0 +1,158 @@
+"""The commands that take a run to where it is used: `mini-symposium export gguf` and the others."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+console = Console()
+app = typer.Typer(
+    help="Write a run's model, prompt formats, recipe or card as the files that other programs take.",
+    no_args_is_help=True,
+)
+
+RunOrModel = Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="a run directory, or a model directory")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="a run directory")]
+Out = Annotated[str, typer.Option(help="folder to write")]
+Checkpoints = Annotated[
+    list[str] | None,
+    typer.Option("--checkpoint", help="epoch-N, RATE/epoch-N, or either with =WEIGHT; the last one if not given"),
+]
+Rate = Annotated[
+    float, typer.Option("--learning-rate", min=0, help="of the checkpoints; the lowest trained if not given")
+]
+Base = Annotated[str, typer.Option(help="nf4, the base that training saw, or original")]
+Lora = Annotated[bool, typer.Option("--lora", help="the base as it is, and the adapter beside it as a LoRA GGUF")]
+Check = Annotated[bool, typer.Option(help="ask each file through llama.cpp, and compare with transformers")]
+Name = Annotated[str, typer.Option(help="stands for {{user}} or {{char}}, which this program does not know")]
+
+
+def _say(line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _say_files(out: str, exported: dict) -> None:
+    for name, entry in exported["files"].items():
+        types = ", ".join(f"{count} matrices in {kind}" for kind, count in entry.get("types", {}).items())
+        _say(f"{Path(out) / name}: {entry['bytes'] / 1e6:,.1f} MB" + f" ({types})" * bool(types))
+
+
+@app.command()
+def gguf(
+    run_or_model: RunOrModel,
+    out: Out,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option("--type", help="f32, f16, bf16, q8_0, q6_K, q5_K_M or q4_K_M; may be repeated; f16 if not given"),
+    ] = None,
+    lora: Lora = False,
+    checkpoint: Checkpoints = None,
+    learning_rate: Rate = 0,
+    base: Base = "nf4",
+    check: Check = True,
+):
+    """GGUF files for llama.cpp, each asked there and compared with transformers on the same weights."""
+    from mini_symposium.release import gguf as write
+    from mini_symposium.release import source
+
+    what = source(run_or_model, checkpoint or [], learning_rate)
+    _say_files(out, write(what, Path(out), kind or ["f16"], base, lora, check, _say))
+
+
+@app.command()
+def ollama(
+    run_or_model: RunOrModel,
+    out: Out,
+    format: Annotated[str, typer.Option(help='a built-in prompt format, "### Heading" or a preset.json')] = "new-query",
+    kind: Annotated[str, typer.Option("--type", help="of the GGUF file, as `export gguf` takes it")] = "f16",
+    user: Name = "User",
+    char: Name = "Assistant",
+    lora: Lora = False,
+    checkpoint: Checkpoints = None,
+    learning_rate: Rate = 0,
+    base: Base = "nf4",
+    check: Check = True,
+):
+    """A GGUF file and a Modelfile with the prompt format's template and stop strings."""
+    from mini_symposium.prompt_formats import prompt_format
+    from mini_symposium.release import ollama as write
+    from mini_symposium.release import source
+
+    form = prompt_format(format)
+    what = source(run_or_model, checkpoint or [], learning_rate)
+    options = {"base": base, "lora": lora, "check": check, "show": _say}
+    _say_files(out, write(what, Path(out), form, kind, user, char, **options))
+    _say(f"{Path(out) / 'Modelfile'}: from that folder, ollama create NAME -f Modelfile")
+
+
+@app.command()
+def sillytavern(
+    out: Out,
+    format: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='a built-in prompt format, "### Heading" or a preset.json; may be repeated; all if not given'
+        ),
+    ] = None,
+):
+    """Instruct and context presets; first the one that names {{user}} and {{char}}, as the card advises."""
+    from mini_symposium.presets import write_sillytavern
+    from mini_symposium.prompt_formats import FORMATS, prompt_format
+
+    names = format or sorted(FORMATS, key=lambda name: name != "character")
+    for path in write_sillytavern([prompt_format(name) for name in names], Path(out)):
+        _say(str(path))
+
+
+@app.command()
+def axolotl(
+    run_or_recipe: Annotated[str, typer.Argument(metavar="RUN_OR_RECIPE", help="a run, proxy, paper, or a recipe.yml")],
+    out: Out,
+):
+    """The recipe as Axolotl's YAML, and its dataset as JSONL."""
+    from mini_symposium.recipe import SHIPPED, load_recipe
+    from mini_symposium.run_directory import RunDirectory
+
+    run = RunDirectory(run_or_recipe)
+    of_run = run_or_recipe not in SHIPPED and run.recipe_file.exists()
+    recipe = load_recipe(run.recipe_file if of_run else run_or_recipe)
+    from mini_symposium.release import axolotl as write
+
+    for path in write(recipe, Path(out), run.path.name if of_run else recipe.name):
+        _say(str(path))
+
+
+@app.command()
+def card(
+    run: Run,
+    out: Out,
+    checkpoint: Annotated[str, typer.Option(help="epoch-N or RATE/epoch-N; the last one if not given")] = "",
+    learning_rate: Rate = 0,
+    license: Annotated[str, typer.Option(help="the hub's name of one; the base model's, where it is known")] = "",
+):
+    """A model card from what the run recorded; `out` may hold a model already."""
+    from mini_symposium.run_directory import RunDirectory
+
+    directory = RunDirectory(run)
+    from mini_symposium.adapters import find_checkpoint
+    from mini_symposium.model_card import write_card
+
+    found = find_checkpoint(directory, checkpoint, learning_rate)
+    for path in write_card(directory, Path(out), found, license):
+        _say(str(path))
+
+
+@app.command()
+def hub(
+    folder: Annotated[str, typer.Argument(help="an exported folder with its card, README.md")],
+    repo: Annotated[str, typer.Option(metavar="YOU/NAME", help="where to on the hub")],
+    push: Annotated[bool, typer.Option("--push", help="really upload; else say what would go")] = False,
+    public: Annotated[bool, typer.Option("--public", help="let everybody see it; private if not given")] = False,
+):
+    """Upload a folder to the hub; only with --push, and with a token in HF_TOKEN."""
+    import os
+
+    from mini_symposium.hub import push as upload
+
+    _say(upload(Path(folder), repo, push, os.environ.get("HF_TOKEN"), private=not public))

@@ -1,0 +1,59 @@
+"""llama.cpp's server on one GGUF file: a job on stdin, its greedy replies on stdout, as JSON; see `llama_cpp.ask`.
+
+What it would round on the way, its keys and values, is kept in float32, so that what differs comes from the file.
+"""
+
+import json
+import os
+import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+REASONS = {"eos": "eos", "word": "stop string", "limit": "length"}
+SLOTS = 4
+
+
+def main() -> None:
+    import xllamacpp as llama
+
+    job = json.loads(sys.stdin.read())
+    line = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the server prints goes to stderr
+    params = llama.CommonParams()
+    params.model.path = job["file"]
+    if job["lora"]:
+        adapter = llama.CommonAdapterLoraInfo()
+        adapter.path, adapter.scale = job["lora"], 1.0
+        params.lora_adapters = [adapter]
+    longest = max(len(prompt.encode()) for prompt in job["prompts"]) + 8 + job["tokens"]  # a token has a byte or more
+    params.n_parallel, params.n_ctx = SLOTS, SLOTS * 64 * -(-longest // 64)
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 1
+    params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.warmup = False
+    server = llama.Server(params)
+
+    def post(path: str, **body) -> dict:
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request) as response:
+            return json.load(response)
+
+    def reply(prompt: str, stop: list[str]) -> dict:
+        ids = post("/tokenize", content=prompt, add_special=True, parse_special=True)["tokens"]
+        greedy = {"temperature": 0, "top_k": 1, "cache_prompt": False, "return_tokens": True}
+        found = post("/completion", prompt=prompt, n_predict=job["tokens"], stop=stop, **greedy)
+        return {
+            "prompt_ids": ids,
+            "ids": found["tokens"],
+            "text": found["content"],
+            "stop_reason": REASONS[found["stop_type"]],
+        }
+
+    with ThreadPoolExecutor(SLOTS) as threads:
+        print(json.dumps(list(threads.map(reply, job["prompts"], job["stops"]))), file=line, flush=True)
+    os._exit(0)  # the server's threads would keep the process
+
+
+if __name__ == "__main__":
+    main()

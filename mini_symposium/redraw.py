@@ -1,0 +1,49 @@
+"""All pictures of a run, drawn again from what was kept of it; needs no model and no torch."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from mini_symposium import claims, evidence, figures, ledger_figures, survival_figure
+from mini_symposium.dataset import load_examples
+from mini_symposium.picture import Picture
+from mini_symposium.recipe import load_recipe
+from mini_symposium.run_directory import RunDirectory
+
+
+def redraw(run: RunDirectory) -> list[Path]:
+    """Draw a run's figures again from its metrics, its results and the csv files beside them; return the pngs.
+
+    Raises
+    ------
+    InputError
+        If the run has no recipe or no metrics.
+    """
+    recipe, results = load_recipe(run.recipe_file), run.results()
+    examples = load_examples(recipe.dataset)
+    metrics = {rate: run.metrics(rate) for rate in run.learning_rates()}
+    pictures: dict[str, Picture] = {
+        "loss_curves": figures.loss_curves(metrics, len(examples), recipe.scale),
+        "example_loss": figures.example_heatmap(metrics, [example.query for example in examples], recipe.scale),
+    }
+    if "02_finetune" in results:
+        pictures["travel"] = figures.travel(results["02_finetune"]["travel"], recipe.scale)
+    tables = {name: run.figures / f"{name}.csv" for name in ("token_lengths", "format_grid", "pass_rates", "survival")}
+    rows = {name: pd.read_csv(path).to_dict("records") for name, path in tables.items() if path.exists()}
+    if "token_lengths" in rows:
+        pictures["token_lengths"] = figures.token_lengths(rows["token_lengths"], recipe.scale, recipe.sequence_len)
+    if "format_grid" in rows:
+        pictures["format_grid"] = figures.format_grid(rows["format_grid"], "copied_words", recipe.scale)
+    if "pass_rates" in rows:
+        pictures["pass_rates"] = figures.format_grid(rows["pass_rates"], "passed", recipe.scale)
+    found = evidence.load(run.path)
+    if any(trained.em for trained in found.trained):
+        pictures["memorization"] = ledger_figures.memorization_curves(found.trained, recipe.scale)
+    if "06_claims" in results:
+        thresholds = {question.id: question.threshold for question in claims.QUESTIONS}
+        pictures["ledger"] = ledger_figures.ledger_picture(claims.ledger(found), thresholds, recipe.scale)
+    if "survival" in rows:
+        pictures["survival"] = survival_figure.of_table(rows["survival"], recipe.scale)
+    for name, picture in pictures.items():
+        picture.save(run.figures / name)
+    return [run.figures / f"{name}.png" for name in pictures]

@@ -1,0 +1,197 @@
+"""A run's model, or a model directory, as the files of those who run it elsewhere: llama.cpp, Ollama, Axolotl.
+
+Whatever is written is written whole: a folder gets its name when everything in it is there, and every GGUF file has
+answered in llama.cpp as transformers does from the same weights.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mini_symposium import InputError
+from mini_symposium.adapters import find_checkpoints, read_adapters
+from mini_symposium.base_models import local_directory
+from mini_symposium.dataset import load_examples, write_axolotl_jsonl
+from mini_symposium.gguf_files import tensor_types
+from mini_symposium.llama_cpp import FILE_TYPES, QUANTISER, SERVER, lora_to_gguf, quantise, require, to_gguf
+from mini_symposium.merge import check_room, merge
+from mini_symposium.model_card import HUB_IDS
+from mini_symposium.presets import modelfile
+from mini_symposium.prompt_formats import PromptFormat
+from mini_symposium.proof import in_words, prove
+from mini_symposium.recipe import Recipe, load_recipe
+from mini_symposium.run_directory import RunDirectory, write_json, written_whole
+
+KINDS = ("f32", "f16", "bf16", *FILE_TYPES)
+"""Of GGUF files: the first three as llama.cpp's converter writes them, the others by its quantiser."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is released: a directory with a model, or checkpoints, weighted, with the base that they were trained on."""
+
+    name: str
+    folder: Path | None = None
+    base_model: str = ""
+    checkpoints: dict[Path, float] = field(default_factory=dict)
+
+
+def source(run_or_model: str, checkpoint: Sequence[str] = (), learning_rate: float = 0.0) -> Source:
+    """A run's checkpoints, by default the last of its lowest rate, or a model directory.
+
+    Raises
+    ------
+    InputError
+        If it is neither, or a checkpoint is not there.
+    """
+    run = RunDirectory(run_or_model)
+    if run.recipe_file.exists():
+        found = find_checkpoints(run, checkpoint, learning_rate)
+        first = next(iter(found))
+        name = f"{run.path.name}-{first.parents[1].name}-{'+'.join(path.name for path in found)}"
+        return Source(name, None, load_recipe(run.recipe_file).base_model, found)
+    if checkpoint or not run.path.is_dir():
+        raise InputError(f"{run_or_model}: not a run directory with a recipe.yml" + ", nor a model" * (not checkpoint))
+    return Source(run.path.name, local_directory(str(run.path)))
+
+
+def gguf(
+    what: Source,
+    out: Path,
+    kinds: Sequence[str] = ("f16",),
+    base: str = "nf4",
+    lora: bool = False,
+    check: bool = True,
+    show: Callable[[str], object] = lambda line: None,
+    more: Callable[[Path, dict], object] = lambda folder, files: None,
+) -> dict:
+    """Write the model into the folder `out` as GGUF files, one of each kind.
+
+    Parameters
+    ----------
+    lora
+        Leave the base as it is, and write the adapter beside it, as a file of its own that llama.cpp adds as it runs:
+        nothing of the fine-tune is rounded then, whatever the base is stored in.
+    check
+        Ask each file through llama.cpp, and compare with transformers from the same weights; see `proof.prove`.
+    more
+        Called with the folder and {file name: its entry} before the folder gets its name, to put more into it.
+
+    Returns
+    -------
+    dict
+        What is also written to `out`/export.json: the source, and for each file its kind, bytes, types and proof.
+
+    Raises
+    ------
+    InputError
+        If `out` exists, a kind is unknown, an optional package is missing, the disk has no room, or `merge` refuses.
+        `out` is then as it was.
+    RunError
+        If llama.cpp fails, or answers from a file otherwise than it should.
+    """
+    _check_kinds(what, kinds, lora, check)
+    if out.exists():
+        raise InputError(f"{out}: is there already; choose another folder or delete it")
+    shards = (what.folder or local_directory(what.base_model)).glob("*.safetensors")
+    stored = sum(path.stat().st_size for path in shards)
+    check_room(out, stored * (4 + 2 * len(kinds)))  # a model of 16 bits in 32, twice, and each kind in 32 at most
+    with written_whole(out) as folder:
+        folder.mkdir()
+        scratch = folder.parent / "scratch"
+        scratch.mkdir()
+        model, made = what.folder, {"model": what.name}
+        if model is None:
+            show(f"merging onto the {base} base" if not lora else f"the {base} base, as it is")
+            weights = dict.fromkeys(what.checkpoints, 0.0) if lora else what.checkpoints
+            model, made = scratch / "model", merge(weights, what.base_model, scratch / "model", base)
+            del made["memory"]
+        files, adapter, factors = {}, None, None
+        if lora:
+            [checkpoint] = what.checkpoints
+            adapter = folder / f"{what.name}.lora.gguf"
+            factors, made["checkpoints"] = read_adapters(what.checkpoints)
+            lora_to_gguf(checkpoint, model, adapter)
+            files[adapter.name] = {"kind": "lora", "bytes": adapter.stat().st_size}
+        for kind in kinds:
+            file = folder / f"{what.name}{'-base' if lora else ''}.{kind}.gguf"
+            show(file.name)
+            _write(model, file, kind, what.name, scratch)
+            files[file.name] = {"kind": kind, "bytes": file.stat().st_size, "types": tensor_types(file)}
+            if check:
+                files[file.name]["proof"] = found = prove(file, model, kind, factors, adapter)
+                show(f"llama.cpp against transformers: {in_words(found)}")
+        exported = {"source": made, "files": files}
+        write_json(folder / "export.json", exported)
+        more(folder, files)
+    return exported
+
+
+def _check_kinds(what: Source, kinds: Sequence[str], lora: bool, check: bool) -> None:
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds or len(set(kinds)) < len(kinds):
+        raise InputError(f"--type {', '.join(unknown or kinds)}: give some of {', '.join(KINDS)}, each once")
+    require(*[QUANTISER] * bool(set(kinds) & FILE_TYPES.keys()), *[SERVER] * check)
+    if lora and list(what.checkpoints.values()) != [1.0]:
+        raise InputError(f"--lora: {what.name} is not one adapter as it was trained; give a run and one checkpoint")
+
+
+def _write(model: Path, file: Path, kind: str, name: str, scratch: Path) -> None:
+    if kind not in FILE_TYPES:
+        to_gguf(model, file, kind, name)
+        return
+    whole = scratch / "whole.gguf"
+    if not whole.exists():
+        to_gguf(model, whole, "f32", name)
+    quantise(whole, file, kind)
+
+
+def ollama(
+    what: Source,
+    out: Path,
+    form: PromptFormat,
+    kind: str = "f16",
+    user: str = "User",
+    char: str = "Assistant",
+    **options,
+) -> dict:
+    """Write a GGUF file and a Modelfile with the format's template and stop strings; `options` as `gguf` takes them.
+
+    Raises
+    ------
+    InputError
+        As `gguf`, and if the format cannot be said in a Modelfile.
+    """
+    modelfile("x", form, "", user, char)  # said before the minutes that a model takes
+
+    def more(folder: Path, files: dict) -> None:
+        names = {entry["kind"]: name for name, entry in files.items()}
+        note = f"{what.name}, prompt format {form.name}; from this folder: ollama create NAME -f Modelfile"
+        text = modelfile(names[kind], form, names.get("lora", ""), user, char, note)
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
+
+    return gguf(what, out, [kind], more=more, **options)
+
+
+def axolotl(recipe: Recipe, out: Path, name: str) -> list[Path]:
+    """Write NAME.yml, which Axolotl trains from, and its dataset, NAME.jsonl, into the folder `out`.
+
+    Raises
+    ------
+    InputError
+        If `out` exists, or Axolotl has no such base model.
+    """
+    if recipe.base_model == "tiny":
+        raise InputError("tiny: random weights that the kit makes, Axolotl has no such model; give another recipe")
+    if out.exists():
+        raise InputError(f"{out}: is there already; choose another folder or delete it")
+    examples = load_examples(recipe.dataset)
+    dataset = [{"path": f"{name}.jsonl", "ds_type": "json", "type": "completion"}]
+    base = HUB_IDS.get(recipe.base_model, recipe.base_model)
+    theirs = recipe.replace(base_model=base, datasets=dataset, output_dir=f"out/{name}")
+    with written_whole(out) as folder:
+        folder.mkdir()
+        write_axolotl_jsonl(examples, folder / f"{name}.jsonl")
+        note = f"# {len(examples)} examples; from this folder: axolotl train {name}.yml\n"
+        (folder / f"{name}.yml").write_text(note + theirs.to_yaml(), encoding="utf-8")
+    return [out / f"{name}.yml", out / f"{name}.jsonl"]

@@ -1,0 +1,49 @@
+"""Text that may be shown: on one line, nothing in it that steers a terminal, no token of the environment.
+
+A dataset, a preset or a model may hold anything, and an error quotes what it found.
+"""
+
+import os
+import re
+
+SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)$")
+"""Environment variables whose value is nobody else's business: HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY."""
+
+LONGEST_LINE = 1000
+"""Characters of an error; what was found may be a line of megabytes."""
+
+
+def secrets() -> list[str]:
+    """The values of such variables, longest first; one of a few characters is no secret, and is found everywhere."""
+    found = {value for name, value in os.environ.items() if SECRET_NAME.search(name.upper()) and len(value) >= 8}
+    return sorted(found, key=len, reverse=True)
+
+
+def without_secrets(text: str) -> str:
+    """`text` with *** for every secret of the environment."""
+    for secret in secrets():
+        text = text.replace(secret, "***")
+    return text
+
+
+def printable(text: str) -> str:
+    r"""`text` with its control, invisible and direction-changing characters spelled out; newlines and tabs stay.
+
+    >>> printable("a\x1b[2Jb\u202ec\n")
+    'a\\x1b[2Jb\\u202ec\n'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def one_line(text: str) -> str:
+    r"""What an error says: `text` on one line, printable, without secrets, its middle left out if it is long.
+
+    >>> one_line("pip: https://me:secret@host\nfailed")
+    'pip: https://***@host failed'
+    """
+    text = re.sub(r"://[^/\s@]+@", "://***@", without_secrets(text))
+    if len(text) > LONGEST_LINE:
+        text = f"{text[: LONGEST_LINE // 2]} ... {text[-LONGEST_LINE // 2 :]}"
+    return printable(re.sub(r"[\n\t]", " ", text).strip())

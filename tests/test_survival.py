@@ -1,0 +1,138 @@
+"""The instrument is shown changes whose fate is known, before it judges one whose fate is not."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from conftest import command
+from safetensors.torch import load_file, save_file
+
+from mini_symposium import InputError
+from mini_symposium.base_models import local_directory
+from mini_symposium.gguf_files import read_gguf, tensor_types
+from mini_symposium.llama_cpp import quantise, to_gguf
+from mini_symposium.recipe import load_recipe
+from mini_symposium.run_directory import RunDirectory
+from mini_symposium.storages import STORAGES, possible, read_model, read_names
+from mini_symposium.survival import sentence, survival, verdict
+from mini_symposium.survival_figure import of_table
+from mini_symposium.survival_figure import survival as picture
+
+
+def scaled(checkpoint, folder, factor):
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file({k: v * factor if "lora_B" in k else v for k, v in tensors.items()}, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tiny_checkpoint, tmp_path_factory):
+    """A change of about 1e-6 on weights that are bfloat16 numbers of about 2e-2: far below half of bfloat16's step."""
+    checkpoint = scaled(tiny_checkpoint, tmp_path_factory.mktemp("small") / "epoch-0006", 1e-3)
+    storages = ["fp32", "bf16", "q8_0", "NF4"]
+    said = []
+    found = survival(checkpoint, load_recipe("tiny"), storages, rows=2, max_new_tokens=8, show=said.append)
+    return found, said
+
+
+def test_a_change_that_vanishes_is_reported_as_vanished(small):
+    found = {row["storage"]: row for row in small[0]["storages"]}
+    assert found["bf16"]["verdict"] == "lost"
+    assert abs(found["bf16"]["gain"]) < 0.1 and found["bf16"]["relative_norm"] < 0.1
+    assert found["bf16"]["kl_share"] == pytest.approx(1, abs=0.1)
+    assert found["NF4"]["verdict"] == "lost"
+
+
+def test_a_change_that_is_kept_is_reported_as_kept(small):
+    found = {row["storage"]: row for row in small[0]["storages"]}
+    kept = found["fp32"]
+    assert kept["verdict"] == "kept" and kept["same"] == 1 and kept["kl_share"] < 0.01
+    assert kept["cosine"] == pytest.approx(1, abs=1e-3) and kept["gain"] == pytest.approx(1, abs=0.02)
+    assert found["q8_0 + LoRA"]["cosine"] > 0.99 > found["q8_0"]["cosine"]
+    assert "lost in bf16" in small[0]["sentence"] and "still in fp32" in small[0]["sentence"]
+    assert small[1] == ["live adapter", "fp32", "bf16", "q8_0", "q8_0 + LoRA", "NF4"]
+
+
+def test_layers_are_measured_one_by_one(small):
+    layers = pd.DataFrame(small[0]["layers"])
+    assert set(layers.groupby("storage")["layer"].nunique()) == {3 * 7}
+    assert (layers[layers["storage"] == "fp32"]["cosine"] > 0.99).all()
+    assert (layers[layers["storage"] == "bf16"]["relative_norm"] < 0.5).all()
+
+
+def test_the_picture_is_drawn_from_the_results_and_again_from_its_csv(small, tmp_path):
+    drawn = picture(small[0], "tiny").save(tmp_path / "survival")
+    csv = pd.read_csv(tmp_path / "survival.csv")
+    assert list(csv[csv["layer"] == "all"]["verdict"]) == [row["verdict"] for row in small[0]["storages"]]
+    texts = [text.get_text() for text in drawn.axes[0].get_yticklabels()]
+    assert texts == [f"{row['storage']}: {row['verdict']}" for row in small[0]["storages"]]
+    again = of_table(csv.to_dict("records"), "tiny")
+    assert again.png() == (tmp_path / "survival.png").read_bytes()
+    with pytest.raises(InputError, match="no storage has been measured"):
+        picture({"storages": [], "layers": []}, "tiny")
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_K_M"])
+@pytest.mark.parametrize("name", ["tiny", "SmolLM2-135M-Instruct"])
+def test_what_is_read_from_gguf_is_what_was_written(name, kind, tmp_path):
+    """In float32 to the bit; quantised, each weight within the step of its type, so that none is in another's place."""
+    folder, file = local_directory(name), tmp_path / "a.gguf"
+    to_gguf(folder, file, "f32")
+    if kind != "f32":
+        quantise(file, tmp_path / "b.gguf", kind)
+        file = tmp_path / "b.gguf"
+    written, read = read_model(folder), read_gguf(file, read_names(folder))
+    assert written.keys() == read.keys()
+    for key, tensor in written.items():
+        if kind == "f32":
+            assert torch.equal(read[key], tensor), key
+        else:
+            assert (read[key] - tensor).norm() < (0.02 if kind == "q8_0" else 0.15) * tensor.norm(), key
+    assert sum(tensor_types(file).values()) == sum(tensor.ndim > 1 for tensor in written.values())
+
+
+def test_the_rule_has_three_outcomes():
+    assert [verdict(gain, 0.1) for gain in (1.2, 0.9, 0.89, 0.5, 0.49, -1)] == [
+        "kept",
+        "kept",
+        "blurred",
+        "blurred",
+        "lost",
+        "lost",
+    ]
+    assert [verdict(1, share) for share in (0.5, 0.51)] == ["kept", "blurred"]
+    assert [verdict(None, share) for share in (0.5, 0.6, 1)] == ["kept", "blurred", "lost"]
+
+
+def test_the_sentence_names_every_storage_once():
+    rows = [{"storage": name, "verdict": said} for name, said in (("a", "kept"), ("b", "kept"), ("c", "blurred"))]
+    assert sentence(rows) == "The fine-tune is still in a and b; in c it is there but blurred by the rounding."
+    assert sentence(rows[2:]) == "In c the fine-tune is there but blurred by the rounding."
+
+
+def test_an_adapter_that_changes_nothing_is_refused(tiny_checkpoint, tmp_path):
+    with pytest.raises(InputError, match="its lora_B is zero"):
+        survival(tiny_checkpoint.parent / "epoch-0000", load_recipe("tiny"), ["fp32"])
+    with pytest.raises(InputError, match="storages int3: there are fp32"):
+        survival(tiny_checkpoint, load_recipe("tiny"), ["int3"])
+
+
+def test_without_the_quantiser_the_rest_is_measured_and_its_line_said(monkeypatch):
+    monkeypatch.setattr("mini_symposium.storages.installed", lambda *names: False)
+    there, said = possible(STORAGES)
+    assert there == ["fp32", "fp16", "bf16", "NF4"]
+    assert said.startswith("not measured: q8_0, q6_K, q5_K_M, q4_K_M") and "pip install -e '.[release]'" in said
+
+
+def test_survival_on_the_command_line(tiny_checkpoint):
+    run = RunDirectory(tiny_checkpoint.parents[2])
+    said = command("survival", run.path, "--checkpoint", "epoch-6", "--storage", "bf16", "--rows", "1").stdout
+    assert "bf16" in said and "The fine-tune is" in said
+    written = json.loads(run.survival_file(1e-3, 6).read_text())
+    assert (written["scale"], written["epoch"], written["learning_rate"]) == ("tiny", 6, 1e-3)
+    assert [row["storage"] for row in written["storages"]] == ["bf16"]
+    done = command("survival", run.path, "--checkpoint", "epoch-99", check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

@@ -1,0 +1,107 @@
+"""The sweep on the tiny recipe: plumbing. What it finds out on real weights is in figures/."""
+
+import json
+from statistics import mean
+
+import pytest
+from conftest import command
+
+from mini_symposium import sweep as module
+from mini_symposium.base_models import load_tokenizer
+from mini_symposium.dataset import load_examples
+from mini_symposium.evaluation import measure
+from mini_symposium.evidence import load
+from mini_symposium.generation import load_with_adapters
+from mini_symposium.held_out import load_held_out
+from mini_symposium.prompt_formats import FORMATS
+from mini_symposium.recipe import load_recipe
+from mini_symposium.run_directory import RunDirectory, find
+from mini_symposium.sweep import Sweep, plan
+
+
+def test_the_plan_holds_dose_step_size_and_peak_apart():
+    passes = plan(load_recipe("proxy"))
+    by_name = {experiment.name: experiment for each in passes for experiment in each}
+    high, low = by_name["high"], by_name["low"]
+    assert high.learning_rate * 60 == pytest.approx(low.learning_rate * 600)
+    assert {by_name[f"literal-{rate}"].learning_rate for rate in ("1e-06", "1e-07")} == {1e-6, 1e-7}
+    ranks = {name: e.changes for name, e in by_name.items() if "lora_r" in e.changes}
+    scale = {name: changes["lora_alpha"] / changes["lora_r"] for name, changes in ranks.items()}
+    assert scale["rank-4-alpha-8"] == scale["rank-64-alpha-128"] == 2
+    assert scale["rank-4-alpha-32"] * 4 == scale["rank-64-alpha-32"] * 64
+    # The area below a cosine or a line from peak to nothing is half of the rectangle.
+    assert by_name["cosine-dose"].learning_rate == by_name["linear-dose"].learning_rate == 2 * high.learning_rate
+    assert all(len({experiment.num_epochs for experiment in each}) == 1 for each in passes)
+    seeds = {name: {e.seed for each in passes for e in each if e.name == name} for name in by_name}
+    assert all(len(seeds[name]) == 3 for name in by_name if not name.startswith("literal"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Both rates, one seed, three examples, a few epochs; evaluated on two prompts."""
+    patch = pytest.MonkeyPatch()
+    shorter = {"EPOCHS_LOW": 40, "EPOCHS_HIGH": 6, "SATURATED": 2, "LITERAL": (), "RANKS": ((2, 4),)}
+    for name, value in (shorter | {"EVALUATED": {"high": (4, 6), "low": (40,)}}).items():
+        patch.setattr(module, name, value)
+    recipe = load_recipe("tiny", learning_rate=1e-4)
+    whole = Sweep(recipe, tmp_path_factory.mktemp("sweep") / "tiny", (1,))
+    examples, twins = load_examples(find("data/minisymposium.md"))[5:8], load_examples(find("data/twins.md"))[5:7]
+    said = []
+    whole.run(examples, twins, ("high", "low", "rank-2-alpha-4"), said.append)
+    adapters = whole.evaluated()
+    files = {whole.root / "base.json": "base"}
+    files |= {RunDirectory.evaluation_file(path): name for name, path in adapters.items()}
+    model, tokenizer = load_with_adapters("tiny", adapters), load_tokenizer("tiny")
+    prompts = [prompt for prompt in load_held_out(split="dev") if prompt.category in ("code", "explanation")][::2]
+    options = {"formats": [FORMATS["new-query"], FORMATS["alpaca"]], "max_new_tokens": 8, "posix_queries": 1}
+    measured = []
+    for _ in range(2):
+        measure(model, tokenizer, files, examples, twins, prompts, show=measured.append, probes=["prompt"], **options)
+    yield whole, said, measured, files
+    patch.undo()
+
+
+def test_every_experiment_is_trained_in_a_run_of_its_own_and_only_once(small):
+    whole, said, *_ = small
+    assert [e.folder for e in whole.experiments if whole.job(e).finished] == [
+        "high-seed-1",
+        "low-seed-1",
+        "rank-2-alpha-4-seed-1",
+    ]
+    assert "adapter steps ahead" in said[0]
+    again = []
+    examples, twins = load_examples(find("data/minisymposium.md"))[5:8], load_examples(find("data/twins.md"))[5:7]
+    whole.run(examples, twins, ("high", "low", "rank-2-alpha-4"), again.append)
+    assert len(again) == 1 and "experiments are there" in again[0]
+    kept = load_recipe(whole.root / "rank-2-alpha-4-seed-1" / "recipe.yml")
+    assert (kept.lora_r, kept.lora_alpha, kept.num_epochs, kept.seed) == (2, 4, 2, 1)
+
+
+def test_what_is_measured_is_measured_once_until_the_settings_change(small):
+    _, _, measured, files = small
+    assert sorted(measured) == sorted(map(str, files))
+    found = json.loads(next(file for file in files if file.name == "epoch-0006.json").read_text())
+    assert {line["format"] for line in found["answers"]} == {"new-query", "alpaca"}
+    assert {line["id"] for line in found["roles"]} < {line["id"] for line in found["answers"]}
+    assert len(found["recitation"]) == 3 and len(found["twins"]) == 2
+    assert len(found["posix"]) == 1 and all(0 <= mass <= 1 for mass in found["han_mass"].values())
+
+
+def test_the_ledger_reads_the_sweep(small):
+    whole, *_ = small
+    found = load(whole.root)
+    high, low = found.named("high")[0], found.named("low")[0]
+    assert (high.epochs, low.epochs, high.steps_per_epoch) == (6, 40, 3)
+    assert set(high.evaluations) == {4, 6} and set(low.evaluations) == {40}
+    assert set(low.twins) == {0, 10, 20, 30, 40}
+    assert mean(high.loss[-1]) < mean(high.loss[0])
+    said = command("claims", whole.root).stdout
+    assert "same dose" in said and "C12" in said
+
+
+def test_a_mistyped_experiment_or_seed_is_refused(tmp_path):
+    done = command("sweep", "--out", tmp_path / "s", "--only", "hihg", check=False)
+    assert done.returncode == 2 and "the experiments are high, low" in done.stderr
+    done = command("sweep", "--out", tmp_path / "s", "--seeds", "one", check=False)
+    assert done.returncode == 2 and "takes whole numbers" in done.stderr
+    assert not (tmp_path / "s").exists()
