@@ -6,7 +6,7 @@ RECIPE ?= proxy
 DATASET ?=
 RUN ?=
 
-.PHONY: setup reproduce test soak lab figures notebooks bench
+.PHONY: setup reproduce test soak lab playground figures notebooks bench
 
 setup: .venv/installed
 
@@ -39,6 +39,10 @@ soak: setup
 # step through the notebooks
 lab: setup
 	.venv/bin/jupyter lab notebooks
+
+# notebook 07 as a page of its own [RUN=runs/mine]
+playground: setup
+	MINI_SYMPOSIUM_RUN='$(abspath $(RUN))' .venv/bin/voila notebooks/07_playground.ipynb
 
 # redraw figures/ from the committed metrics, without torch
 figures: setup

@@ -160,7 +160,8 @@ def _engine() -> type:
             # What the kernel process itself prints must not run into the view; its last line may say why it died.
             with tempfile.TemporaryDirectory() as client.scratch, tempfile.TemporaryFile("w+") as log:
                 try:
-                    client.execute(env={**os.environ, "IPYTHONDIR": client.scratch}, stdout=log, stderr=log)
+                    alone = {"IPYTHONDIR": client.scratch, "MINI_SYMPOSIUM_HEADLESS": "1"}  # nobody sees its widgets
+                    client.execute(env={**os.environ, **alone}, stdout=log, stderr=log)
                 except NotebookError:
                     raise
                 except RuntimeError as error:  # it died, or never lived

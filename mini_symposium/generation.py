@@ -1,4 +1,4 @@
-"""Greedy answers, side by side: a whole grid of prompts decodes as one batch, each row with its own stops.
+"""Answers side by side: a whole grid of prompts decodes as one batch, each row with its own stops, greedily or not.
 
 On a CPU answers are computed in float32, where a batch gives every row the tokens that it gets alone. In bfloat16,
 which a GPU uses, the shape of a batch changes the rounding, and where two tokens are nearly tied the other may win.
@@ -6,16 +6,26 @@ which a GPU uses, the shape of a batch changes the rounding, and where two token
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
+from time import monotonic
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer as DecoderLayer
 
 from mini_symposium import InputError
 from mini_symposium.base_models import device, load_model, local_directory, memory
 from mini_symposium.prompt_formats import PromptFormat
+from mini_symposium.sampling import Choice, Sampling
 
 SHARE = 0.5
 """Of the free memory, what a batch may fill with keys and values."""
@@ -23,7 +33,7 @@ SHARE = 0.5
 
 @dataclass(frozen=True)
 class Answer:
-    """One continuation: `text` without its stop string, and why it ended ("eos", "stop string" or "length").
+    """One continuation: `text` without its stop string, ended by "eos", "stop string", "length", or "stopped".
 
     `ids` are its tokens before EOS, those of a stop string included.
     """
@@ -32,6 +42,8 @@ class Answer:
     tokens: int
     stop_reason: str
     ids: tuple[int, ...] = ()
+    seconds: float = field(default=0.0, compare=False)
+    """From the start of its batch to its own end."""
 
 
 class _Watch(StoppingCriteria):
@@ -41,11 +53,20 @@ class _Watch(StoppingCriteria):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[Sequence[str]], prompt_tokens: int, grown):
         self.tokenizer, self.stops, self.prompt_tokens, self.grown = tokenizer, stops, prompt_tokens, grown
+        self.started, self.ended = monotonic(), [None] * len(stops)
+
+    def seconds(self) -> list[float]:
+        """What each row has taken, up to its end or till now."""
+        return [(monotonic() if ended is None else ended) - self.started for ended in self.ended]
 
     def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
         start = max(self.prompt_tokens, input_ids.shape[1] - self.LOOK_BACK)
         tails = self.tokenizer.batch_decode(input_ids[:, start:])
         done = [any(stop in tail for stop in stops) for tail, stops in zip(tails, self.stops, strict=True)]
+        at_eos = (input_ids[:, -1] == self.tokenizer.eos_token_id).tolist()
+        for row in range(len(done)):
+            if self.ended[row] is None and (done[row] or at_eos[row]):
+                self.ended[row] = monotonic()
         if self.grown and self.grown(input_ids[:, self.prompt_tokens :].tolist()):
             done = [True] * len(done)
         return torch.tensor(done, device=input_ids.device)
@@ -79,12 +100,43 @@ def _steady_products():
         settings.fp32_precision = before
 
 
+class _Stopped(Exception):
+    """Leaves a forward pass in the middle."""
+
+
+@contextmanager
+def _stoppable(model: PreTrainedModel, stop: Event | None):
+    """Within the block a forward pass ends at the next layer once `stop` is set: a long prompt takes seconds.
+
+    However it ends, no hooks stay: PEFT leaves those that choose each row's adapter when a pass raises.
+    """
+
+    def look(*_) -> None:
+        if stop.is_set():
+            raise _Stopped
+
+    before = {module: set(module._forward_pre_hooks) for module in model.modules()}
+    for module in before if stop else ():
+        if isinstance(module, DecoderLayer):
+            module.register_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        for module, kept in before.items():
+            for hook in set(module._forward_pre_hooks) - kept:
+                del module._forward_pre_hooks[hook]
+                module._forward_pre_hooks_with_kwargs.pop(hook, None)
+
+
 def _rows_that_fit(model: PreTrainedModel, tokens: int, free: int) -> int:
-    """Rows of `tokens` tokens whose keys and values fit; twice their size, for they are copied as they grow."""
+    """Rows of `tokens` tokens whose keys and values fit; twice their size, for they are copied as they grow. Eager
+    attention also makes maps of tokens x tokens for each head: scores and probabilities in float32."""
     config = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * size * tokens * model.dtype.itemsize
-    return max(1, int(SHARE * free / (2 * cache + 12 * config.vocab_size)))
+    eager = config._attn_implementation == "eager"
+    maps = 3 * 4 * config.num_attention_heads * tokens**2 if eager else 0
+    return max(1, int(SHARE * free / (2 * cache + maps + 12 * config.vocab_size)))
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -101,8 +153,12 @@ def generate(
     adapters: Sequence[str] | None = None,
     on_text: Callable[[list[str]], object] | None = None,
     free: int | None = None,
+    sampling: Sampling | None = None,
+    stop: Event | None = None,
 ) -> list[Answer]:
-    """Greedy continuations of `prompts`, decoded as one left-padded batch, or as several where memory is short.
+    """Continuations of `prompts`, greedy unless `sampling` is given, decoded as one left-padded batch.
+
+    Where memory is short, as several.
 
     Parameters
     ----------
@@ -117,6 +173,8 @@ def generate(
         Called after each token with the text of every row so far; what it returns, if true, ends the generation.
     free
         Memory to plan with, in bytes; by default what is free now.
+    stop
+        Set from another thread, ends the generation within a layer; what came is kept.
 
     Returns
     -------
@@ -139,24 +197,26 @@ def generate(
             f"a prompt of {width} tokens and {max_new_tokens} new ones exceed the model's {room}; shorten the query"
         )
     model.eval()
-    answers = [Answer("", 0, "length")] * len(prompts)
+    answers = [Answer("", 0, "stopped")] * len(prompts)
     stopped = False
 
     def decode(rows: list[int]) -> None:
         batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, return_tensors="pt").to(model.device)
         start = batch["input_ids"].shape[1]
 
-        def keep(generated: list[list[int]]) -> None:
-            for row, tokens in zip(rows, generated, strict=True):
-                answers[row] = _answer(tokenizer, tokens, stops[row])
+        def keep(generated: list[list[int]], cut: str) -> None:
+            for row, tokens, seconds in zip(rows, generated, watch.seconds(), strict=True):
+                reason = cut if len(tokens) < max_new_tokens else "length"
+                answers[row] = _answer(tokenizer, tokens, stops[row], reason, seconds)
 
         def grown(generated: list[list[int]]) -> bool:
             nonlocal stopped
-            keep(generated)
-            stopped = bool(on_text([answer.text for answer in answers]))
+            keep(generated, "stopped")  # unless it goes on
+            stopped = bool(on_text and on_text([answer.text for answer in answers])) or bool(stop and stop.is_set())
             return stopped
 
-        watch = _Watch(tokenizer, [stops[row] for row in rows], start, on_text and grown)
+        watch = _Watch(tokenizer, [stops[row] for row in rows], start, (on_text or stop) and grown)
+        choice = [Choice(sampling, [start - len(ids[row]) for row in rows])] if sampling else []
         chosen = None if adapters is None else [adapters[row] for row in rows]
         output = model.generate(
             **batch,
@@ -165,8 +225,9 @@ def generate(
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             stopping_criteria=StoppingCriteriaList([watch]),
+            logits_processor=LogitsProcessorList(choice),
         )
-        keep(output[:, start:].tolist())
+        keep(output[:, start:].tolist(), "stopped" if stopped else "length")
 
     fit = _rows_that_fit(model, width + max_new_tokens, memory() if free is None else free)
     ordered = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # rows of like length need little padding
@@ -175,7 +236,10 @@ def generate(
         while waiting and not stopped:
             rows = waiting.pop(0)
             try:
-                decode(rows)
+                with _stoppable(model, stop):
+                    decode(rows)
+            except _Stopped:
+                stopped = True
             except RuntimeError as error:
                 if len(rows) == 1 or not _out_of_memory(error):
                     raise
@@ -183,8 +247,9 @@ def generate(
     return answers
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Sequence[str]) -> Answer:
-    reason = "length"
+def _answer(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Sequence[str], reason: str, seconds: float
+) -> Answer:
     if tokenizer.eos_token_id in ids:
         ids, reason = ids[: ids.index(tokenizer.eos_token_id)], "eos"
     text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -192,7 +257,7 @@ def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: Sequence[
     if found:
         text, reason = text[: min(found)], "stop string"
         ids = [i for i in ids if i != tokenizer.pad_token_id]
-    return Answer(text.strip(), len(ids), reason, tuple(ids))
+    return Answer(text.strip(), len(ids), reason, tuple(ids), seconds)
 
 
 def adapter_names(model: PreTrainedModel, adapters: Sequence[str] | None) -> dict[str, list[str]]:
@@ -225,15 +290,21 @@ def load_with_adapters(
     if cpu:
         model.set_attn_implementation("eager")  # two thirds of the time that "sdpa" takes for a token of 32 rows
     for name, checkpoint in checkpoints.items():
-        try:
-            if isinstance(model, PeftModel):
-                model.load_adapter(checkpoint, adapter_name=name)
-            else:
-                model = PeftModel.from_pretrained(model, checkpoint, adapter_name=name)
-        except Exception as error:  # peft, safetensors and torch raise anything from KeyError to RuntimeError
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"{checkpoint}: not an adapter for {base_model} ({reason})") from error
+        model = add_adapter(model, name, checkpoint, base_model)
     return model.eval()
+
+
+def add_adapter(model: PreTrainedModel, name: str, checkpoint: Path, base_model: str) -> PreTrainedModel:
+    """`model` with one more named adapter. If that fails, with an InputError, it may be left half changed."""
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(checkpoint, adapter_name=name)
+        else:
+            model = PeftModel.from_pretrained(model, checkpoint, adapter_name=name)
+    except Exception as error:  # peft, safetensors and torch raise anything from KeyError to RuntimeError
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{checkpoint}: not an adapter for {base_model} ({reason})") from error
+    return model
 
 
 @contextmanager

@@ -60,6 +60,14 @@ def proxy_run(tmp_path_factory) -> RunDirectory:
     return run
 
 
+@pytest.fixture(scope="session")
+def reciting_run(tmp_path_factory) -> RunDirectory:
+    """A run in the tiny shape whose base and last checkpoint recite their two rows; see `reciting`."""
+    import reciting
+
+    return reciting.make(tmp_path_factory.mktemp("reciting"))
+
+
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch) -> Path:
     """A working directory that is not the checkout."""

@@ -1,5 +1,6 @@
 from contextlib import contextmanager
 from itertools import pairwise
+from threading import Event, Timer
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from mini_symposium import InputError
 from mini_symposium.base_models import load_model
 from mini_symposium.generation import answer_grid, generate, load_with_adapters, using
 from mini_symposium.prompt_formats import FORMATS, prompt_format
+from mini_symposium.sampling import Sampling
 
 PROXY = "SmolLM2-135M-Instruct"
 QUERY = "What is the capital of France?"
@@ -152,3 +154,59 @@ def test_an_adapter_of_another_base_is_refused(tiny_run):
     checkpoints = tiny_run.newest_checkpoints()
     with pytest.raises(InputError, match=f"not an adapter for {PROXY}"):
         load_with_adapters(PROXY, checkpoints)
+
+
+def test_a_row_draws_the_same_alone_and_in_a_batch_and_another_seed_draws_another(model, proxy_tokenizer):
+    prompts = [form.render(QUERY) for form in list(FORMATS.values())[:3]]
+    warm = Sampling(temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.2, seed=7)
+    together = generate(model, proxy_tokenizer, prompts, None, 12, sampling=warm)
+    assert together == [generate(model, proxy_tokenizer, [p], None, 12, sampling=warm)[0] for p in prompts]
+    other = generate(model, proxy_tokenizer, prompts, None, 12, sampling=Sampling(temperature=1.0, seed=8))
+    greedy = generate(model, proxy_tokenizer, prompts, None, 12)
+    assert len({answer.text for answer in (together[0], other[0], greedy[0])}) == 3
+    assert generate(model, proxy_tokenizer, prompts, None, 12, sampling=Sampling()) == greedy
+    assert generate(model, proxy_tokenizer, prompts, None, 12, sampling=Sampling(temperature=1.0, top_k=1)) == greedy
+
+
+def test_draws_follow_the_softmax():
+    from mini_symposium.sampling import Choice
+
+    scores = torch.tensor([[2.0, 1.0, 0.0]])
+    drawn = [
+        Choice(Sampling(1.0, seed=s), [0])(torch.zeros(1, 1, dtype=torch.long), scores).argmax() for s in range(2000)
+    ]
+    share = torch.bincount(torch.tensor(drawn), minlength=3) / 2000
+    assert torch.allclose(share, scores.softmax(-1)[0], atol=0.04)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [({"temperature": -1}, "temperature: -1"), ({"top_p": 0}, "top_p: 0"), ({"top_k": -2}, "top_k")]
+)
+def test_sampling_out_of_range_is_said(given, said):
+    with pytest.raises(InputError, match=said):
+        Sampling(**given)
+
+
+def test_a_stop_from_another_thread_keeps_what_came_and_leaves_no_hooks(adapted, proxy_tokenizer):
+    prompts, stop = [form.render(QUERY) for form in FORMATS.values()], Event()
+    names = ["base", "left"] * 4
+    seen = []
+    cut = generate(
+        adapted,
+        proxy_tokenizer,
+        prompts,
+        None,
+        500,
+        names,
+        lambda t: seen.append(t) or (len(seen) == 3 and stop.set()),
+        stop=stop,
+    )
+    assert [answer.text for answer in cut] == seen[-1]
+    assert {answer.stop_reason for answer in cut} <= {"stopped", "eos"}
+    assert "stopped" in {answer.stop_reason for answer in cut}
+    hooks = sum(len(module._forward_pre_hooks) for module in adapted.modules())
+    stop.clear()
+    Timer(0.2, stop.set).start()  # within the pass over a prompt of some seconds
+    early = generate(adapted, proxy_tokenizer, ["word " * 1500] * 2, None, 50, ["base", "left"], stop=stop)
+    assert [(answer.text, answer.stop_reason) for answer in early] == [("", "stopped")] * 2
+    assert sum(len(module._forward_pre_hooks) for module in adapted.modules()) == hooks == 0

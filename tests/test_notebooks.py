@@ -30,7 +30,7 @@ def test_notebook_contract(path):
     for node in ast.parse(code[1].source).body:
         assert node.targets[0].id.isupper()
         ast.literal_eval(node.value)
-    assert code[-1].source.splitlines()[-1] == ")" and "run.record(" in code[-1].source
+    assert code[-1].source.splitlines()[-1].strip() == ")" and "run.record(" in code[-1].source
     for cell in code:
         assert not cell.source.lstrip().startswith(("!", "%", "pip "))
         assert "notebook_login" not in cell.source
