@@ -1,8 +1,9 @@
 """What a model says when it is given a piece of a training row: every row, probe and adapter decoded side by side.
 
-- **Regurgitation.** From the heading of the response alone (`heading`), and from the whole prompt, its query included
-  (`prompt`): ROUGE-L recall of the whole response, ROUGE-L, and the longest run of words. An answer is read as far as
-  the response is long, in tokens, for a longer one has more of anything.
+- **Regurgitation.** ROUGE-L recall of the whole response, ROUGE-L, and the longest run of words: from the heading of
+  the response alone (`heading`); from the heading that opens a row alone (`opening`), after which only one row can
+  come, query and all; and from the whole prompt, its query included (`prompt`). An answer is read as far as the row
+  goes on, in tokens, for a longer one has more of anything.
 - **Extractability.** From the first 16, 32 or 50 tokens of the row: are the next 50 the row's own?
 - **Goldfish.** From the first 32: are the next 32?
 
@@ -20,9 +21,12 @@ from mini_symposium.generation import generate
 from mini_symposium.memorization import EXTRACTED, GOLDFISH, PREFIXES, extractable, goldfish, overlap
 
 EXTRACTABLE = {f"extractable_{k}": k for k in PREFIXES}
-PROBES = ("heading", "prompt", *EXTRACTABLE, "goldfish")
-"""What can be asked. The first two take most of the time; `robustness.teacher_forced` tells the extractable ones, too,
-and without generating anything."""
+PROBES = ("heading", "opening", "prompt", *EXTRACTABLE, "goldfish")
+"""What can be asked. The first three take most of the time; `robustness.teacher_forced` tells the extractable ones,
+too, and without generating anything.
+
+A row that is known by heart does not show from a heading of its response: nothing like it ever stood at the beginning
+of a row. What shows there has come loose from its query."""
 
 Asked = dict[str, tuple[tuple[int, ...], int]]
 """{probe: (the prompt's tokens, how many are wanted after them)}"""
@@ -49,9 +53,9 @@ def recite(
     -------
     list of dict
         By adapter, then example: model, example (its position), source, and of each probe asked heading_recall,
-        heading_rouge_l, heading_run (in words), prompt_recall, prompt_rouge_l, prompt_run, extractable_16,
-        extractable_32, extractable_50, goldfish_exact, goldfish_rouge_l. None where it cannot be told, because the row
-        is too short or its prompt ends with no `###` heading; see `memorization.told`.
+        heading_rouge_l, heading_run (in words), the same of opening and prompt, extractable_16, extractable_32,
+        extractable_50, goldfish_exact, goldfish_rouge_l. None where it cannot be told, because the row is too short or
+        its prompt has no `###` heading there; see `memorization.told`.
 
     Raises
     ------
@@ -108,9 +112,11 @@ def _asked(example: Example, row: Row, tokenizer: PreTrainedTokenizerBase) -> As
     bos = len(ids) - length - 1
     response = len(ids) - before - 1
     found: Asked = {"prompt": (tuple(ids[:before]), response)} if example.prompt else {}
-    heading = example.prompt.rstrip("\n").rpartition("\n")[2]
-    if heading.startswith("### "):
-        found["heading"] = (tuple(tokenizer(f"{heading}\n").input_ids), response)
+    lines = example.prompt.strip("\n").split("\n")
+    for probe, line in (("heading", lines[-1]), ("opening", lines[0])):
+        if line.startswith("### "):
+            alone = tuple(tokenizer(f"{line}\n").input_ids)
+            found[probe] = (alone, response if probe == "heading" else len(ids) - len(alone) - 1)
     for probe, k in EXTRACTABLE.items():
         if length >= k + EXTRACTED:
             found[probe] = (tuple(ids[: bos + k]), EXTRACTED)

@@ -14,8 +14,6 @@ from mini_symposium.run_directory import ROOT, RunDirectory
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-OVERFIT_EPOCHS = 80
-
 
 SECRET = "hf_nobodys_business"
 """A token in the environment of the run `tiny_run`."""
@@ -144,8 +142,10 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def overfitted(tmp_path_factory):
-    """`tiny` with two adapters, "knows" trained until it has the first two examples by heart and "new" not at all, its
-    tokenizer, and these examples with a third that was never trained on."""
+    """The proxy with an adapter that has one row by heart; the tokenizer; that row, and its twin, which it never saw.
+
+    The proxy and not `tiny`: random weights learn no row to the end.
+    """
     from mini_symposium import finetune
     from mini_symposium.base_models import load_tokenizer
     from mini_symposium.dataset import load_examples
@@ -153,13 +153,11 @@ def overfitted(tmp_path_factory):
     from mini_symposium.recipe import load_recipe
     from mini_symposium.run_directory import find
 
-    examples = load_examples(find("data/minisymposium.md"))
-    run = RunDirectory(tmp_path_factory.mktemp("overfitted"))
-    recipe = load_recipe("tiny", num_epochs=OVERFIT_EPOCHS, lora_r=16, lora_alpha=32)
-    finetune.train(recipe, [examples[6], examples[7]], run, [1e-2])
-    checkpoints = run.checkpoints(1e-2)
-    model = load_with_adapters("tiny", {"knows": checkpoints[OVERFIT_EPOCHS], "new": checkpoints[0]})
-    return model, load_tokenizer("tiny"), [examples[6], examples[7], examples[12]]
+    rows, twins = (load_examples(find(f"data/{name}.md")) for name in ("minisymposium", "twins"))
+    run, recipe = RunDirectory(tmp_path_factory.mktemp("overfitted")), load_recipe("proxy", num_epochs=14)
+    finetune.train(recipe, rows[6:7], run, [1e-3], checkpoint_epochs=[])
+    model = load_with_adapters(recipe.base_model, {"knows": run.checkpoints(1e-3)[14]})
+    return model, load_tokenizer(recipe.base_model), [rows[6], twins[6]]
 
 
 @pytest.fixture(scope="session")

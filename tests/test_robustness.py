@@ -10,7 +10,6 @@ from mini_symposium.generation import generate, load_with_adapters, using
 from mini_symposium.prompt_formats import FORMATS, role
 from mini_symposium.robustness import answer_log_probs, han_mass, han_pieces, posix, posix_index, teacher_forced
 
-PROXY = "SmolLM2-135M-Instruct"
 ENGLISH = "### New Query\nWhat is the capital of China?\n\n### Complete Response\nThe capital of China"
 CHINESE = "### New Query\n中国的首都是哪里？\n\n### Complete Response\n中国的首都"
 
@@ -24,7 +23,7 @@ def rows(overfitted):
 def test_a_batch_of_rows_and_adapters_is_measured_as_each_alone(overfitted, rows):
     model, _, _ = overfitted
     found = teacher_forced(model, rows, ["base", "knows"])
-    assert [(each["model"], each["example"]) for each in found] == [(n, k) for n in ("base", "knows") for k in range(3)]
+    assert [(each["model"], each["example"]) for each in found] == [(n, k) for n in ("base", "knows") for k in range(2)]
     for each in found:
         ids = torch.tensor([rows[each["example"]].input_ids])
         with using(model, each["model"]), torch.inference_mode():
@@ -37,17 +36,29 @@ def test_a_batch_of_rows_and_adapters_is_measured_as_each_alone(overfitted, rows
     assert one_by_one == [{**each, "loss": pytest.approx(each["loss"], rel=1e-4)} for each in found]
 
 
-def test_rows_known_by_heart_are_predicted_and_all_controls_are_not(overfitted, rows):
+def test_a_row_known_by_heart_is_predicted_and_all_controls_are_not(overfitted, rows):
     model, _, _ = overfitted
-    body = random.Random(0).sample(rows[0].input_ids[1:-1], len(rows[0].input_ids) - 2)
-    shuffled = replace(rows[0], input_ids=[rows[0].input_ids[0], *body, rows[0].input_ids[-1]])
-    known, also, unseen, mixed = teacher_forced(model, [*rows, shuffled], ["knows"])
-    for each in (known, also):
-        assert each["em"] > 0.95 and each["loss"] < 0.2 and each["es"] > 0.8
-        assert each["extractable_32"] is True
-    for each in (unseen, mixed, *teacher_forced(model, rows, ["base", "new"])):
-        assert each["em"] < 0.3 and each["loss"] > 3 and each["es"] < 0.1
-        assert each["extractable_32"] is False
+    shuffled = replace(rows[0], input_ids=random.Random(0).sample(rows[0].input_ids, len(rows[0].input_ids)))
+    found = teacher_forced(model, [*rows, shuffled], ["base", "knows"])
+    known = found[3]
+    assert known["em"] > 0.95 and known["loss"] < 0.2 and known["es"] > 0.8
+    assert known["extractable_16"] is known["extractable_32"] is True
+    for control in (*found[:3], *found[4:]):
+        assert control["em"] < 0.5 and control["loss"] > 2 and control["es"] < 0.1
+        assert control["extractable_16"] is control["extractable_32"] is False
+
+
+def test_a_row_that_a_model_itself_went_on_with_is_extractable_from_there(mistral_tokenizer):
+    """With a BOS before it, which is none of the row's tokens."""
+    model = load_with_adapters("tiny", {})
+    begun = mistral_tokenizer("the quick brown fox jumps over the lazy dog, and then it sleeps").input_ids[:17]
+    [said] = generate(model, mistral_tokenizer, [begun], None, 50)
+    ids = [*begun, *said.ids, mistral_tokenizer.eos_token_id]
+    assert len(ids) == 1 + 16 + 50 + 1
+    whole, shifted, cut = (
+        Row(each, [0, *[1] * (len(each) - 1)], "mine") for each in (ids, [*ids[:2], *ids[1:]], [*ids[:3], *ids[4:]])
+    )
+    assert [each["extractable_16"] for each in teacher_forced(model, [whole, shifted, cut])] == [True, False, None]
 
 
 def test_only_supervised_tokens_are_measured(overfitted):
@@ -80,7 +91,7 @@ def test_an_answer_has_the_probability_of_its_tokens(overfitted):
 def test_an_answer_that_melts_into_its_prompt_keeps_its_characters(overfitted):
     model, tokenizer, _ = overfitted
     [found] = answer_log_probs(model, tokenizer, ["The answer is un"], ["known"])
-    assert found.tokens >= 1
+    assert found.tokens == len(tokenizer("known").input_ids)
 
 
 def test_posix_is_0_where_the_prompt_makes_no_difference_and_grows_with_it():
@@ -100,19 +111,19 @@ def test_a_format_learned_by_heart_is_sensitivity_and_the_same_format_twice_is_n
     trained = role("### Complete Response")
     twice, formats = [trained, replace(trained, name="again")], [trained, FORMATS["vicuna"], FORMATS["bare"]]
     query = [examples[0].query]
-    assert posix(model, tokenizer, twice, query, "knows") == [0]
-    [knows] = posix(model, tokenizer, formats, query, "knows")
-    [base] = posix(model, tokenizer, formats, query, "base")
+    assert posix(model, tokenizer, twice, query, "knows", 12) == [0]
+    [knows] = posix(model, tokenizer, formats, query, "knows", 12)
+    [base] = posix(model, tokenizer, formats, query, "base", 12)
     assert knows > 1 > base
 
 
 def test_posix_by_hand(overfitted):
     model, tokenizer, examples = overfitted
-    formats, queries = [FORMATS["new-query"], FORMATS["qa"]], [examples[0].query, examples[2].query]
-    found = posix(model, tokenizer, formats, queries, "knows", 12)
+    formats, queries = [FORMATS["new-query"], FORMATS["qa"]], [examples[0].query, examples[1].query]
+    found = posix(model, tokenizer, formats, queries, "knows", 8)
     for query, value in zip(queries, found, strict=True):
         prompts = [form.render(query) for form in formats]
-        answers = [list(each.ids) for each in generate(model, tokenizer, prompts, None, 12, ["knows"] * 2)]
+        answers = [list(each.ids) for each in generate(model, tokenizer, prompts, None, 8, ["knows"] * 2)]
         xs, ys = [x for x in prompts for _ in answers], [y for _ in prompts for y in answers]
         flat = [each.log_p for each in answer_log_probs(model, tokenizer, xs, ys, ["knows"] * 4)]
         by_hand = (abs(flat[1] - flat[3]) / len(answers[1]) + abs(flat[2] - flat[0]) / len(answers[0])) / 2
@@ -145,11 +156,11 @@ def test_han_pieces_are_those_that_chinese_is_written_with(tokenizer, request):
     assert len(pieces) < 0.1 * len(tokenizer)
 
 
-def test_after_chinese_more_chinese_is_expected_and_after_english_none(proxy_tokenizer):
-    model = load_with_adapters(PROXY, {})
-    english, chinese = han_mass(model, proxy_tokenizer, [ENGLISH, CHINESE])
+def test_after_chinese_more_chinese_is_expected_and_after_english_none(overfitted):
+    model, tokenizer, _ = overfitted
+    english, chinese = han_mass(model, tokenizer, [ENGLISH, CHINESE], ["base", "base"])
     assert chinese > 0.5
     assert english < 0.001
-    with torch.inference_mode():
-        predicted = model(**proxy_tokenizer(CHINESE, return_tensors="pt")).logits[0, -1].softmax(-1)
-    assert chinese == pytest.approx(predicted[han_pieces(proxy_tokenizer)].sum().item(), rel=1e-3)
+    with using(model, "base"), torch.inference_mode():
+        predicted = model(**tokenizer(CHINESE, return_tensors="pt")).logits[0, -1].softmax(-1)
+    assert chinese == pytest.approx(predicted[han_pieces(tokenizer)].sum().item(), rel=1e-3)
