@@ -116,7 +116,7 @@ def quantise(source: Path, target: Path, storage: str) -> None:
         raise InputError(f"{storage}: no such storage; give one of {', '.join(FILE_TYPES)}")
     require(QUANTISER)
     with written_whole(target) as temporary:
-        _run("quantiser", ["-c", _QUANTISE, source, temporary, FILE_TYPES[storage], os.cpu_count() or 1])
+        _run("quantiser", ["-c", _QUANTISE, source, temporary, FILE_TYPES[storage], _threads()])
 
 
 def installed(*names: str) -> bool:
@@ -129,6 +129,11 @@ def require(*names: str) -> None:
     missing = [name for name in names if not installed(name)]
     if missing:
         raise InputError(f"{' and '.join(missing)}: not installed; `{INSTALL}` in the checkout adds what is missing")
+
+
+def _threads() -> int:
+    """As many as PyTorch would take: on a shared machine, threads that wait for each other are worse than few."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 
 
 def _run(what: str, arguments: Sequence[object], given: str = "") -> str:
@@ -182,6 +187,6 @@ def ask(
     """
     require(SERVER)
     job = {"file": str(file.absolute()), "lora": str(lora.absolute()) if lora else "", "tokens": max_new_tokens}
-    job |= {"prompts": list(prompts), "stops": [list(each) for each in stops]}
+    job |= {"prompts": list(prompts), "stops": [list(each) for each in stops], "threads": _threads()}
     said = _run("server", ["-m", "mini_symposium.llama_cpp_server"], json.dumps(job))
     return [Reply(**reply) for reply in json.loads(said)]

@@ -27,7 +27,7 @@ def main() -> None:
         params.lora_adapters = [adapter]
     longest = max(len(prompt.encode()) for prompt in job["prompts"]) + 8 + job["tokens"]  # a token has a byte or more
     params.n_parallel, params.n_ctx = SLOTS, SLOTS * 64 * -(-longest // 64)
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["threads"]
     params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup = False
