@@ -258,7 +258,7 @@ def test_generate_runs_on_a_thread_stop_keeps_what_came_and_a_second_press_is_an
     press(page, "Generate")
     press(page, "Generate")
     assert "Generate is still running" in page.status.value
-    until(lambda: len(page.compare.cards[0][1].value) > 1500)
+    until(lambda: page.compare.cards and len(page.compare.cards[0][1].value) > 1500)
     press(page, "Stop")
     until(lambda: not page._busy())
     assert "1 answers stopped after" in page.status.value
