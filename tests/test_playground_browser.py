@@ -1,7 +1,7 @@
 """The playground in a real browser: the system's Chromium, on a real JupyterLab and a real Voila.
 
 Without Chromium these tests are skipped, in CI they fail. `SCREENSHOTS=figures pytest tests/test_playground_browser.py
--k proxy` writes the picture that the README shows.
+-k proxy` writes figures/playground.png, from a real trained run.
 """
 
 import json
@@ -34,7 +34,7 @@ SETTINGS = {
     "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
     "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
 }
-WAIT = 60_000
+WAIT = 180_000
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def test_on_the_proxy_a_trained_run_recites_in_the_page(browser, serve, proxy_ru
     press(page, "Generate")
     status(page, "12 answers in")
     recited = page.locator(".ms-card article", has_text="1e-03/epoch-9")
-    expect(recited.first.locator(".ms-recited").first).to_be_visible()
+    expect(recited.locator(".ms-recited").first).to_be_visible()
     base = page.locator(".ms-card article", has=page.locator("header span", has_text="base"))
     assert base.locator(".ms-recited").count() == 0
     page.get_by_role("button", name="Inspect prompt").first.click()
