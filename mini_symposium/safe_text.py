@@ -44,6 +44,10 @@ def one_line(text: str) -> str:
     'pip: https://***@host failed'
     """
     text = re.sub(r"://[^/\s@]+@", "://***@", without_secrets(text))
-    if len(text) > LONGEST_LINE:
-        text = f"{text[: LONGEST_LINE // 2]} ... {text[-LONGEST_LINE // 2 :]}"
-    return printable(re.sub(r"[\n\t]", " ", text).strip())
+    text = _shortened(text)  # before every character is looked at, and after some were spelled out in ten
+    return _shortened(printable(re.sub(r"[\n\t]", " ", text).strip()))
+
+
+def _shortened(text: str) -> str:
+    half = LONGEST_LINE // 2
+    return text if len(text) <= LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
