@@ -14,9 +14,9 @@ from mini_symposium.bench.turns import Contestant
 COUNTER = """
 import sys
 from mini_symposium.bench.turns import Turn
-done = []
-print("what a library prints must not disturb the line")
-Turn().run(lambda: done.append(1) or {"done": len(done)})
+turn, done = Turn(), []
+print("what a library prints must not disturb the line", flush=True)
+turn.run(lambda: done.append(1) or {"done": len(done)})
 """
 
 
