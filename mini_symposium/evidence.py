@@ -59,7 +59,7 @@ class Evidence:
     """What the base does without any adapter; {} if it was not measured."""
     trained: list[Trained]
     facts: dict = field(default_factory=dict)
-    """Sizes: tokens of the dataset's rows, the recipe's sequence_len, predicted bytes of the paper recipe."""
+    """The base model's name, tokens of the dataset's rows, the paper recipe's sequence_len and predicted bytes."""
 
     def named(self, name: str) -> list[Trained]:
         """The experiments of that name, by seed."""
@@ -108,10 +108,12 @@ def _saved(file: Path) -> Evidence:
 def _evidence(run: RunDirectory, trained: list[Trained], folder: Path | None = None) -> Evidence:
     base = read((folder or run.path) / "base.json")
     tokens = next((_tokens(run, rate) for rate in run.learning_rates()), 0)
-    facts = {"tokens": tokens, "sequence_len": load_recipe("paper").sequence_len} | _on_a_gpu()
+    recipe = load_recipe(run.recipe_file)
+    facts = {"base_model": recipe.base_model, "tokens": tokens, "sequence_len": load_recipe("paper").sequence_len}
+    facts |= _on_a_gpu()
     if "paper_bytes" in base:
         facts["paper_bytes"] = base.pop("paper_bytes")
-    return Evidence(load_recipe(run.recipe_file).scale, run.environment()["device"], base, trained, facts)
+    return Evidence(recipe.scale, run.environment()["device"], base, trained, facts)
 
 
 def _on_a_gpu() -> dict:

@@ -41,11 +41,15 @@ def proxy_tokenizer():
     return load_tokenizer("SmolLM2-135M-Instruct")
 
 
+SHORT = [*("-p", 'JUDGED_FORMATS=["new-query"]'), *("-p", "JUDGED_TOKENS=8"), *("-p", "TWINS_ASKED=1")]
+"""Parameters that ask less of notebook 05's held-out prompts."""
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> RunDirectory:
     """All notebooks on the tiny recipe, through papermill."""
     run = RunDirectory(tmp_path_factory.mktemp("runs") / "tiny")
-    command("reproduce", "--recipe", "tiny", "--run", run.path, env={**os.environ, "HF_TOKEN": SECRET})
+    command("reproduce", "--recipe", "tiny", "--run", run.path, *SHORT, env={**os.environ, "HF_TOKEN": SECRET})
     return run
 
 
@@ -53,8 +57,13 @@ def tiny_run(tmp_path_factory) -> RunDirectory:
 def proxy_run(tmp_path_factory) -> RunDirectory:
     """All notebooks on real weights, on a dose that saturates in a third of the default epochs."""
     run = RunDirectory(tmp_path_factory.mktemp("runs") / "proxy")
-    shorter = ["-p", "LEARNING_RATES=[1e-3, 1e-4]", "-p", "NUM_EPOCHS=9"]
-    command("reproduce", "--recipe", "proxy", "--run", run.path, *shorter)
+    shorter = ["-p", "LEARNING_RATES=[1e-3, 1e-4]", "-p", "NUM_EPOCHS=9", *SHORT]
+    less = [
+        *("-p", 'FORMATS=["new-query", "alpaca"]'),
+        *("-p", 'QUERIES=["Why is the sky blue?"]'),
+        *("-p", 'STORAGES=["fp32", "bf16"]'),
+    ]
+    command("reproduce", "--recipe", "proxy", "--run", run.path, *shorter, *less)
     return run
 
 

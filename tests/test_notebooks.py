@@ -8,7 +8,7 @@ import time
 import nbformat
 import pytest
 import torch
-from conftest import SECRET, command
+from conftest import SECRET, SHORT, command
 from safetensors.torch import load_file
 
 from mini_symposium.run_directory import ROOT
@@ -58,7 +58,7 @@ def test_no_token_of_the_environment_is_in_a_run(tiny_run):
 def test_a_finished_run_is_not_run_again_and_says_so(tiny_run):
     before = {path: path.stat().st_mtime_ns for path in tiny_run.path.rglob("*") if path.is_file()}
     started = time.monotonic()
-    said = command("reproduce", "--recipe", "tiny", "--run", tiny_run.path).stdout
+    said = command("reproduce", "--recipe", "tiny", "--run", tiny_run.path, *SHORT).stdout
     assert time.monotonic() - started < 10
     assert "already" in said or "nothing" in said
     after = {path: path.stat().st_mtime_ns for path in tiny_run.path.rglob("*") if path.is_file()}
@@ -69,7 +69,8 @@ def test_own_data_goes_through_the_whole_chain(tmp_path):
     mine = tmp_path / "mine.md"
     mine.write_text("### Question\nWhy?\n\n### Answer\nBecause.\n\n### Question\nWho?\n\n### Answer\nShe did it.\n")
     run = tmp_path / "run"
-    command("reproduce", "--recipe", "tiny", "--run", run, "-p", f"DATASET={mine}", "-p", "NUM_EPOCHS=40", cwd=tmp_path)
+    given = ["-p", f"DATASET={mine}", "-p", "NUM_EPOCHS=40", *SHORT]
+    command("reproduce", "--recipe", "tiny", "--run", run, *given, cwd=tmp_path)
     results = json.loads((run / "results.json").read_text())
     assert results["01_dataset"]["examples"] == 2
     assert results["02_finetune"]["steps"] == 80
