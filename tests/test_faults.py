@@ -54,9 +54,10 @@ def test_a_folder_that_cannot_be_written_is_said(nursery):  # noqa: F811
 def test_when_memory_runs_out_the_knobs_are_named(nursery, tmp_path):  # noqa: F811
     """An address space that is taken away after the model is there, before the first step."""
     starve = (
-        "import resource\nfrom mini_symposium import finetune\n"
+        "import ctypes, resource\nfrom mini_symposium import finetune\n"
         "def starved(*arguments, build=finetune.check_batches):\n"
         "    build(*arguments)\n"
+        "    ctypes.CDLL(None).mallopt(-3, 2**16)  # no tensor may live in what was freed before\n"
         "    used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "    resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, resource.RLIM_INFINITY))\n"
         "finetune.check_batches = starved\n"
