@@ -8,7 +8,15 @@ from mini_symposium import InputError
 from mini_symposium.dataset import Row, tokenize
 from mini_symposium.generation import generate, load_with_adapters, using
 from mini_symposium.prompt_formats import FORMATS, role
-from mini_symposium.robustness import answer_log_probs, han_mass, han_pieces, posix, posix_index, teacher_forced
+from mini_symposium.robustness import (
+    _spoken,
+    answer_log_probs,
+    han_mass,
+    han_pieces,
+    posix,
+    posix_index,
+    teacher_forced,
+)
 
 ENGLISH = "### New Query\nWhat is the capital of China?\n\n### Complete Response\nThe capital of China"
 CHINESE = "### New Query\n中国的首都是哪里？\n\n### Complete Response\n中国的首都"
@@ -123,7 +131,8 @@ def test_posix_by_hand(overfitted):
     found = posix(model, tokenizer, formats, queries, "knows", 8)
     for query, value in zip(queries, found, strict=True):
         prompts = [form.render(query) for form in formats]
-        answers = [list(each.ids) for each in generate(model, tokenizer, prompts, None, 8, ["knows"] * 2)]
+        stops = [form.stop_strings() for form in formats]
+        answers = [_spoken(tokenizer, each) for each in generate(model, tokenizer, prompts, stops, 8, ["knows"] * 2)]
         xs, ys = [x for x in prompts for _ in answers], [y for _ in prompts for y in answers]
         flat = [each.log_p for each in answer_log_probs(model, tokenizer, xs, ys, ["knows"] * 4)]
         by_hand = (abs(flat[1] - flat[3]) / len(answers[1]) + abs(flat[2] - flat[0]) / len(answers[0])) / 2
