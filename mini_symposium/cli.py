@@ -277,7 +277,12 @@ def sweep(
 
 
 @app.command()
-def claims(run: Annotated[str, typer.Argument(help="a run, a sweep, or figures/claims")]):
+def claims(
+    run: Annotated[str, typer.Argument(help="a run, a sweep, or figures/claims")],
+    save: Annotated[
+        str, typer.Option(metavar="DIR", help="also write the evidence there, small enough to commit")
+    ] = "",
+):
     """Judge the card's twelve claims by what a run or a sweep has measured; writes claims.json into it."""
     from mini_symposium.claims import ledger
     from mini_symposium.evidence import load
@@ -289,7 +294,9 @@ def claims(run: Annotated[str, typer.Argument(help="a run, a sweep, or figures/c
     for row in rows:
         table.add_row(row.id, row.claim, row.verdict, escape(row.said))
     console.print(table)
-    target = RunDirectory(run).path / "claims.json"
+    if save:
+        evidence.save(Path(save))
+    target = Path(save or RunDirectory(run).path) / "claims.json"
     write_json(target, [row.row() for row in rows])
     console.print(target, soft_wrap=True)
 

@@ -160,6 +160,9 @@ def test_evidence_comes_back_from_its_file_and_gives_the_same_ledger(tmp_path):
     assert [row["id"] for row in rows] == [f"C{k}" for k in range(1, 13)]
     assert {"claim", "metric", "value", "interval", "n", "scale", "controls", "verdict"} <= rows[0].keys()
     assert rows == json.loads(json.dumps([row.row() for row in ledger(whole)]))
+    command("claims", tmp_path, "--save", tmp_path / "kept")
+    assert load(tmp_path / "kept") == whole
+    assert json.loads((tmp_path / "kept" / "claims.json").read_text()) == rows
 
 
 def test_a_folder_without_evidence_and_a_damaged_file_are_refused(tmp_path):
