@@ -18,6 +18,7 @@ from mini_symposium.picture import (
     PALE,
     WIDTH,
     Picture,
+    as_written,
     flat,
     log_axis,
     name_rows,
@@ -279,6 +280,7 @@ def format_grid(grid: Sequence[Mapping], value: str, scale: str) -> Picture:
         raise InputError(f"{len(grid)} answers, some or all without {value!r}: nothing to draw; measure it for each")
     table = pd.DataFrame([{"query": "", **cell} for cell in grid], columns=["model", "query", "format", value])
     table = table.groupby(["model", "query", "format"], as_index=False, sort=False)[value].mean()
+    table[value] = table[value].astype(float).map(as_written)
     models, queries, formats = (list(table[column].unique()) for column in ("model", "query", "format"))
     size = min(9, 170 / (len(models) * len(queries)))  # numbers stay inside their cells
     low, high = min(0, table[value].min()), max(table[value].max(), 1)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from mini_symposium import InputError
-from mini_symposium.picture import COLOURS, GREY, HALO, PALE, Picture, name_rows, styled, titled
+from mini_symposium.picture import COLOURS, GREY, HALO, PALE, Picture, as_written, name_rows, styled, titled
 
 VERDICTS = {"kept": COLOURS[2], "blurred": COLOURS[1], "lost": COLOURS[0]}
 IN_ALL = ["storage", "layer", "verdict", "cosine", "relative_norm", "noise", "gain", "kl_share", "same"]
@@ -32,8 +32,7 @@ def survival(found: Mapping[str, Sequence[Mapping]], scale: str) -> Picture:
     rows = [{**row, "layer": "all"} for row in found["storages"]] + list(found["layers"])
     table = pd.DataFrame(rows).reindex(columns=IN_ALL)
     numbers = table.columns[3:]
-    # as its csv has them, so that a redrawn picture is the same to the byte
-    table[numbers] = table[numbers].astype(float).map(lambda x: float(f"{x:.6g}"))
+    table[numbers] = table[numbers].astype(float).map(as_written)
     in_all, layers = table[table["layer"] == "all"], table[table["layer"] != "all"]
     heights = dict(zip(in_all["storage"], range(len(in_all)), strict=True))
     look = (
