@@ -78,7 +78,8 @@ class Behaviour:
         for row in self.rows:
             ids = torch.tensor([row.input_ids], device=self.model.device)
             kept = torch.tensor(row.completion_mask[1:], dtype=torch.bool, device=ids.device)
-            predicted, labels = self.model(ids).logits[0, :-1][kept].float(), ids[0, 1:][kept]
+            places = kept.nonzero()[:, 0]  # only there is the language-model head asked
+            predicted, labels = self.model(ids, logits_to_keep=places).logits[0].float(), ids[0, 1:][kept]
             loss += torch.nn.functional.cross_entropy(predicted, labels, reduction="sum").item()
             match += (predicted.argmax(-1) == labels).sum().item()
             tokens += len(labels)

@@ -1,8 +1,11 @@
 """The ways in which a model is stored, and what each makes of its weights: a file's tensors as they are read back."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from transformers import PreTrainedModel
@@ -44,12 +47,12 @@ def read_model(folder: Path) -> Tensors:
     return Tensors(tuple(places), lambda name: read_tensor(*places[name]).float())
 
 
-def changed(tensors: Tensors, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Tensors:
+def changed(tensors: Mapping[str, torch.Tensor], change: Callable[[str, torch.Tensor], torch.Tensor]) -> Tensors:
     """The tensors, each as `change` makes it of its name and itself."""
     return Tensors(tuple(tensors), lambda name: change(name, tensors[name]))
 
 
-def plus(tensors: Tensors, factors: Factors) -> Tensors:
+def plus(tensors: Mapping[str, torch.Tensor], factors: Factors) -> Tensors:
     """The tensors with what adapters add to them."""
 
     def add(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -61,7 +64,7 @@ def plus(tensors: Tensors, factors: Factors) -> Tensors:
 
 def stored(
     models: Sequence[Path], linear: set[str], storages: Sequence[str], scratch: Path
-) -> Iterator[tuple[str, list[Tensors], dict[str, int]]]:
+) -> Iterator[tuple[str, list[Mapping[str, torch.Tensor]], dict[str, int]]]:
     """For each storage the tensors of each float32 model as its file would give them back, in float32.
 
     Parameters
@@ -75,7 +78,9 @@ def stored(
 
     Yields
     ------
-    name, tensors of each model, made as they are asked for, and how many matrices are in which GGUF type (else {})
+    name, tensors of each model, and how many matrices are in which GGUF type (else {})
+        The tensors are made once where memory has room for them, for dequantising takes longer than what is then done
+        with them; else each whenever it is asked for.
 
     Raises
     ------
@@ -87,16 +92,22 @@ def stored(
         STOCHASTIC: lambda _, tensor: stochastic(tensor),
         "NF4": lambda name, tensor: _nf4(tensor, name in linear),
     }
-    for storage in storages:
-        if storage in rounds:
-            yield storage, [changed(read_model(model), rounds[storage]) for model in models], {}
-        else:
-            tensors = []
-            for number, model in enumerate(models):
-                file = scratch / f"{storage}-{number}.gguf"
-                quantise(_whole_gguf(model, scratch / f"{number}.gguf"), file, storage)
-                tensors.append(read_gguf(file, read_names(model)))
-            yield storage, tensors, tensor_types(file)
+    # Once this storage's models, once those that the caller still holds, and one to compare with.
+    sizes = [_bytes(model) for model in models]
+    hold = 2 * sum(sizes) + max(sizes) < psutil.virtual_memory().available
+    with ThreadPoolExecutor(len(models)) as pool:  # converter and quantiser are programs, mostly of one thread
+        whole = [scratch / f"{number}.gguf" for number in range(len(models))]
+        if set(storages) - set(rounds):
+            list(pool.map(_whole_gguf, models, whole))
+        for storage in storages:
+            if storage in rounds:
+                tensors, types = [changed(read_model(model), rounds[storage]) for model in models], {}
+            else:
+                files = [file.with_stem(f"{storage}-{file.stem}") for file in whole]
+                list(pool.map(quantise, whole, files, [storage] * len(models)))
+                tensors = [read_gguf(file, read_names(model)) for model, file in zip(models, files, strict=True)]
+                types = tensor_types(files[-1])
+            yield storage, [dict(each) for each in tensors] if hold else tensors, types
 
 
 @torch.no_grad()
@@ -111,16 +122,18 @@ def read_names(folder: Path) -> list[str]:
     return [name for path in sorted(folder.glob("*.safetensors")) for name in read_header(path)]
 
 
-def _whole_gguf(model: Path, file: Path) -> Path:
-    if not file.exists():
-        to_gguf(model, file, "f32")
-        tensors = read_model(model)
-        for name, tensor in read_gguf(file, tuple(tensors)).items():
-            if not torch.equal(tensor, tensors[name]):
-                raise RunError(
-                    f"{name}: comes back from a float32 GGUF as something else; its layout is not known here"
-                )
-    return file
+def _bytes(folder: Path) -> int:
+    """Of a model directory's tensors in float32."""
+    headers = [read_header(path) for path in folder.glob("*.safetensors")]
+    return sum(4 * math.prod(entry.shape) for header in headers for entry in header.values())
+
+
+def _whole_gguf(model: Path, file: Path) -> None:
+    to_gguf(model, file, "f32")
+    tensors = read_model(model)
+    for name, tensor in read_gguf(file, tuple(tensors)).items():
+        if not torch.equal(tensor, tensors[name]):
+            raise RunError(f"{name}: comes back from a float32 GGUF as something else; its layout is not known here")
 
 
 def _nf4(tensor: torch.Tensor, quantised: bool) -> torch.Tensor:

@@ -11,6 +11,7 @@ At a low learning rate the whole fine-tune is smaller than one step of most file
 `verdict` is the rule, fixed before anything was measured.
 """
 
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from mini_symposium.generation import load_with_adapters
 from mini_symposium.merge import merge
 from mini_symposium.recipe import Recipe
 from mini_symposium.storages import STORAGES, plus, possible, read_model, stored, take
-from mini_symposium.tensor_files import Tensors
+from mini_symposium.tensor_files import read_header, write_tensors
 
 GAIN_KEPT, GAIN_LOST, KL_KEPT = 0.9, 0.5, 0.5
 """The rule. `gain` is the share that is left of the fine-tune's effect on its own rows: by how much the file's loss on
@@ -57,8 +58,8 @@ def survival(
 ) -> dict:
     """Measure what is left of the fine-tune in each storage, against base + adapter as it was trained.
 
-    The base is the dequantised NF4 one. One model is held, in float32, and one tensor at a time of what it is compared
-    with; those lie in a temporary folder, 8 bytes a parameter and as much again for GGUF files.
+    The base is the dequantised NF4 one. One model is held, in float32, and what it is compared with where memory has
+    room (see `storages.stored`); that lies in a temporary folder, 8 bytes a parameter and as much again for GGUF files.
 
     Parameters
     ----------
@@ -103,8 +104,8 @@ def survival(
     found, layers = [], []
     with tempfile.TemporaryDirectory(prefix="survival-") as folder:
         tuned, base = Path(folder) / "tuned", Path(folder) / "base"
-        merge(checkpoint, recipe.base_model, tuned, "nf4")
         merge({checkpoint: 0.0}, recipe.base_model, base, "nf4")
+        _write_tuned(base, factors, tuned)
         plain = read_model(base)
         for storage, (tensors, without), types in stored([tuned, base], set(factors), wanted, Path(folder)):
             ways = {storage: tensors}
@@ -124,6 +125,15 @@ def survival(
     return {"live": live, "storages": found, "layers": layers, "sentence": sentence(found)}
 
 
+def _write_tuned(base: Path, factors: Factors, out: Path) -> None:
+    """The model directory `base` with what the adapter adds; `merge` would quantise the base once more."""
+    shutil.copytree(base, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = plus(read_model(base), factors)
+    for path in base.glob("*.safetensors"):
+        layout = {name: (entry.dtype, entry.shape) for name, entry in read_header(path).items()}
+        write_tensors(out / path.name, layout, (tensors[name] for name in layout))
+
+
 def _left(measured: Mapping[str, float], base_loss: float, live: Mapping[str, float]) -> dict:
     effect = live["base_loss"] - live["loss"]
     gain = (base_loss - measured["loss"]) / effect if effect >= MEASURABLE else None
@@ -132,7 +142,10 @@ def _left(measured: Mapping[str, float], base_loss: float, live: Mapping[str, fl
 
 
 def _weights(
-    factors: Factors, tensors: Tensors, without: Tensors, plain: Tensors
+    factors: Factors,
+    tensors: Mapping[str, torch.Tensor],
+    without: Mapping[str, torch.Tensor],
+    plain: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, float], list[dict]]:
     """See `_shares`; over all adapted matrices together, and matrix by matrix."""
     rows, sums = [], torch.zeros(4, dtype=torch.float64)
