@@ -9,6 +9,7 @@ The rules:
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from mini_symposium import InputError, RunError
 INSTALL = "pip install -e '.[ray]'"
 
 RETRIES = 100
-"""Deaths of a pass that are forgiven: more than nodes die of, but not without end, if it is the pass that kills them."""
+"""Deaths of a pass that are forgiven: many nodes may die under it, but it may also be what kills them."""
 
 PATIENCE = 600.0
 """Seconds to wait for the locks of a predecessor: a node that lost its cluster ends its workers within minutes."""
@@ -62,7 +63,7 @@ def run(
         if cpus > (most := max((node["Resources"].get("CPU", 0) for node in nodes.values()), default=0)):
             raise InputError(f"--cpus {cpus}: no node of the cluster has more than {most:g}")
         gpus = min(1, ray.cluster_resources().get("GPU", 0))
-        say(f"Ray: {len(nodes)} node{'s' if len(nodes) > 1 else ''}, {len(passes)} passes")
+        say(f"Ray: passes {len(passes)}, nodes {len(nodes)}, cores {ray.cluster_resources().get('CPU', 0):g}")
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": RETRIES, "scheduling_strategy": "SPREAD"}
         task = ray.remote(**options)(_pass)
         running = {task.remote(str(Path.cwd()), work, each): number for number, each in enumerate(passes)}
@@ -84,10 +85,18 @@ def _imported():
 def _connect(ray) -> None:
     address = os.environ.get("RAY_ADDRESS")
     try:
+        _knock(address or "")
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         said = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"RAY_ADDRESS={address}: no cluster answers there ({said})") from error
+
+
+def _knock(address: str) -> None:
+    """Fail within seconds where nobody listens; Ray itself would try for minutes, and say so on every line."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _alive(ray) -> dict[str, dict]:

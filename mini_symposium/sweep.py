@@ -137,6 +137,7 @@ class Sweep:
         todo = [each for each in asked if any(not self.job(e).finished for e in each)]
         counts = [_steps([e for e in each if not self.job(e).finished], examples) for each in todo]
         ahead = _Ahead(counts)
+        self.root.mkdir(parents=True, exist_ok=True)
         said = [
             f"pass {number + 1}: {', '.join(dict.fromkeys(e.name for e in each))}; {len(each)} adapters"
             for number, each in enumerate(todo)
@@ -149,7 +150,6 @@ class Sweep:
                 ahead.done(number, seconds)
                 say(f"{said[number]}: done; {ahead}")
 
-            self.root.mkdir(parents=True, exist_ok=True)
             say(f"{sum(map(len, todo))} adapters; {ahead}")
             ray_engine.run(tasks, train_pass, finished, say, cpus)
         else:
