@@ -21,14 +21,14 @@ setup: .venv/installed
 reproduce: setup
 	.venv/bin/mini-symposium reproduce --recipe '$(RECIPE)' $(if $(RUN),--run '$(RUN)') $(if $(DATASET),-p 'DATASET=$(DATASET)')
 
-# what exports GGUF files, and asks them
-.venv/release: .venv/installed
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[release]'
+# what exports GGUF files and asks them, and what spreads a sweep over machines
+.venv/extras: .venv/installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[release,ray]'
 	touch $@
 
 # Two files at a time with a thread each: tests start kernels, servers and a browser, and threads that wait for a core
 # at every barrier would take many times as long.
-test: setup .venv/release
+test: setup .venv/extras
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10

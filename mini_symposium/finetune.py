@@ -136,14 +136,14 @@ def train(
 
 
 @contextmanager
-def held(runs: Sequence[RunDirectory]) -> Iterator[None]:
+def held(runs: Sequence[RunDirectory], patience: float = PATIENCE) -> Iterator[None]:
     """Be the only one who trains in `runs`; what killed writers left behind in them is cleared away first.
 
-    A killed notebook's kernel takes a second to notice, hence the patience.
+    A killed notebook's kernel takes a second to notice, hence the patience, in seconds.
     """
     with ExitStack() as stack:
         for path in sorted({run.path.absolute() for run in runs}) if processes.writes() else ():
-            stack.enter_context(alone(path, ".training.lock", PATIENCE))
+            stack.enter_context(alone(path, ".training.lock", patience))
             clear_away(path)
             shutil.rmtree(path / SCRATCH, ignore_errors=True)
         yield

@@ -1,20 +1,27 @@
 """The experiment behind the claims: which recipes are trained, for how long, from which seeds.
 
-Everything is relative to the recipe, whose learning rate is the low one of the contrast and a tenth of the high one,
-so that one plan serves every scale. Dose is learning_rate x steps; the high rate at epoch 60 has the dose of the low
-one at epoch 600. Experiments that last equally long share a pass over the base.
+The plan is relative to the recipe, whose learning rate is the low one of the contrast and a tenth of the high one, so
+that it serves every scale. Dose is learning_rate x steps; the high rate at epoch 60 has the dose of the low one at
+epoch 600. In its place may stand a grid, from `experiments`. Experiments that last equally long share a pass over the
+base.
 """
 
+import json
+import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from mini_symposium.dataset import Example
-from mini_symposium.finetune import Job, as_rows, claim, train_together
-from mini_symposium.recipe import Recipe
+import pandas as pd
+
+from mini_symposium import InputError, RunError
+from mini_symposium.dataset import Example, load_examples
+from mini_symposium.experiments import PER_PASS, Experiment, grid, once
+from mini_symposium.finetune import PATIENCE, Job, as_rows, claim, held, train_together
+from mini_symposium.recipe import Recipe, load_recipe
 from mini_symposium.run_directory import RunDirectory
+from mini_symposium.writing import alone, write_json, written_whole
 
 SEEDS = (42, 43, 44)
 EPOCHS_LOW, EPOCHS_HIGH = 600, 100
@@ -31,26 +38,11 @@ LITERAL = (1e-6, 1e-7)
 """The card's own rates, trained as well where the recipe's are not those."""
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """One adapter: a recipe with `changes`, in a run directory of its own."""
-
-    name: str
-    learning_rate: float
-    num_epochs: int
-    seed: int
-    changes: dict = field(default_factory=dict)
-    """Of the recipe: rank, alpha, schedule."""
-
-    @property
-    def folder(self) -> str:
-        """Name of its run directory below the sweep's folder."""
-        return f"{self.name}-seed-{self.seed}"
-
-    def recipe(self, base: Recipe) -> Recipe:
-        """The recipe that it trains."""
-        same = {"learning_rate": self.learning_rate, "num_epochs": self.num_epochs, "seed": self.seed}
-        return base.replace(**same, **self.changes)
+TABLE = "sweep"
+COLUMNS = ("seed", "learning_rate", "lora_r", "lora_alpha", "lr_scheduler", "num_epochs")
+"""Of the table: what sets experiments apart."""
+ENGINES = ("local", "ray")
+"""Where passes run: one after another in this process, or as tasks of a cluster; see `ray_engine`."""
 
 
 def plan(recipe: Recipe, seeds: Sequence[int] = SEEDS) -> list[list[Experiment]]:
@@ -88,17 +80,27 @@ class Sweep:
     ----------
     root
         The folder; runs/NAME-sweep for a recipe of that name.
+    passes
+        What to train in place of the plan, such as a `grid`.
     """
 
-    def __init__(self, recipe: Recipe, root: Path, seeds: Sequence[int] = SEEDS):
-        self.base, self.root, self.passes = recipe, root, [each for each in plan(recipe, seeds) if each]
+    def __init__(
+        self,
+        recipe: Recipe,
+        root: Path,
+        seeds: Sequence[int] = SEEDS,
+        passes: Sequence[Sequence[Experiment]] | None = None,
+    ):
+        once("seeds", seeds)
+        self.base, self.root = recipe, root
+        self.passes = [list(each) for each in (plan(recipe, seeds) if passes is None else passes) if each]
 
     @cached_property
     def experiments(self) -> list[Experiment]:
         return [experiment for each in self.passes for experiment in each]
 
     def job(self, experiment: Experiment) -> Job:
-        return Job(experiment.recipe(self.base), RunDirectory(self.root / experiment.folder))
+        return _job(self.base, self.root, experiment)
 
     def missing(self) -> list[Experiment]:
         """What has not been trained to its end."""
@@ -110,48 +112,181 @@ class Sweep:
         held_out: Sequence[Example],
         names: Sequence[str] = (),
         say: Callable[[str], None] = print,
+        engine: str = "local",
+        cpus: int = 1,
     ) -> None:
-        """Train what is not there yet; an interrupted sweep goes on where it was.
+        """Train what is not there yet; an interrupted sweep goes on where it was, whatever the engine.
 
-        Says before each pass how long it and the rest will take, from the steps that it has timed itself.
+        Says how long the rest will take, from the steps that it has timed itself; writes TABLE as csv and json.
 
         Parameters
         ----------
         names
             Experiments by name; all if empty.
+        engine, cpus
+            One of ENGINES; cores of a pass on Ray.
+
+        Raises
+        ------
+        RunError
+            If a pass failed, or what it trained is not in the folder.
         """
-        todo = [[e for e in each if not names or e.name in names] for each in self.passes]
-        todo = [[e for e in each if not self.job(e).finished] for each in todo]
-        left = sum(_steps(each, examples) for each in todo)
-        done, began = 0, time.monotonic()
-        for number, each in enumerate(filter(None, todo)):
-            rate = (time.monotonic() - began) / done if done else None
-            ahead = f"about {rate * (left - done) / 60:.0f} minutes for this and the rest" if rate else "not timed yet"
-            what = ", ".join(dict.fromkeys(experiment.name for experiment in each))
-            say(f"pass {number + 1}: {what}; {len(each)} adapters, {left - done:,} adapter steps ahead, {ahead}")
-            jobs = [self.job(experiment) for experiment in each]
-            rows, probed = as_rows(self.base, examples), as_rows(self.base, held_out)
-            for job in jobs:
-                claim(job.run, job.recipe, examples)
-            last = each[0].num_epochs
-            tenths = {
-                *range(0, last + 1, max(1, last // 10)),
-                *(e for e in EVALUATED.get(each[0].name, ()) if e <= last),
-            }
-            train_together(jobs, rows, sorted(tenths), held_out=probed)
-            done += _steps(each, examples)
+        check_engine(engine)
+        asked = [[e for e in each if not names or e.name in names] for each in self.passes]
+        # Who is through goes along with the rest of its pass: the last stretch may have been cut off between the two.
+        todo = [each for each in asked if any(not self.job(e).finished for e in each)]
+        counts = [_steps([e for e in each if not self.job(e).finished], examples) for each in todo]
+        ahead = _Ahead(counts)
+        self.root.mkdir(parents=True, exist_ok=True)
+        said = [
+            f"pass {number + 1}: {', '.join(dict.fromkeys(e.name for e in each))}; {len(each)} adapters"
+            for number, each in enumerate(todo)
+        ]
+        tasks = [(self.base, self.root.absolute(), each, examples, held_out) for each in todo]
+        if engine == "ray" and todo:
+            from mini_symposium import ray_engine
+
+            def finished(number: int, seconds: float) -> None:
+                ahead.done(number, seconds)
+                say(f"{said[number]}: done; {ahead}")
+
+            say(f"{sum(map(len, todo))} adapters; {ahead}")
+            ray_engine.run(tasks, train_pass, finished, say, cpus)
+        else:
+            began = time.monotonic()
+            for number, task in enumerate(tasks):
+                say(f"{said[number]}, {ahead}")
+                train_pass(*task)
+                ahead.done(number, time.monotonic() - began)
+        lost = [e.folder for e in self.missing() if any(e in each for each in todo)]
+        if lost:
+            raise RunError(
+                f"{self.root}: {', '.join(lost)} ended elsewhere; do all nodes see this folder as their own?"
+            )
+        self.write_table()
         there = len(self.experiments) - len(self.missing())
         say(f"{there} of {len(self.experiments)} experiments are there: {self.root}")
 
-    def evaluated(self) -> dict[str, Path]:
-        """Checkpoints to be evaluated, of what has been trained, each under a name of its own."""
+    def table(self) -> pd.DataFrame:
+        """A row for each experiment that is there: what it is, and its loss and EM, means over its last epoch."""
+        rows = []
+        for e in self.experiments:
+            job = self.job(e)
+            if job.finished:
+                recipe, lines = job.recipe, job.run.metrics(e.learning_rate)
+                last = [line for line in lines if line["epoch"] == recipe.num_epochs - 1]
+                means = {key: round(sum(line[key] for line in last) / len(last), 4) for key in ("loss", "em")}
+                chosen = {key: getattr(recipe, key) for key in COLUMNS}
+                rows.append({"name": e.name, **chosen, **means})
+        return pd.DataFrame(rows, columns=["name", *COLUMNS, "loss", "em"])
+
+    def write_table(self) -> None:
+        """Write the table as TABLE.csv and TABLE.json into the folder."""
+        table = self.table()
+        with written_whole(self.root / f"{TABLE}.csv") as temporary:
+            table.to_csv(temporary, index=False, lineterminator="\n", encoding="utf-8")
+        write_json(self.root / f"{TABLE}.json", json.loads(table.to_json(orient="records", double_precision=15)))
+
+    def evaluated(self, last: bool = False) -> dict[str, Path]:
+        """Checkpoints to be evaluated, of what has been trained, each under a name of its own.
+
+        Parameters
+        ----------
+        last
+            Each experiment's last one, as a grid has no others.
+        """
         found = {}
         for experiment in self.experiments:
             checkpoints = self.job(experiment).run.checkpoints(experiment.learning_rate)
-            for epoch in EVALUATED.get(experiment.name, ()):
+            for epoch in (experiment.num_epochs,) if last else EVALUATED.get(experiment.name, ()):
                 if epoch in checkpoints:
                     found[f"{experiment.folder}-epoch-{epoch}"] = checkpoints[epoch]
         return found
+
+
+def run_grid(
+    recipe: str = "proxy",
+    out: str = "",
+    learning_rates: Sequence[float] = (),
+    ranks: Sequence[int | tuple[int, int]] = (),
+    schedules: Sequence[str] = (),
+    seeds: Sequence[int] = (42,),
+    epochs: int | None = None,
+    per_pass: int = PER_PASS,
+    engine: str = "local",
+    cpus: int = 1,
+    say: Callable[[str], None] = print,
+) -> pd.DataFrame:
+    """Train a grid, as `mini-symposium sweep --learning-rates ...` does, and return its table; see `grid`, `Sweep.run`.
+
+    Raises
+    ------
+    InputError
+        If the grid is none, or another process works in the folder.
+    """
+    check_engine(engine)
+    base = load_recipe(recipe)
+    passes = grid(base, learning_rates, ranks, schedules, seeds, epochs, per_pass)
+    whole = Sweep(base, RunDirectory(out or f"runs/{base.name}-sweep").path, seeds, passes)
+    with alone(whole.root):
+        whole.run(load_examples(base.dataset), load_examples("data/twins.md"), (), say, engine, cpus)
+    return whole.table()
+
+
+def train_pass(
+    base: Recipe,
+    root: Path,
+    experiments: Sequence[Experiment],
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    patience: float = PATIENCE,
+) -> None:
+    """Train experiments that last equally long over one base, going on where they were cut off.
+
+    Parameters
+    ----------
+    patience
+        Seconds to wait for whoever still writes to one of their run directories.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root}: not there on {platform.node()}; the nodes of a cluster share the sweep's folder")
+    jobs = [_job(base, root, experiment) for experiment in experiments]
+    rows, probed = as_rows(base, examples), as_rows(base, held_out)
+    last = experiments[0].num_epochs
+    evaluated = (epoch for epoch in EVALUATED.get(experiments[0].name, ()) if epoch <= last)
+    tenths = {*range(0, last + 1, max(1, last // 10)), *evaluated}
+    with held([job.run for job in jobs], patience):
+        for job in jobs:
+            claim(job.run, job.recipe, examples)
+        train_together(jobs, rows, sorted(tenths), held_out=probed)
+
+
+def check_engine(engine: str) -> None:
+    """Refuse an engine that there is not."""
+    if engine not in ENGINES:
+        raise InputError(f"--engine {engine}: is one of {', '.join(ENGINES)}")
+
+
+class _Ahead:
+    """How much is left, and how long it will take at the pace so far."""
+
+    def __init__(self, steps: Sequence[int]):
+        self.steps, self.left, self.pace = steps, sum(steps), None
+
+    def done(self, number: int, seconds: float) -> None:
+        """Pass `number` ended `seconds` after the first began."""
+        self.left -= self.steps[number]
+        self.pace = seconds / (sum(self.steps) - self.left)
+
+    def __str__(self) -> str:
+        if self.pace is None:
+            return f"{self.left:,} adapter steps ahead, not timed yet"
+        minutes = self.pace * self.left / 60
+        return f"{self.left:,} adapter steps ahead, {self.pace:.2g} s each, about {minutes:.0f} minutes"
+
+
+def _job(base: Recipe, root: Path, experiment: Experiment) -> Job:
+    return Job(experiment.recipe(base), RunDirectory(root / experiment.folder))
 
 
 def _steps(experiments: Sequence[Experiment], examples: Sequence[Example]) -> int:

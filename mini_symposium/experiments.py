@@ -1,0 +1,121 @@
+"""What a sweep is made of: experiments, one adapter each, and the grid of them that the command line asks for.
+
+No torch here, so that a mistyped grid is refused at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+from mini_symposium import InputError
+from mini_symposium.recipe import Recipe
+from mini_symposium.run_directory import RunDirectory
+
+PER_PASS = 8
+"""Adapters of a grid that share a pass over the base: more save more of its cost, fewer leave more to run at once."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One adapter: a recipe with `changes`, in a run directory of its own."""
+
+    name: str
+    learning_rate: float
+    num_epochs: int
+    seed: int
+    changes: dict = field(default_factory=dict)
+    """Of the recipe: rank, alpha, schedule."""
+
+    @property
+    def folder(self) -> str:
+        """Name of its run directory below the sweep's folder."""
+        return f"{self.name}-seed-{self.seed}"
+
+    def recipe(self, base: Recipe) -> Recipe:
+        """The recipe that it trains."""
+        same = {"learning_rate": self.learning_rate, "num_epochs": self.num_epochs, "seed": self.seed}
+        return base.replace(**same, **self.changes)
+
+
+def grid(
+    recipe: Recipe,
+    learning_rates: Sequence[float] = (),
+    ranks: Sequence[int | tuple[int, int]] = (),
+    schedules: Sequence[str] = (),
+    seeds: Sequence[int] = (42,),
+    epochs: int | None = None,
+    per_pass: int = PER_PASS,
+) -> list[list[Experiment]]:
+    """Every combination, in passes of at most `per_pass` adapters; what is empty or None is the recipe's own.
+
+    Ranks are neighbours in a pass, for a smaller one is padded to the largest.
+
+    Parameters
+    ----------
+    ranks
+        r, with alpha = 2r, or (r, alpha).
+
+    Raises
+    ------
+    InputError
+        If a value is given twice, or is none for the recipe.
+
+    >>> from mini_symposium.recipe import load_recipe
+    >>> [[e.folder for e in each] for each in grid(load_recipe("proxy"), [1e-3, 1e-4], [4], per_pass=1)]
+    [['lr-1e-03-rank-4-alpha-8-constant-seed-42'], ['lr-1e-04-rank-4-alpha-8-constant-seed-42']]
+    """
+    if per_pass < 1:
+        raise InputError(f"--per-pass {per_pass}: takes a whole number above 0")
+    pairs = [each if isinstance(each, tuple) else (each, 2 * each) for each in ranks]
+    asked = {"learning-rates": learning_rates, "ranks": pairs, "schedules": schedules, "seeds": seeds}
+    for option, values in asked.items():
+        once(option, values)
+    last = recipe.num_epochs if epochs is None else epochs
+    found = []
+    for (r, alpha), rate, rule, seed in product(
+        sorted(pairs) or [(recipe.lora_r, recipe.lora_alpha)],
+        learning_rates or [recipe.learning_rate],
+        schedules or [recipe.lr_scheduler],
+        seeds,
+    ):
+        changes = {"lora_r": r, "lora_alpha": alpha, "lr_scheduler": rule}
+        Experiment("", rate, last, seed, changes).recipe(recipe)  # refuses what is no recipe before it gets a name
+        name = f"{RunDirectory('.').learning_rate_dir(rate).name}-rank-{r}-alpha-{alpha}-{rule}"
+        found.append(Experiment(name, rate, last, seed, changes))
+    return [found[start : start + per_pass] for start in range(0, len(found), per_pass)]
+
+
+def once(option: str, values: Sequence) -> None:
+    """Refuse a value that an option has twice: the two would train in one folder."""
+    twice = [value for value in dict.fromkeys(values) if list(values).count(value) > 1]
+    if twice:
+        raise InputError(f"--{option}: {', '.join(map(str, twice))} more than once; give each once")
+
+
+def parse_numbers(option: str, text: str, kind: type = int) -> list:
+    """Comma-separated numbers of an option; [] of an empty text.
+
+    >>> parse_numbers("seeds", "42, 43"), parse_numbers("learning-rates", "1e-3", float)
+    ([42, 43], [0.001])
+    """
+    try:
+        return [kind(each) for each in text.split(",")] if text.strip() else []
+    except ValueError as error:
+        example = "whole numbers, as in 42,43,44" if kind is int else "numbers, as in 1e-3,1e-4"
+        raise InputError(f"--{option} {text}: takes {example}") from error
+
+
+def parse_ranks(text: str) -> list[tuple[int, int]]:
+    """Comma-separated r or r:alpha, where alpha is 2r if it is not given.
+
+    >>> parse_ranks("4,64:32")
+    [(4, 8), (64, 32)]
+    """
+    found = []
+    for each in text.split(",") if text.strip() else ():
+        r, colon, alpha = each.partition(":")
+        try:
+            found.append((int(r), int(alpha) if colon else 2 * int(r)))
+        except ValueError as error:
+            raise InputError(f"--ranks {text}: takes r or r:alpha, as in 4,16,64:32") from error
+    return found

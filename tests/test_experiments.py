@@ -1,0 +1,60 @@
+"""The grid of a sweep: what it holds, and what is refused."""
+
+import pytest
+from conftest import command
+
+from mini_symposium import InputError
+from mini_symposium.experiments import grid
+from mini_symposium.recipe import load_recipe
+
+
+def test_the_grid_is_the_product_in_bounded_passes_equal_ranks_together():
+    passes = grid(load_recipe("proxy"), [1e-3, 1e-4], [(64, 32), 4], ["constant", "cosine"], [1, 2], 5, 6)
+    experiments = [experiment for each in passes for experiment in each]
+    assert [len(each) for each in passes] == [6, 6, 4]
+    assert len({experiment.folder for experiment in experiments}) == 16
+    assert [e.changes["lora_r"] for e in experiments] == [4] * 8 + [64] * 8
+    recipe = experiments[-1].recipe(load_recipe("proxy"))
+    assert (recipe.lora_r, recipe.lora_alpha, recipe.lr_scheduler) == (64, 32, "cosine")
+    assert (recipe.learning_rate, recipe.seed, recipe.num_epochs) == (1e-4, 2, 5)
+
+
+def test_rates_that_differ_in_their_last_digits_have_folders_of_their_own():
+    (some,) = grid(load_recipe("proxy"), [1e-3, 1.0000001e-3])
+    assert len({experiment.folder for experiment in some}) == 2
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"learning_rates": [1e-3, 0.001]}, "--learning-rates: 0.001 more than once"),
+        ({"ranks": [4, (4, 8)]}, "--ranks"),
+        ({"ranks": [0]}, "lora_r: 0: must be at least 1"),
+        ({"learning_rates": [-1.0]}, "learning_rate: -1.0"),
+        ({"learning_rates": [float("nan")]}, "learning_rate: nan: takes a finite number"),
+        ({"schedules": ["cosin"]}, "is one of constant, cosine, linear"),
+        ({"epochs": 0}, "num_epochs: 0"),
+        ({"seeds": [-1]}, "seed: -1"),
+        ({"per_pass": 0}, "--per-pass 0"),
+    ],
+)
+def test_a_value_that_no_recipe_has_is_refused(values, said):
+    with pytest.raises(InputError, match=said):
+        grid(load_recipe("proxy"), **values)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--learning-rates", "fast"], "--learning-rates fast: takes numbers, as in 1e-3,1e-4"),
+        (["--ranks", "4:x"], "--ranks 4:x: takes r or r:alpha"),
+        (["--ranks", "4", "--schedules", "step"], "is one of constant, cosine, linear"),
+        (["--ranks", "4", "--seeds", "1,1"], "--seeds: 1 more than once"),
+        (["--epochs", "3"], "--epochs: is for a grid"),
+        (["--ranks", "4", "--engine", "slurm"], "--engine slurm: is one of local, ray"),
+    ],
+)
+def test_a_mistyped_grid_is_one_line_and_touches_nothing(tmp_path, arguments, said):
+    done = command("sweep", "--recipe", "tiny", "--out", tmp_path / "s", *arguments, check=False)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "s").exists()
