@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import command
@@ -29,15 +28,13 @@ DATA = ROOT / "data" / "minisymposium.md"
         (["publish", "nowhere"], "no executed notebooks"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_2_within_seconds(arguments, expected, tmp_path):
+def test_bad_input_ends_in_one_line_and_2(arguments, expected, tmp_path):
     if arguments[0] in ("reproduce", "train"):
         arguments = [*arguments, "--run", tmp_path / "run"]
-    started = time.monotonic()
     done = command(*arguments, check=False)
     assert done.returncode == 2
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
-    assert time.monotonic() - started < 5
     assert not (tmp_path / "run" / "notebooks").exists()
 
 

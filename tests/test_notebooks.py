@@ -3,7 +3,6 @@
 import ast
 import json
 import statistics
-import time
 
 import nbformat
 import pytest
@@ -57,9 +56,7 @@ def test_no_token_of_the_environment_is_in_a_run(tiny_run):
 
 def test_a_finished_run_is_not_run_again_and_says_so(tiny_run):
     before = {path: path.stat().st_mtime_ns for path in tiny_run.path.rglob("*") if path.is_file()}
-    started = time.monotonic()
     said = command("reproduce", "--recipe", "tiny", "--run", tiny_run.path, *SHORT).stdout
-    assert time.monotonic() - started < 10
     assert "already" in said or "nothing" in said
     after = {path: path.stat().st_mtime_ns for path in tiny_run.path.rglob("*") if path.is_file()}
     assert {p.name for p in after if after[p] != before.get(p)} <= {".lock"}
