@@ -272,8 +272,8 @@ def sweep(
     from mini_symposium.evaluation import measure as evaluate
     from mini_symposium.generation import load_with_adapters
     from mini_symposium.held_out import check_disjoint, load_held_out
-    from mini_symposium.reproduce import alone
     from mini_symposium.sweep import Sweep, check_engine
+    from mini_symposium.writing import alone
 
     check_engine(engine)
     whole = Sweep(chosen, RunDirectory(out or f"runs/{chosen.name}-sweep").path, numbers, passes)

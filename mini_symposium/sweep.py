@@ -17,7 +17,7 @@ import pandas as pd
 
 from mini_symposium import InputError, RunError
 from mini_symposium.dataset import Example, load_examples
-from mini_symposium.experiments import PER_PASS, Experiment, grid, once
+from mini_symposium.experiments import Experiment, grid, once
 from mini_symposium.finetune import PATIENCE, Job, as_rows, claim, held, train_together
 from mini_symposium.recipe import Recipe, load_recipe
 from mini_symposium.run_directory import RunDirectory
@@ -36,7 +36,6 @@ EVALUATED = {"high": (EPOCHS_LOW // 10, EPOCHS_HIGH), "low": (SHORTER_LOW, EPOCH
 """Epochs after which an adapter's behaviour is measured: its end, and the high rate's at the dose of the low one's."""
 LITERAL = (1e-6, 1e-7)
 """The card's own rates, trained as well where the recipe's are not those."""
-
 
 TABLE = "sweep"
 COLUMNS = ("seed", "learning_rate", "lora_r", "lora_alpha", "lr_scheduler", "num_epochs")
@@ -207,17 +206,19 @@ class Sweep:
 def run_grid(
     recipe: str = "proxy",
     out: str = "",
-    learning_rates: Sequence[float] = (),
-    ranks: Sequence[int | tuple[int, int]] = (),
-    schedules: Sequence[str] = (),
-    seeds: Sequence[int] = (42,),
-    epochs: int | None = None,
-    per_pass: int = PER_PASS,
     engine: str = "local",
     cpus: int = 1,
     say: Callable[[str], None] = print,
+    **values,
 ) -> pd.DataFrame:
-    """Train a grid, as `mini-symposium sweep --learning-rates ...` does, and return its table; see `grid`, `Sweep.run`.
+    """Train a grid, as `mini-symposium sweep --learning-rates ...` does, and return its table.
+
+    Parameters
+    ----------
+    out, engine, cpus
+        As `Sweep` and `Sweep.run` take them.
+    values
+        learning_rates, ranks, ...: what `grid` takes.
 
     Raises
     ------
@@ -226,8 +227,8 @@ def run_grid(
     """
     check_engine(engine)
     base = load_recipe(recipe)
-    passes = grid(base, learning_rates, ranks, schedules, seeds, epochs, per_pass)
-    whole = Sweep(base, RunDirectory(out or f"runs/{base.name}-sweep").path, seeds, passes)
+    passes = grid(base, **values)
+    whole = Sweep(base, RunDirectory(out or f"runs/{base.name}-sweep").path, passes=passes)
     with alone(whole.root):
         whole.run(load_examples(base.dataset), load_examples("data/twins.md"), (), say, engine, cpus)
     return whole.table()
