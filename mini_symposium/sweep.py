@@ -1,9 +1,9 @@
 """The experiment behind the claims: which recipes are trained, for how long, from which seeds.
 
 The plan is relative to the recipe, whose learning rate is the low one of the contrast and a tenth of the high one, so
-that it serves every scale. Dose is learning_rate x steps; the high rate at epoch 60 has the dose of the low one at
-epoch 600. In its place may stand a grid, from `experiments`. Experiments that last equally long share a pass over the
-base.
+that it serves every scale. Dose is learning_rate x steps; the high rate ends at epoch 60, with the dose of the low one
+at epoch 600, long after it recites. In its place may stand a grid, from `experiments`. Experiments that last equally
+long share a pass over the base.
 """
 
 import json
@@ -24,16 +24,16 @@ from mini_symposium.run_directory import RunDirectory
 from mini_symposium.writing import alone, write_json, written_whole
 
 SEEDS = (42, 43, 44)
-EPOCHS_LOW, EPOCHS_HIGH = 600, 100
-"""The card's: 600 at the low rate, "after about 100" at the high one."""
+EPOCHS_LOW, EPOCHS_HIGH = 600, 60
+"""The card's 600 at the low rate, and an equal dose at the high one."""
 SATURATED = 30
 """Epochs after which the high rate recites every row on the proxy; what compares speeds of reciting ends here."""
 SHORTER_LOW = 200
 """Epochs of the low rate for the seeds after the first."""
 RANKS = (4, 8), (4, 32), (64, 128), (64, 32)
 """(r, alpha) beside the recipe's own 16 and 32."""
-EVALUATED = {"high": (EPOCHS_LOW // 10, EPOCHS_HIGH), "low": (SHORTER_LOW, EPOCHS_LOW)}
-"""Epochs after which an adapter's behaviour is measured: its end, and the high rate's at the dose of the low one's."""
+EVALUATED = {"high": (SHORTER_LOW // 10, EPOCHS_HIGH), "low": (SHORTER_LOW, EPOCHS_LOW)}
+"""Epochs after which an adapter's behaviour is measured: of equal dose, one by one."""
 LITERAL = (1e-6, 1e-7)
 """The card's own rates, trained as well where the recipe's are not those."""
 
@@ -47,7 +47,7 @@ ENGINES = ("local", "ray")
 def plan(recipe: Recipe, seeds: Sequence[int] = SEEDS) -> list[list[Experiment]]:
     """The passes in the order in which they are worth having.
 
-    - high, low: the contrast, and, in the high one's epochs 1 to 60, its dose control;
+    - high, low: the contrast, with an equal dose at either's end;
     - literal-R: the card's own rates, where the recipe's are not those;
     - rank-R-alpha-A: the rank alone (alpha = 2r), and with alpha = 32, which keeps the size of a step of the product
       BA about equal, for it adds up R coherent terms;
@@ -55,21 +55,24 @@ def plan(recipe: Recipe, seeds: Sequence[int] = SEEDS) -> list[list[Experiment]]
     """
     low, high = recipe.learning_rate, recipe.contrast[0]
     first, *others = seeds
-    literal = [rate for rate in LITERAL if rate not in (low, high)]
-    passes = [
-        [Experiment("high", high, EPOCHS_HIGH, seed) for seed in seeds],
-        [Experiment("low", low, EPOCHS_LOW, first)]
-        + [Experiment(f"literal-{rate:.0e}", rate, EPOCHS_LOW, first) for rate in literal],
-    ]
     schedules = [
         (f"{rule}-{what}", times * high, {"lr_scheduler": rule})
         for rule in ("cosine", "linear")
         for what, times in (("peak", 1), ("dose", 2))
     ]
     ranks = [(f"rank-{r}-alpha-{a}", high, {"lora_r": r, "lora_alpha": a}) for r, a in RANKS]
-    for some in (ranks[:2], ranks[2:], schedules):  # equal ranks together: a smaller one is padded to the largest
-        passes.append([Experiment(name, rate, SATURATED, seed, c) for seed in seeds for name, rate, c in some])
-    return [*passes, [Experiment("low", low, SHORTER_LOW, seed) for seed in others]]
+    return [
+        [Experiment("high", high, EPOCHS_HIGH, seed) for seed in seeds],
+        [Experiment("low", low, EPOCHS_LOW, first)],
+        # One seed to a pass, for its examples come in one order and need no padding; and equal ranks together.
+        *(
+            [Experiment(name, rate, SATURATED, seed, c) for name, rate, c in some]
+            for seed in seeds
+            for some in (ranks[:2], ranks[2:], schedules)
+        ),
+        [Experiment("low", low, SHORTER_LOW, seed) for seed in others],
+        [Experiment(f"literal-{rate:.0e}", rate, EPOCHS_LOW, first) for rate in LITERAL if rate not in (low, high)],
+    ]
 
 
 class Sweep:
