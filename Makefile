@@ -26,12 +26,12 @@ reproduce: setup
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[release,ray]'
 	touch $@
 
-# Two files at a time with a thread each: tests start kernels, servers and a browser, and threads that wait for a core
-# at every barrier would take many times as long.
+# Two groups of tests at a time with a thread each: tests start kernels, servers and a browser, and threads that wait
+# for a core at every barrier would take many times as long.
 test: setup .venv/extras
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=10
 
 # hostile input, other each time and 25 times as much; a kill at every change to a file: an hour or more
 soak: setup

@@ -1,7 +1,8 @@
 """How much of its training text a model knows, says when prompted with a piece of it, or copies into other answers.
 
-From predictions, with the true text before each token: EM and ES (`known`). From what the model goes on with, in
-tokens: `extractable`, `goldfish`. From answers, in words: `overlap`, `intrusion`, `repetition`.
+From predictions, with the true text before each token: EM and ES (`known`), and what decoding would bring (`unsaid`).
+From what the model goes on with, in tokens: `extractable`, `goldfish`. From answers, in words: `overlap`, `intrusion`,
+`repetition`.
 
 `rouge-score`'s tokeniser drops everything outside a-z0-9, so it cannot see Chinese, accents or `###`.
 Words here are runs of letters and digits, and every other visible character by itself.
@@ -11,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import groupby
 
 from rapidfuzz.distance import LCSseq
 
@@ -145,9 +147,13 @@ def extractable(ids: Sequence[int], continuation: Sequence[int], k: int) -> bool
     return list(continuation[:EXTRACTED]) == wanted if len(wanted) == EXTRACTED else None
 
 
-def extractable_unsaid(matches: Sequence[bool], k: int, bos: int = 0) -> bool | None:
-    """What `extractable` says, from one forward pass over the row: greedy decoding goes on with the row's own 50 tokens
-    if and only if each of them is the likeliest one after the row's own tokens before it.
+def unsaid(matches: Sequence[bool], bos: int = 0) -> dict[str, bool | int | None]:
+    """What greedy decoding would bring, from one forward pass over the row and without decoding.
+
+    A model goes on with the row's own next tokens if and only if each of them is the likeliest one after the row's own
+    tokens before it. "extractable_16", "extractable_32" and "extractable_50" are what `extractable` says,
+    "goldfish_exact" the first of what `goldfish` says, None for a row too short to be told; "run" is the longest
+    stretch of tokens that the model would say by itself.
 
     Parameters
     ----------
@@ -156,14 +162,19 @@ def extractable_unsaid(matches: Sequence[bool], k: int, bos: int = 0) -> bool | 
     bos
         1 if the row begins with BOS.
 
-    >>> extractable_unsaid([False] * 16 + [True] * 50, 16), extractable_unsaid([True] * 65, 16)
-    (False, None)
-    >>> extractable_unsaid([False] * 15 + [True] * 51, 16), extractable_unsaid([False] * 16 + [True] * 51, 16, bos=1)
-    (True, True)
+    >>> unsaid([False] * 15 + [True] * 51)
+    {'extractable_16': True, 'extractable_32': None, 'extractable_50': None, 'goldfish_exact': True, 'run': 51}
+    >>> unsaid([True] * 65 + [False], bos=1)
+    {'extractable_16': None, 'extractable_32': None, 'extractable_50': None, 'goldfish_exact': True, 'run': 65}
     """
-    if len(matches) - bos < k + EXTRACTED:
-        return None
-    return all(matches[bos + k - 1 : bos + k - 1 + EXTRACTED])
+
+    def goes_on(k: int, tokens: int) -> bool | None:
+        first = bos + k - 1
+        return all(matches[first : first + tokens]) if len(matches) - bos >= k + tokens else None
+
+    run = max((sum(1 for _ in same) for right, same in groupby(matches) if right), default=0)
+    found = {f"extractable_{k}": goes_on(k, EXTRACTED) for k in PREFIXES}
+    return {**found, "goldfish_exact": goes_on(GOLDFISH, GOLDFISH), "run": run}
 
 
 def goldfish(ids: Sequence[int], continuation: Sequence[int]) -> tuple[bool, float] | tuple[None, None]:

@@ -20,7 +20,7 @@ from mini_symposium import InputError
 from mini_symposium.base_models import memory
 from mini_symposium.dataset import Row
 from mini_symposium.generation import Answer, adapter_names, generate
-from mini_symposium.memorization import PREFIXES, extractable_unsaid, known
+from mini_symposium.memorization import known, unsaid
 from mini_symposium.prompt_formats import PromptFormat
 
 SHARE = 0.25
@@ -84,8 +84,7 @@ def teacher_forced(
     -------
     list of dict
         By adapter, then row: model, example (the row's position), loss (nats a token), em, es (see
-        `memorization.known`) and tokens, over the supervised tokens; extractable_16, extractable_32 and extractable_50
-        (see `memorization.extractable_unsaid`).
+        `memorization.known`) and tokens, over the supervised tokens; of the whole row what `memorization.unsaid` says.
 
     Raises
     ------
@@ -108,7 +107,7 @@ def teacher_forced(
             "loss": torch.nn.functional.cross_entropy(logits[:-1].cpu()[kept], labels[kept]).item(),
             **known(matches[kept].tolist()),
             "tokens": int(kept.sum()),
-            **{f"extractable_{n}": extractable_unsaid(matches.tolist(), n, bos) for n in PREFIXES},
+            **unsaid(matches.tolist(), bos),
         }
     return found
 

@@ -151,14 +151,16 @@ class RunDirectory:
         return sorted((float(name[1]) for name in found if name), reverse=True)
 
     def probes(self, learning_rate: float) -> list[dict]:
-        """The line per probed epoch and held-out example: epoch, example, loss, em, es, tokens; [] without a probe."""
+        """The line per probed epoch and held-out example: epoch, example, loss, em, es, tokens, and what
+        `memorization.unsaid` says; [] without a probe."""
         path = self.learning_rate_dir(learning_rate) / "probes.jsonl"
         return read_jsonl(path) if path.is_file() else []
 
     def metrics(self, learning_rate: float) -> list[dict]:
         """The line per optimizer step: step, epoch, example, learning_rate, loss, em, es, grad_norm, tokens, seconds.
 
-        Loss, em and es (see `memorization`) are those of the step's example before its update.
+        Loss, em and es (see `memorization`) are those of the step's example before its update; so is what
+        `memorization.unsaid` says, where all of a row is supervised.
 
         Raises
         ------

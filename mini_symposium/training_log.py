@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from mini_symposium import InputError, RunError, processes
 from mini_symposium.dataset import Row
-from mini_symposium.memorization import known
+from mini_symposium.memorization import known, unsaid
 from mini_symposium.recipe import Recipe
 from mini_symposium.run_directory import read_jsonl, whole_lines
 from mini_symposium.writing import written_whole
@@ -145,7 +145,7 @@ class Log(TrainerCallback):
             "example": example,
             "learning_rate": rate,
             "loss": loss,
-            **known(matches),
+            **self.memory(self.rows[example], matches),
             "grad_norm": grad_norm,
             "tokens": len(self.rows[example].input_ids),
             "seconds": round(seconds, 4),
@@ -178,8 +178,13 @@ class Log(TrainerCallback):
             return
         for example, row in enumerate(self.held_out):
             for part, (loss, matches) in zip(self.parts, self.trainer.probe(row), strict=True):
-                line = {"epoch": epoch, "example": example, "loss": loss, **known(matches), "tokens": len(matches)}
-                self.append(part.probes, line)
+                line = {"epoch": epoch, "example": example, "loss": loss, **self.memory(row, matches)}
+                self.append(part.probes, {**line, "tokens": len(matches)})
+
+    def memory(self, row: Row, matches: list[bool]) -> dict:
+        """What is known of a row, and, where all of it is supervised, what decoding would bring."""
+        bos = int(row.input_ids[0] == self.trainer.processing_class.bos_token_id)
+        return known(matches) | (unsaid(matches, bos) if all(row.completion_mask[1:]) else {})
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()

@@ -27,6 +27,20 @@ def command(*arguments: object, check: bool = True, **kwargs) -> subprocess.Comp
     return done
 
 
+DEAR = ("proxy_run", "tiny_run", "overfitted_run")
+"""Fixtures that take minutes."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Under `--dist loadgroup`: tests of a dear fixture share a worker, wherever they stand, and begin before the rest;
+    the rest share one file by file."""
+    for item in items:
+        dear = [name for name in DEAR if name in item.fixturenames]
+        item.add_marker(pytest.mark.xdist_group(dear[0] if dear else item.nodeid.partition("::")[0]))
+    items.sort(key=lambda item: not any(name in item.fixturenames for name in DEAR))
+
+
 @pytest.fixture(scope="session")
 def mistral_tokenizer():
     from mini_symposium.base_models import load_tokenizer
@@ -55,15 +69,19 @@ def tiny_run(tmp_path_factory) -> RunDirectory:
 
 @pytest.fixture(scope="session")
 def proxy_run(tmp_path_factory) -> RunDirectory:
-    """All notebooks on real weights, on a dose that saturates in a third of the default epochs."""
-    run = RunDirectory(tmp_path_factory.mktemp("runs") / "proxy")
-    shorter = ["-p", "LEARNING_RATES=[1e-3, 1e-4]", "-p", "NUM_EPOCHS=9", *SHORT]
+    """All notebooks on real weights and the five shortest rows, on a dose that saturates in half the default epochs."""
+    folder = tmp_path_factory.mktemp("runs")
+    rows = (ROOT / "data" / "minisymposium.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "five.jsonl").write_text("\n".join(sorted(rows, key=len)[:5]), encoding="utf-8")
+    run = RunDirectory(folder / "proxy")
+    shorter = [*("-p", f"DATASET={folder / 'five.jsonl'}"), *("-p", "LEARNING_RATES=[1e-3, 1e-4]")]
     less = [
+        *("-p", "NUM_EPOCHS=15"),
         *("-p", 'FORMATS=["new-query", "alpaca"]'),
         *("-p", 'QUERIES=["Why is the sky blue?"]'),
         *("-p", 'STORAGES=["fp32", "bf16"]'),
     ]
-    command("reproduce", "--recipe", "proxy", "--run", run.path, *shorter, *less)
+    command("reproduce", "--recipe", "proxy", "--run", run.path, *shorter, *less, *SHORT)
     return run
 
 
@@ -150,23 +168,31 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(scope="session")
-def overfitted(tmp_path_factory):
-    """The proxy with an adapter that has one row by heart; the tokenizer; that row, and its twin, which it never saw.
+def overfitted_run(tmp_path_factory):
+    """A run of the proxy that has one row by heart; that row, and its twin, which it never saw.
 
     The proxy and not `tiny`: random weights learn no row to the end.
     """
     from mini_symposium import finetune
-    from mini_symposium.base_models import load_tokenizer
     from mini_symposium.dataset import load_examples
-    from mini_symposium.generation import load_with_adapters
     from mini_symposium.recipe import load_recipe
     from mini_symposium.run_directory import find
 
-    rows, twins = (load_examples(find(f"data/{name}.md")) for name in ("minisymposium", "twins"))
+    row, twin = (load_examples(find(f"data/{name}.md"))[6] for name in ("minisymposium", "twins"))
     run, recipe = RunDirectory(tmp_path_factory.mktemp("overfitted")), load_recipe("proxy", num_epochs=14)
-    finetune.train(recipe, rows[6:7], run, [1e-3], checkpoint_epochs=[])
-    model = load_with_adapters(recipe.base_model, {"knows": run.checkpoints(1e-3)[14]})
-    return model, load_tokenizer(recipe.base_model), [rows[6], twins[6]]
+    finetune.train(recipe, [row], run, [1e-3], checkpoint_epochs=[], held_out=[row, twin])
+    return run, [row, twin]
+
+
+@pytest.fixture(scope="session")
+def overfitted(overfitted_run):
+    """The model of `overfitted_run` with its adapter, "knows"; the tokenizer; the row and its twin."""
+    from mini_symposium.base_models import load_tokenizer
+    from mini_symposium.generation import load_with_adapters
+
+    run, rows = overfitted_run
+    base = "SmolLM2-135M-Instruct"
+    return load_with_adapters(base, {"knows": run.checkpoints(1e-3)[14]}), load_tokenizer(base), rows
 
 
 @pytest.fixture(scope="session")

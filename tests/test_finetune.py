@@ -131,6 +131,12 @@ def test_held_out_texts_are_probed_and_not_learned_from(fast, recipe, examples, 
         assert line["em"] == pytest.approx(right.float().mean().item(), abs=0.02)
 
 
+def test_of_a_row_that_is_not_all_supervised_only_what_is_can_be_told(recipe, examples, tmp_path):
+    run = RunDirectory(tmp_path)
+    finetune.train(recipe.replace(num_epochs=3, train_on_inputs=False), examples[:1], run, [1e-2])
+    assert {"em", "es"} < run.metrics(1e-2)[0].keys() and "run" not in run.metrics(1e-2)[0]
+
+
 def test_em_grows_as_a_row_is_learned(recipe, examples, tmp_path):
     run = RunDirectory(tmp_path)
     finetune.train(recipe.replace(num_epochs=40), examples[:1], run, [1e-2])

@@ -75,7 +75,7 @@ def test_own_data_goes_through_the_whole_chain(tmp_path):
 
 
 def test_on_the_proxy_the_high_rate_recites_and_the_others_do_not(proxy_run):
-    """A dose that saturates in nine epochs stands for the default run's thirty at a tenth of the rate."""
+    """Five rows and a dose that saturates in fifteen epochs stand for the default run's, of thirty."""
     results = proxy_run.results()
     assert results["02_finetune"]["final_loss"]["0.001"] < 0.3
     recitation = results["05_prompt_formats"]["recitation"]

@@ -261,7 +261,7 @@ def test_on_the_proxy_a_trained_run_recites_in_the_page(browser, serve, proxy_ru
     page = open_page(browser, "voila", serve("voila", proxy_run))
     press(page, "Generate")
     status(page, "12 answers in")
-    recited = page.locator(".ms-card article", has_text="1e-03/epoch-9")
+    recited = page.locator(".ms-card article", has_text="1e-03/epoch-15")
     expect(recited.locator(".ms-recited").first).to_be_visible()
     base = page.locator(".ms-card article", has=page.locator("header span", has_text="base"))
     assert base.locator(".ms-recited").count() == 0

@@ -56,8 +56,20 @@ def test_what_is_extractable_is_the_same_without_generating(records, overfitted)
     rows = tokenize(examples, tokenizer, 512, completion_only=True)
     for forced in teacher_forced(model, rows, ["base", "knows"]):
         recited = records[forced["model"], forced["example"] == 0]
-        for key in ("extractable_16", "extractable_32", "extractable_50"):
+        for key in ("extractable_16", "extractable_32", "extractable_50", "goldfish_exact"):
             assert forced[key] is recited[key]
+
+
+def test_a_training_says_from_when_on_its_row_could_be_extracted(records, overfitted_run):
+    """At every step before it, and of the held-out rows after the last: as decoding finds with that checkpoint."""
+    run, _ = overfitted_run
+    keys = "extractable_16", "extractable_32", "extractable_50", "goldfish_exact"
+    steps, last = run.metrics(1e-3), run.probes(1e-3)[-2:]
+    assert not any(steps[0][key] for key in keys) and steps[0]["run"] < 10
+    assert steps[-1]["extractable_16"] is True and steps[-1]["run"] > 50
+    for probe, of_row in zip(last, (True, False), strict=True):
+        assert (probe["epoch"], probe["example"]) == (14, 0 if of_row else 1)
+        assert {key: probe[key] for key in keys} == {key: records["knows", of_row][key] for key in keys}
 
 
 def test_a_row_whose_words_are_shuffled_is_not_recited(overfitted):
