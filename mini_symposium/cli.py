@@ -306,12 +306,13 @@ def sweep(
 def claims(
     run: Annotated[str, typer.Argument(help="a run, a sweep, or figures/claims")],
     save: Annotated[
-        str, typer.Option(metavar="DIR", help="also write the evidence there, small enough to commit")
+        str, typer.Option(metavar="DIR", help="also write the evidence there, small enough to commit, and its pictures")
     ] = "",
 ):
     """Judge the card's twelve claims by what a run or a sweep has measured; writes claims.json into it."""
     from mini_symposium.claims import ledger
     from mini_symposium.evidence import load
+    from mini_symposium.redraw import redraw
     from mini_symposium.run_directory import RunDirectory, write_json
 
     evidence = load(run)
@@ -322,6 +323,7 @@ def claims(
     console.print(table)
     if save:
         evidence.save(Path(save))
+        redraw(RunDirectory(save))
     target = Path(save or RunDirectory(run).path) / "claims.json"
     write_json(target, [row.row() for row in rows])
     console.print(target, soft_wrap=True)
@@ -341,12 +343,14 @@ def render(
 
 
 @app.command()
-def figures(run: Annotated[str, typer.Argument(help="a run directory, or figures/proxy")]):
+def figures(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="run directories, figures/proxy, figures/claims")],
+):
     """Draw a run's figures again from its metrics and csv files; needs no model and no torch."""
     from mini_symposium.redraw import redraw
     from mini_symposium.run_directory import RunDirectory
 
-    for path in redraw(RunDirectory(run)):
+    for path in (path for run in runs for path in redraw(RunDirectory(run))):
         console.print(path, soft_wrap=True)
 
 

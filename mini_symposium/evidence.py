@@ -33,6 +33,8 @@ class Trained:
     """By epoch and example, before the step that it was trained with: see `memorization.known`."""
     loss: list[list[float]]
     """Likewise, in nats a token."""
+    extractable_32: list[list[bool | None]] = field(default_factory=list)
+    """Likewise: see `memorization.unsaid`; [] of older runs, and where only part of a row is supervised."""
     twins: dict[int, dict[str, float]] = field(default_factory=dict)
     """{epoch: {"loss", "em"}}: means over rows that were not trained on."""
     evaluations: dict[int, dict] = field(default_factory=dict)
@@ -164,7 +166,7 @@ def _tokens(run: RunDirectory, rate: float) -> int:
 def _trained(run: RunDirectory, name: str, rate: float) -> Trained:
     recipe, lines = load_recipe(run.recipe_file), _metrics(run, rate)
     n = len({line["example"] for line in lines})
-    tables = {key: _by_epoch(lines, key, n) for key in ("em", "loss")}
+    tables = {key: _by_epoch(lines, key, n) for key in ("em", "loss", "extractable_32")}
     twins: dict[int, dict[str, float]] = {}
     for epoch in sorted({line["epoch"] for line in run.probes(rate)}):
         some = [line for line in run.probes(rate) if line["epoch"] == epoch]
@@ -189,4 +191,5 @@ def _by_epoch(lines: list[Mapping], key: str, n: int) -> list[list[float]]:
     if not lines or key not in lines[0]:
         return []
     whole = [lines[start : start + n] for start in range(0, len(lines) - n + 1, n)]
-    return [[round(line[key], 3) for line in sorted(each, key=lambda line: line["example"])] for each in whole]
+    ordered = [sorted(each, key=lambda line: line["example"]) for each in whole]
+    return [[line[key] if line[key] is None else round(line[key], 3) for line in each] for each in ordered]

@@ -17,6 +17,8 @@ MARKS = {SUPPORTED: ("o", COLOURS[2]), NOT_SUPPORTED: ("X", COLOURS[0]), INCONCL
 def memorization_curves(trained: Sequence[Trained], scale: str) -> Picture:
     """How much of the rows is known, EM, by epoch and by dose; that of held-out twins as open circles.
 
+    Dotted: the share of rows of which 32 tokens bring the next 50, where the log holds it and a row is long enough.
+
     Parameters
     ----------
     trained
@@ -29,13 +31,17 @@ def memorization_curves(trained: Sequence[Trained], scale: str) -> Picture:
     """
     drawn = []
     for each in trained:
-        for rows, curve in (("training", dict(enumerate(map(np.mean, each.em)))), ("twins", each.twins)):
-            for epoch, known in curve.items():
-                em = float(known["em"] if rows == "twins" else known)
-                # EM is from before a step's update, so an epoch's is that of its middle; twins are asked between two.
-                come = each.learning_rate * each.steps_per_epoch * (epoch + 0.5 * (rows == "training"))
-                settings = {"name": each.name, "seed": each.seed, "learning_rate": each.learning_rate}
-                drawn.append({**settings, "rows": rows, "epoch": epoch, "dose": come, "em": em})
+        settings = {"name": each.name, "seed": each.seed, "learning_rate": each.learning_rate}
+        an_epoch = each.learning_rate * each.steps_per_epoch
+        # EM is from before a step's update, so an epoch's is that of its middle; twins are asked between two.
+        for epoch, known in enumerate(each.em):
+            line = {**settings, "rows": "training", "epoch": epoch, "dose": an_epoch * (epoch + 0.5)}
+            drawn.append({**line, "em": float(np.mean(known))})
+            told = [t for t in each.extractable_32[epoch] if t is not None] if each.extractable_32 else []
+            if told:
+                drawn[-1]["extractable_32"] = float(np.mean(told))
+        for epoch, known in each.twins.items():
+            drawn.append({**settings, "rows": "twins", "epoch": epoch, "dose": an_epoch * epoch, "em": known["em"]})
     if not drawn:
         raise InputError("no EM in the metrics; train again, older runs did not keep it")
     table = pd.DataFrame(drawn)
@@ -45,6 +51,8 @@ def memorization_curves(trained: Sequence[Trained], scale: str) -> Picture:
             "EM is the share of a row's tokens that the model would have said itself. Circles are twins, rows like "
             "them that were not trained on. Right: where dose is all that separates the rates, the lines agree."
         )
+        if "extractable_32" in table:
+            look += " Dotted: share of rows of which 32 tokens bring the next 50, word for word."
         figure = titled(3.3, "How much of the training rows is known", scale, look)
         panels = figure.subplots(1, 2, sharey=True)
         for (rate, _), part in table.groupby(["learning_rate", "seed"], sort=False):
@@ -53,6 +61,8 @@ def memorization_curves(trained: Sequence[Trained], scale: str) -> Picture:
             for axes, x in zip(panels, ("epoch", "dose"), strict=True):
                 known, twins = (part[part["rows"] == rows] for rows in ("training", "twins"))
                 axes.plot(known[x], known["em"], color=colour, linewidth=width, label=f"LR {scientific(rate)}")
+                if "extractable_32" in known:
+                    axes.plot(known[x], known["extractable_32"], ":", color=colour, linewidth=1.2)
                 twins = twins[twins[x] > 0] if x == "dose" else twins
                 axes.plot(twins[x], twins["em"], "o", color=colour, markerfacecolor="white", markersize=5)
         panels[0].set(xlabel="epochs", ylabel="EM", ylim=(0, 1.02))

@@ -14,11 +14,18 @@ from mini_symposium.run_directory import RunDirectory
 def redraw(run: RunDirectory) -> list[Path]:
     """Draw a run's figures again from its metrics, its results and the csv files beside them; return the pngs.
 
+    Of a sweep's saved evidence, which is all there is of it: the ledger, and the memorization curves of the contrast.
+
     Raises
     ------
     InputError
-        If the run has no recipe or no metrics.
+        If there is neither evidence nor a recipe with metrics.
     """
+    if (run.path / evidence.FILE).is_file():
+        pictures = of_evidence(evidence.load(run.path))
+        for name, picture in pictures.items():
+            picture.save(run.path / name)
+        return [run.path / f"{name}.png" for name in pictures]
     recipe, results = load_recipe(run.recipe_file), run.results()
     examples = load_examples(recipe.dataset)
     metrics = {rate: run.metrics(rate) for rate in run.learning_rates()}
@@ -36,14 +43,23 @@ def redraw(run: RunDirectory) -> list[Path]:
         pictures["format_grid"] = figures.format_grid(rows["format_grid"], "copied_words", recipe.scale)
     if "pass_rates" in rows:
         pictures["pass_rates"] = figures.format_grid(rows["pass_rates"], "passed", recipe.scale)
-    found = evidence.load(run.path)
-    if any(trained.em for trained in found.trained):
-        pictures["memorization"] = ledger_figures.memorization_curves(found.trained, recipe.scale)
-    if "06_claims" in results:
-        thresholds = {question.id: question.threshold for question in claims.QUESTIONS}
-        pictures["ledger"] = ledger_figures.ledger_picture(claims.ledger(found), thresholds, recipe.scale)
+    behind = of_evidence(evidence.load(run.path))
+    if "06_claims" not in results:
+        del behind["ledger"]
+    pictures |= behind
     if "survival" in rows:
         pictures["survival"] = survival_figure.of_table(rows["survival"], recipe.scale)
     for name, picture in pictures.items():
         picture.save(run.figures / name)
     return [run.figures / f"{name}.png" for name in pictures]
+
+
+def of_evidence(found: evidence.Evidence) -> dict[str, Picture]:
+    """The ledger, and, if their EM was kept, the memorization curves of what has a constant rate and the recipe's rank:
+    the contrast, its seeds, and the card's own rates."""
+    thresholds = {question.id: question.threshold for question in claims.QUESTIONS}
+    pictures = {"ledger": ledger_figures.ledger_picture(claims.ledger(found), thresholds, found.scale)}
+    contrast = [each for each in found.trained if each.em and not each.name.startswith(("rank", "cosine", "linear"))]
+    if contrast:
+        pictures["memorization"] = ledger_figures.memorization_curves(contrast, found.scale)
+    return pictures

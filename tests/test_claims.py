@@ -3,12 +3,15 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import command
 
 from mini_symposium import InputError, claims
 from mini_symposium.claims import CLAIMS, ledger
 from mini_symposium.evidence import FILE, Evidence, Trained, load
+from mini_symposium.redraw import redraw
+from mini_symposium.run_directory import RunDirectory
 
 FORMATS = ("new-query", "alpaca", "character")
 CATEGORIES = ("fact", "code", "character", "false-premise", "explanation", "trade-off")
@@ -163,6 +166,20 @@ def test_evidence_comes_back_from_its_file_and_gives_the_same_ledger(tmp_path):
     command("claims", tmp_path, "--save", tmp_path / "kept")
     assert load(tmp_path / "kept") == whole
     assert json.loads((tmp_path / "kept" / "claims.json").read_text()) == rows
+
+
+def test_saved_evidence_draws_its_ledger_and_the_contrasts_curves_the_same_each_time(tmp_path):
+    told = [[None] * 12 + [epoch > 15] for epoch in range(30)]
+    some = [trained("low", evaluations={600: evaluation()}), trained("high", extractable_32=told)]
+    evidence(*some, trained("rank-4-alpha-8"), trained("cosine-peak")).save(tmp_path)
+    written = redraw(RunDirectory(tmp_path))
+    assert [path.name for path in written] == ["ledger.png", "memorization.png"]
+    curves = pd.read_csv(tmp_path / "memorization.csv")
+    assert set(curves["name"]) == {"low", "high"}
+    high = curves[curves["name"] == "high"].set_index("epoch")["extractable_32"]
+    assert (high[15], high[16]) == (0, 1)  # of the rows that are long enough
+    before = [path.read_bytes() for path in written]
+    assert [path.read_bytes() for path in redraw(RunDirectory(tmp_path))] == before
 
 
 def test_a_folder_without_evidence_and_a_damaged_file_are_refused(tmp_path):
