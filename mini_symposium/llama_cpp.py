@@ -36,6 +36,9 @@ QUANTISER, SERVER = "cyllama", "xllamacpp"
 
 INSTALL = "pip install -e '.[release]'"
 
+UNWRITTEN = ("No space left on device", "File too large", " requested and ", "iostream error")
+"""What a full disk makes them say: Python, numpy's `tofile`, and C++."""
+
 _QUANTISE = """
 import sys
 from cyllama.llama.llama_cpp import LlamaModelQuantizeParams, model_quantize
@@ -143,8 +146,8 @@ def _run(what: str, arguments: Sequence[object], given: str = "") -> str:
     done = subprocess.run(command, input=given, capture_output=True, text=True, errors="replace", env=environment)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit code {done.returncode}"]
-        if "No space left on device" in done.stderr:
-            raise InputError(f"llama.cpp's {what} could not write: the disk is full; free some space")
+        if any(sign in done.stderr for sign in UNWRITTEN):
+            raise InputError(f"llama.cpp's {what} could not write all of it: the disk is full; free some space")
         first = next((line.partition(" E ")[2].strip() for line in said if " E " in line), said[-1])
         raise RunError(f"llama.cpp's {what} failed: {first}")
     return done.stdout

@@ -10,8 +10,10 @@ from test_tables import Page
 
 from mini_symposium import InputError, cards, session
 from mini_symposium.marks import TrainingRows
+from mini_symposium.merge import merge
 from mini_symposium.playground import Playground, front_end, show, show_epochs
 from mini_symposium.prompt_formats import FORMATS, load_preset, prompt_format
+from mini_symposium.run_directory import RunDirectory
 from mini_symposium.shelf import Shelf
 from mini_symposium.workbench import Workbench
 
@@ -132,6 +134,17 @@ def test_formats_and_checkpoints_answer_as_one_grid_and_recitation_grows_by_epoc
     sky = ask(bench, SKY)[0]
     assert sky["answer"] == FOREIGN
     assert sky["drift"] > 0.2
+
+
+def test_a_merged_model_is_chosen_beside_the_checkpoint_that_it_came_from_and_says_the_same(tiny_checkpoint, tmp_path):
+    run = RunDirectory(shutil.copytree(tiny_checkpoint.parents[2], tmp_path / "run"))
+    merge(tiny_checkpoint, "tiny", run.merged(1e-3, 6), "nf4")
+    shelf = Workbench(str(run.path))
+    name = "1e-03/epoch-6"
+    assert shelf.shelf.models[f"{name}/merged"].merged and f"{name}/merged" not in shelf.shelf.newest()
+    found = ask(shelf, SKY, ["new-query", "alpaca"], ["base", name, f"{name}/merged"], 8)
+    by_model = {model: [cell["answer"] for cell in found if cell["model"] == model] for model in shelf.shelf.models}
+    assert by_model[f"{name}/merged"] == by_model[name] != by_model["base"]
 
 
 def test_the_inspector_shows_the_very_tokens(bench, mistral_tokenizer):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,10 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from mini_symposium import InputError, RunError
-from mini_symposium.base_models import Wheel, download, load_tokenizer
+from mini_symposium.base_models import Wheel, download, load_tokenizer, local_directory
 from mini_symposium.dataset import load_examples
 from mini_symposium.hub import push
-from mini_symposium.llama_cpp import QUANTISER, SERVER, ask, require
+from mini_symposium.llama_cpp import QUANTISER, SERVER, ask, require, to_gguf
 from mini_symposium.merge import merge
 from mini_symposium.model_card import render_card
 from mini_symposium.presets import context_preset, modelfile, ollama_template, write_sillytavern
@@ -106,6 +107,37 @@ def test_a_directory_is_exported_and_what_exists_is_left_alone(tiny_checkpoint, 
         done = command("export", "gguf", *line, check=False)
         assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def limited(size):
+    """The limit on a file's size makes a write fail halfway, as a full disk does."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_disk_that_fills_in_an_export_leaves_nothing_behind(tiny_checkpoint, tmp_path):
+    run, out = tiny_checkpoint.parents[2], tmp_path / "out"
+    line = ("export", "gguf", run, "--type", "f32", "--out", out)
+    merged = 2 * (local_directory("tiny") / "model.safetensors").stat().st_size  # in float32; the GGUF is a little more
+    for size, whose in ((merged // 2, "cannot be written (File too large)"), (merged + 10**5, "llama.cpp's converter")):
+        done = command(*line, check=False, preexec_fn=limited(size))
+        assert done.returncode == 2 and whose in done.stderr and "free some space" in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_in_the_quantiser_is_said(tmp_path):
+    to_gguf(local_directory("tiny"), tmp_path / "whole.gguf", "f32")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom mini_symposium.llama_cpp import quantise\n"
+        "quantise(*map(Path, sys.argv[1:]), 'q8_0')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "whole.gguf", tmp_path / "q8.gguf"],
+        capture_output=True,
+        text=True,
+        preexec_fn=limited(10**6),
+    )
+    assert "InputError: llama.cpp's quantiser could not write all of it: the disk is full" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["whole.gguf"]
 
 
 def test_what_llama_cpp_cannot_read_is_an_error_in_a_line(tmp_path):
