@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-console = Console()
+from mini_symposium.cli_options import Checkpoints, console
+
 app = typer.Typer(
     help="Write a run's model, prompt formats, recipe or card as the files that other programs take.",
     no_args_is_help=True,
@@ -15,10 +15,6 @@ app = typer.Typer(
 RunOrModel = Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="a run directory, or a model directory")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a run directory")]
 Out = Annotated[str, typer.Option(help="folder to write")]
-Checkpoints = Annotated[
-    list[str] | None,
-    typer.Option("--checkpoint", help="epoch-N, RATE/epoch-N, or either with =WEIGHT; the last one if not given"),
-]
 Rate = Annotated[
     float, typer.Option("--learning-rate", min=0, help="of the checkpoints; the lowest trained if not given")
 ]

@@ -141,7 +141,7 @@ class Sweep:
         ahead = _Ahead(counts)
         self.root.mkdir(parents=True, exist_ok=True)
         said = [
-            f"pass {number + 1}: {', '.join(dict.fromkeys(e.name for e in each))}; {len(each)} adapters"
+            f"pass {number + 1}: {', '.join(f'{e.name} (seed {e.seed})' for e in each)}"
             for number, each in enumerate(todo)
         ]
         tasks = [(self.base, self.root.absolute(), each, examples, held_out) for each in todo]

@@ -1,0 +1,78 @@
+"""`mini-symposium sweep`."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from mini_symposium import InputError
+from mini_symposium.cli_options import RecipeOption, console
+from mini_symposium.experiments import PER_PASS
+
+
+def sweep(
+    recipe: RecipeOption = "proxy",
+    out: Annotated[str, typer.Option(help="folder of the sweep; runs/RECIPE-sweep if not given")] = "",
+    learning_rates: Annotated[str, typer.Option(help="comma-separated: a grid, in place of the claims' plan")] = "",
+    ranks: Annotated[str, typer.Option(help="likewise: r, or r:alpha; alpha is 2r if not given")] = "",
+    schedules: Annotated[str, typer.Option(help="likewise: constant,cosine,linear")] = "",
+    seeds: Annotated[str, typer.Option(help="comma-separated")] = "42,43,44",
+    epochs: Annotated[int | None, typer.Option(help="of a grid; the recipe's own if not given")] = None,
+    per_pass: Annotated[int, typer.Option(help="most adapters of a grid that train in one pass")] = PER_PASS,
+    engine: Annotated[str, typer.Option(help="local, or ray: the cluster that RAY_ADDRESS names")] = "local",
+    cpus: Annotated[int, typer.Option(min=1, help="cores of a pass on Ray")] = 1,
+    only: Annotated[str, typer.Option(help="experiments by name, e.g. high,low; all if not given")] = "",
+    measure: Annotated[
+        bool | None,
+        typer.Option("--measure/--no-measure", help="also evaluate what has been trained; a grid: if asked"),
+    ] = None,
+):
+    """Train and measure what the twelve claims need, or a grid of your own; interrupted, it goes on where it was."""
+    from mini_symposium.experiments import grid, once, parse_numbers, parse_ranks
+    from mini_symposium.recipe import load_recipe
+    from mini_symposium.run_directory import RunDirectory
+
+    chosen = load_recipe(recipe)
+    numbers = parse_numbers("seeds", seeds) or [chosen.seed]
+    once("seeds", numbers)
+    asked = bool(learning_rates or ranks or schedules)
+    passes = None
+    if asked:
+        rules = [rule.strip() for rule in schedules.split(",") if rule.strip()]
+        rates = parse_numbers("learning-rates", learning_rates, float)
+        passes = grid(chosen, rates, parse_ranks(ranks), rules, numbers, epochs, per_pass)
+    elif epochs is not None:
+        raise InputError("--epochs: is for a grid; give --learning-rates, --ranks or --schedules too")
+    from mini_symposium.base_models import load_tokenizer
+    from mini_symposium.dataset import load_examples
+    from mini_symposium.evaluation import measure as evaluate
+    from mini_symposium.generation import load_with_adapters
+    from mini_symposium.held_out import check_disjoint, load_held_out
+    from mini_symposium.sweep import Sweep, check_engine
+    from mini_symposium.writing import alone
+
+    check_engine(engine)
+    whole = Sweep(chosen, RunDirectory(out or f"runs/{chosen.name}-sweep").path, numbers, passes)
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    known = list(dict.fromkeys(experiment.name for experiment in whole.experiments))
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"--only {', '.join(unknown)}: the experiments are {', '.join(known)}")
+    examples, twins = load_examples(chosen.dataset), load_examples("data/twins.md")
+    prompts = load_held_out(split="test")
+    check_disjoint(prompts, examples)
+    with alone(whole.root):
+        whole.run(examples, twins, names, lambda line: console.print(line, markup=False, soft_wrap=True), engine, cpus)
+        if measure or (measure is None and not asked):
+            adapters = whole.evaluated(last=asked)
+            files = {whole.root / "base.json": "base"}
+            files |= {RunDirectory.evaluation_file(checkpoint): name for name, checkpoint in adapters.items()}
+            model, tokenizer = load_with_adapters(chosen.base_model, adapters), load_tokenizer(chosen.base_model)
+            evaluate(model, tokenizer, files, examples, twins, prompts, show=console.print)
+    found = whole.table()
+    table = Table("experiment", "seed", "learning rate", "epochs", "loss", "EM", title="the last epoch's means")
+    for row in found.itertuples():
+        cells = (str(row.seed), f"{row.learning_rate:g}", str(row.num_epochs), f"{row.loss:.3f}", f"{row.em:.3f}")
+        table.add_row(row.name, *cells)
+    console.print(table)
+    console.print(f"the table: {whole.root / 'sweep.csv'}", soft_wrap=True)
+    console.print(f"the ledger: mini-symposium claims {whole.root}", soft_wrap=True)
