@@ -63,6 +63,18 @@ def test_grid_and_loop_write_the_same(tmp_path):
     assert texts[0] == texts[1]
 
 
+def test_the_page_asks_what_the_bare_decode_asks(tmp_path):
+    turns = []
+    for bare in (False, True):
+        options = json.dumps({"base": "tiny", "formats": 3, "tokens": 40, "stop": True, "bare": bare})
+        one = Contestant("page", sys.executable, ["-m", "mini_symposium.bench.page", options], tmp_path)
+        turns.append([one.turn() for _ in range(2)][-1])
+        one.end()
+    ours, theirs = turns
+    assert ours["texts"] == theirs["texts"] and len(ours["texts"]) == 3 and all(ours["texts"])
+    assert 0 < ours["first"] < ours["seconds"] and ours["painted"] > 0 and ours["stopped"] > 0
+
+
 def test_a_ratio_is_taken_round_by_round():
     assert ratio([1, 2, 30], [2, 4, 3]) == 0.5  # one slow round of ours decides nothing
 

@@ -258,6 +258,29 @@ class Bench:
             "seconds_by_rows": self._by_rows(options),
         }
 
+    def page(self) -> None:
+        """The playground's page: when it is up, when text comes, what it adds to the bare decode, how soon it stops."""
+        options = {"base": "proxy", "formats": 8, "tokens": GRID_TOKENS, "stop": True}
+        pair = [self._page("page", **options), self._page("bare decode", **options, bare=True)]
+        with self.rounds(pair, 6) as there:
+            turns = there["page"].turns[1:]
+            self.found["page"] = {
+                "painted_seconds": turns[0]["painted"],
+                "first_text_seconds": statistics.median(turn["first"] for turn in turns),
+                "stopped_seconds": max(turn["stopped"] for turn in turns),
+                "seconds": {name: statistics.median(seconds(one)) for name, one in there.items()},
+            }
+            self.found["ratios"]["page_vs_bare"] = ratio(seconds(there["page"]), seconds(there["bare decode"]))
+        many = self._page("100 generations", base="proxy", formats=1, tokens=4)
+        for _ in range(119):
+            many.turn()
+        many.end()
+        sizes = [turn["bytes"] for turn in many.turns]
+        self.found["page"] |= {"bytes_after_20": sizes[19], "bytes_after_120": sizes[-1]}
+
+    def _page(self, name: str, **options) -> Contestant:
+        return self.ready(name, sys.executable, ["-m", "mini_symposium.bench.page", json.dumps(options)])
+
     def _loop(self, prompts: str, options: Mapping, dtype: str) -> tuple[str, list[str]]:
         job = json.dumps({"kind": "loop", "prompts": prompts, "dtype": dtype, **options})
         return sys.executable, ["-m", "mini_symposium.bench.contestants", job]
@@ -287,7 +310,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-PARTS = ("step", "profile", "together", "lengths", "trajectory", "grid", "memory", "merge")
+PARTS = ("step", "profile", "together", "lengths", "trajectory", "grid", "page", "memory", "merge")
 
 
 def run(parts: Sequence[str] = PARTS, say: Callable[[str], None] = print) -> dict:

@@ -14,6 +14,7 @@ CPU_BARS = (
     ("4 learning rates in one pass against 4 solo passes", "pass4_vs_solo4", 0.8),
     ("grid of 8 formats x 4 queries x 64 tokens against a generate loop", "grid_vs_loop", 0.25),
     ("the same against llama.cpp on the same cores", "grid_vs_llamacpp", 1.0),
+    ("playground: 8 formats against the bare batched decode", "page_vs_bare", 1.5),
 )
 GPU_BARS = (
     ("training step at Mistral-7B's shape against stock TRL", "step_vs_stock_trl", 0.5),
@@ -54,6 +55,15 @@ def bars(found: Mapping) -> list[dict]:
     if memory:
         growth = memory["at_the_end"] / memory["after_10_epochs"] - 1
         more.append(("memory, epoch 600 over epoch 10: growth", growth, 0.05, "at most", ""))
+    if "page" in found:
+        page = found["page"]
+        growth = page["bytes_after_120"] / page["bytes_after_20"] - 1
+        more += [
+            ("playground: first paint after the kernel's start", page["painted_seconds"], 2, "at most", " s"),
+            ("playground: first text after Generate", page["first_text_seconds"], 1, "at most", " s"),
+            ("playground: Stop, the slowest of five", page["stopped_seconds"], 0.5, "at most", " s"),
+            ("playground: memory over 100 generations, growth", growth, 0.05, "at most", ""),
+        ]
     if "merge" in found:
         peak = found["merge"]["7B"]["measured"] / GIB
         more.append(("memory of a 7B merge, drawn out from 3 layers", peak, 8, "at most", " GiB"))
