@@ -32,8 +32,8 @@ SHORTER_LOW = 200
 """Epochs of the low rate for the seeds after the first."""
 RANKS = (4, 8), (4, 32), (64, 128), (64, 32)
 """(r, alpha) beside the recipe's own 16 and 32."""
-EVALUATED = {"high": (SHORTER_LOW // 10, EPOCHS_HIGH), "low": (SHORTER_LOW, EPOCHS_LOW)}
-"""Epochs after which an adapter's behaviour is measured: of equal dose, one by one."""
+EVALUATED = {"high": (SHORTER_LOW // 10, SATURATED, EPOCHS_HIGH), "low": (SHORTER_LOW, EPOCHS_LOW)}
+"""Epochs after which an adapter's behaviour is measured: equal doses, and where the high rate has saturated."""
 LITERAL = (1e-6, 1e-7)
 """The card's own rates, trained as well where the recipe's are not those."""
 
