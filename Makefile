@@ -31,7 +31,7 @@ reproduce: setup
 test: setup .venv/extras
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=10
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --no-loadscope-reorder --durations=10
 
 # hostile input, other each time and 25 times as much; a kill at every change to a file: an hour or more
 soak: setup

@@ -105,6 +105,7 @@ def _shareable(content):
 
 def _engine() -> type:
     """papermill's engine with three differences: it says where it is, stops at any error, and runs this very Python."""
+    import zmq
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager
     from nbformat.v4 import output_from_msg
@@ -121,6 +122,12 @@ def _engine() -> type:
             own = KernelSpecManager(kernel_dirs=[])
             self.km = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=own, **connection)
             return self.km
+
+        async def _async_check_alive(self):
+            # Asked every second. Messages to the kernel, such as an Output widget's, are sent past pyzmq's asyncio
+            # layer; one that is sent just as a reply comes in takes the wakening for it, and we would wait for ever.
+            self.kc.shell_channel.socket.get(zmq.EVENTS)
+            await super()._async_check_alive()
 
         def starting(self, cell, cell_index):
             first, of = (cell.source.strip().splitlines() or [""])[0], len(self.nb.cells)

@@ -27,18 +27,27 @@ def command(*arguments: object, check: bool = True, **kwargs) -> subprocess.Comp
     return done
 
 
-DEAR = ("proxy_run", "tiny_run", "overfitted_run")
-"""Fixtures that take minutes."""
+RUNS = ("test_notebooks", "test_playground_browser", "test_publish", "test_cli", "test_generation")
+TOGETHER = dict.fromkeys(RUNS, "runs") | dict.fromkeys(("test_recitation", "test_robustness"), "overfitted")
+"""Files that share what takes minutes to make: `proxy_run` and `tiny_run`; `overfitted`."""
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Under `--dist loadgroup`: tests of a dear fixture share a worker, wherever they stand, and begin before the rest;
-    the rest share one file by file."""
-    for item in items:
-        dear = [name for name in DEAR if name in item.fixturenames]
-        item.add_marker(pytest.mark.xdist_group(dear[0] if dear else item.nodeid.partition("::")[0]))
-    items.sort(key=lambda item: not any(name in item.fixturenames for name in DEAR))
+    """What takes longest begins first."""
+    items.sort(key=lambda item: item.path.stem not in TOGETHER)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n 2` a worker takes a file at a time, or all files of a kind of TOGETHER: nothing dear is made twice."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return TOGETHER.get(Path(file).stem, file)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

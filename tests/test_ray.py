@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -80,11 +81,12 @@ def results(root: Path) -> dict[str, object]:
 def halfway(raylet: int) -> tuple[psutil.Process, list[Path]] | None:
     """The worker of a node that trains, and its logs, once there is a checkpoint of each to go on from."""
     for worker in psutil.Process(raylet).children(recursive=True):
-        if "ray::_pass" in " ".join(worker.cmdline()):
-            logs = [Path(file.path) for file in worker.open_files() if file.path.endswith("metrics.jsonl")]
-            kept = [list(log.parent.glob("checkpoints/epoch-*[1-9]*/optimizer.pt")) for log in logs]
-            if len(logs) == 2 and all(kept):
-                return worker, logs
+        with suppress(psutil.NoSuchProcess):  # idle workers come and go
+            if "ray::_pass" in " ".join(worker.cmdline()):
+                logs = [Path(file.path) for file in worker.open_files() if file.path.endswith("metrics.jsonl")]
+                kept = [list(log.parent.glob("checkpoints/epoch-*[1-9]*/optimizer.pt")) for log in logs]
+                if len(logs) == 2 and all(kept):
+                    return worker, logs
     return None
 
 
@@ -111,7 +113,8 @@ def test_a_node_is_killed_and_the_sweep_ends_as_on_one_machine(cluster, recipe, 
         try:
             worker, logs = until(lambda: halfway(raylet), driver)
             cluster.remove_node(node, allow_graceful=False)
-            worker.kill()
+            with suppress(psutil.NoSuchProcess):  # it may have gone with its node
+                worker.kill()
             before = {log: log.read_text().splitlines() for log in logs}
             said, _ = driver.communicate(timeout=ENOUGH)
         finally:
