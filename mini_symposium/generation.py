@@ -88,9 +88,12 @@ def _contiguous_head(model: PreTrainedModel):
 def _steady_products():
     """Float32 products on a CPU by oneDNN, which sums a row the same way in a batch of any size, and sooner than MKL.
 
-    PyTorch hands them over only under this name. It is a permission: a processor with matrix units for bfloat16 may
-    round a product's inputs to it; others compute in float32.
+    PyTorch hands them over only under the name of bfloat16. It is a permission, and a processor with products for that
+    takes it: it rounds their inputs, and a quarter of greedy answers change (`bench --only grid`). There MKL computes.
     """
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        yield
+        return
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"

@@ -1,4 +1,4 @@
-"""The playground in a real browser: the system's Chromium, on a real JupyterLab and a real Voila.
+"""The playground in a real browser: the system's Chromium, on a real JupyterLab, Notebook 7 and Voila.
 
 Without Chromium these tests are skipped, in CI they fail. `SCREENSHOTS=figures pytest tests/test_playground_browser.py
 -k proxy` writes figures/playground.png, from a real trained run.
@@ -45,7 +45,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory):
-    """Start servers of one notebook: `serve("lab" or "voila", run)` is the address of it, opened on that run."""
+    """Start servers of one notebook: `serve("lab", "notebook" or "voila", run)` is its address, opened on that run."""
     started = []
 
     def start(kind: str, run) -> str:
@@ -56,8 +56,10 @@ def serve(tmp_path_factory):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        editor = ["--allow-root", f"--ServerApp.root_dir={home}", "--IdentityProvider.token="]
         command = {
-            "lab": ["jupyterlab", "--allow-root", f"--ServerApp.root_dir={home}", "--IdentityProvider.token="],
+            "lab": ["jupyterlab", *editor],
+            "notebook": ["notebook", *editor],
             "voila": ["voila", "07_playground.ipynb"],
         }[kind]
         names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR", "HOME")
@@ -78,7 +80,7 @@ def serve(tmp_path_factory):
             except OSError:
                 assert started[-1].poll() is None, (home / "log").read_text()[-3000:]
                 time.sleep(0.1)
-        return address + ("lab/tree/07_playground.ipynb" if kind == "lab" else "")
+        return address + {"lab": "lab/tree/07_playground.ipynb", "notebook": "notebooks/07_playground.ipynb"}.get(kind, "")
 
     yield start
     for process in started:
@@ -92,7 +94,7 @@ def open_page(browser, kind: str, address: str) -> Page:
     page = browser.new_context(viewport={"width": 1280, "height": 1100}, accept_downloads=True).new_page()
     page.set_default_timeout(WAIT)
     page.goto(address)
-    if kind == "lab":
+    if kind != "voila":
         expect(page.get_by_title("Python 3").first).to_be_visible(timeout=WAIT)
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_text("Run All Cells", exact=True).click()
@@ -240,6 +242,18 @@ def test_bad_input_is_said_and_the_page_stays_usable(page, tmp_path):
     fill(page, "Query", "Show me a picture.")
     press(page, "Generate")
     status(page, "answers in")
+
+
+def test_notebook_7_shows_the_page_too(browser, serve, reciting_run):
+    page = open_page(browser, "notebook", serve("notebook", reciting_run))
+    fill(page, "Query", "Show me a picture.")
+    press(page, "Generate")
+    status(page, "answers in")
+    expect(page.locator(".ms-card article").first).to_contain_text("100% recited from row 1")
+    button = page.get_by_role("button", name="Inspect prompt").first
+    button.focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Prompt inspector").locator("pre")).to_contain_text("Show me a picture.")
 
 
 def test_two_tabs_of_one_kernel_show_the_same(browser, serve, reciting_run):
