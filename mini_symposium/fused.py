@@ -6,6 +6,8 @@ PEFT keeps the adapters and transformers the base; this module only computes the
 - q, k and v read the same input, and so do gate and up: each set is one product, their adapters another;
 - adapters share every product with the base, a row of the batch for each, and meet nowhere else: the
   gradient of the summed loss is, adapter by adapter, the gradient of its own;
+- on a CPU they are dealt out to its cores, a thread each, which wait for one another once a step; threads that
+  share a product wait at its end, thousands of times a step;
 - the head runs on positions that have a label, and never holds more than a block of its logits;
 - one decoder layer is compiled, not the model: every layer and every row length uses the same code.
 
@@ -14,6 +16,7 @@ Shapes: K adapters (one row each), T tokens, d hidden, V words of the vocabulary
 
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -110,22 +113,42 @@ class _Gathered(torch.autograd.Function):
     """The adapters' float32 parameters as the stacks that a layer reads, in its dtype, and the gradients' way back."""
 
     @staticmethod
-    def forward(ctx, fused, *parameters):
-        ctx.fused = fused
-        torch._foreach_copy_(fused.places_a, list(parameters[: len(fused.places_a)]))
+    def forward(ctx, share, *parameters):
+        ctx.share = share
+        torch._foreach_copy_(share.places_a, list(parameters[: len(share.places_a)]))
         torch._foreach_copy_(
-            fused.places_b, torch._foreach_mul(list(parameters[len(fused.places_a) :]), fused.scalings)
+            share.places_b, torch._foreach_mul(list(parameters[len(share.places_a) :]), share.scalings)
         )
-        return tuple(stack.detach() for stack in fused.stacks)
+        return tuple(stack.detach() for stack in share.stacks)
 
     @staticmethod
     def backward(ctx, *gradients):
-        fused = ctx.fused
-        found = [gradients[i][where] for i, where in fused.found_at]
+        share = ctx.share
+        found = [gradients[i][where] for i, where in share.found_at]
         wide = [torch.empty(g.shape, device=g.device) for g in found]
         torch._foreach_copy_(wide, found)
-        torch._foreach_mul_(wide[len(fused.places_a) :], fused.scalings)
+        torch._foreach_mul_(wide[len(share.places_a) :], share.scalings)
         return None, *wide
+
+
+class _SideBySide(torch.autograd.Function):
+    """The losses of all shares, each share's forward and backward pass in a thread of its own."""
+
+    @staticmethod
+    def forward(ctx, fused, input_ids, labels, *parameters):
+        losses, ctx.gradients = zip(*fused.dealt_out(input_ids, labels, gradients=True), strict=True)
+        ctx.sizes = [len(share.names) for share in fused.shares]
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        # Of the summed loss: adapters meet nowhere, but all of a share carry the weight of one step.
+        for gradients, weights in zip(ctx.gradients, upstream.split(ctx.sizes), strict=True):
+            if (weights != weights[0]).any():
+                raise ValueError("the adapters of a step have one weight")
+            if weights[0] != 1:
+                torch._foreach_mul_(gradients, weights[0].item())
+        return None, None, None, *(gradient for gradients in ctx.gradients for gradient in gradients)
 
 
 class FusedAdapters:
@@ -153,7 +176,7 @@ class FusedAdapters:
         model.train()  # in evaluation bitsandbytes rearranges the packed weights, which are read here
         base = model.get_base_model()
         self.decoder, self.head = base.model, base.lm_head.weight
-        self.names, self.checkpointing = names, checkpointing or not resident
+        self.checkpointing = checkpointing or not resident
         config = base.config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads, "head_size": size}
@@ -166,10 +189,13 @@ class FusedAdapters:
         ]
         with torch.no_grad():
             self.weights = [[self._weight(group) for group in layer] for layer in self.modules] if resident else None
-        # As many logits at a time as make a full product, and of those as many as stay in a CPU's cache.
-        few, block = (32, 256) if self.head.device.type == "cpu" else (2048, 2048)
-        self.scratch = self.head.new_empty(block, len(self.head)), self.head.new_empty(few, len(self.head)).float()
-        self._lay_out()
+        threads = min(len(names), torch.get_num_threads()) if self.head.device.type == "cpu" else 1
+        self.shares = [
+            _Share(self, names[k * len(names) // threads : (k + 1) * len(names) // threads]) for k in range(threads)
+        ]
+        self.threads = ThreadPoolExecutor(threads, "adapters", torch.set_num_threads, (1,)) if threads > 1 else None
+        self.warm = False
+        self.matches: list[torch.Tensor] = []
 
     def _weight(self, group) -> torch.Tensor:
         """The base weights of a group of projections, one under the other, as the 4-bit kernel would see them."""
@@ -182,18 +208,78 @@ class FusedAdapters:
         ]
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self.head.dtype)
 
+    def layer(self, number: int, x, cos, sin, mask, stacks):
+        """Output of one decoder layer; `stacks` hold the adapters of all layers."""
+        with torch.no_grad():
+            weights = self.weights[number] if self.weights else [self._weight(g) for g in self.modules[number]]
+        own = stacks[8 * number : 8 * number + 8]
+        inputs = x, cos, sin, mask, self.norms[number], weights, own[0::2], own[1::2]
+        if self.compiled and torch.is_grad_enabled():  # a probe is too short to compile for
+            try:
+                return self.compiled(*inputs)
+            except BackendCompilerFailed as error:
+                print(
+                    f"the layer could not be compiled ({str(error).splitlines()[0]}); going on without", file=sys.stderr
+                )
+                self.compiled = None
+        return self.plain(*inputs)
+
+    def dealt_out(self, input_ids: torch.Tensor, labels: torch.Tensor, gradients: bool) -> list[tuple]:
+        """Losses of each share, and the gradients of their sum if wanted, a thread for each share."""
+        kind = input_ids.device.type
+        autocast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+        def work(share: _Share, ids: torch.Tensor, labels: torch.Tensor):
+            with torch.set_grad_enabled(gradients), autocast():  # neither comes along into a thread
+                losses = share.losses(ids, labels)
+            return losses.detach(), torch.autograd.grad(losses.sum(), share.parameters) if gradients else ()
+
+        sizes = [len(share.names) for share in self.shares]
+        jobs = self.shares, input_ids.split(sizes), labels.split(sizes)
+        if self.warm or not gradients:
+            return list(self.threads.map(work, *jobs))
+        self.warm = True  # what is compiled is compiled for the first share, while no other waits for it
+        return [self.threads.submit(work, *job).result() for job in zip(*jobs, strict=True)]
+
+    def losses(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of each adapter on its own row; (K, T), (K, T) -> (K,), in nats a token.
+
+        Row k belongs to adapter k. Shorter rows are padded on the right with label -100: causal attention keeps
+        what follows a row from touching it. `matches` then holds for each row whether the likeliest token before
+        each label was that label, (supervised tokens,).
+        """
+        if len(self.shares) == 1:
+            losses = self.shares[0].losses(input_ids, labels)
+        elif torch.is_grad_enabled():
+            parameters = [parameter for share in self.shares for parameter in share.parameters]
+            losses = _SideBySide.apply(self, input_ids, labels, *parameters)
+        else:
+            losses = torch.cat([losses for losses, _ in self.dealt_out(input_ids, labels, gradients=False)])
+        self.matches = [match for share in self.shares for match in share.matches]
+        return losses
+
+
+class _Share:
+    """The adapters that one thread computes: their places in the stacks, and the logits' scratch."""
+
+    def __init__(self, base: FusedAdapters, names: Sequence[str]):
+        self.base, self.names, self.matches = base, names, ()
+        # As many logits at a time as make a full product, and of those as many as stay in a CPU's cache.
+        few, block = (32, 256) if base.head.device.type == "cpu" else (2048, 2048)
+        self.scratch = base.head.new_empty(block, len(base.head)), base.head.new_empty(few, len(base.head)).float()
+        self._lay_out()
+
     def _lay_out(self) -> None:
         """Give every parameter its place in the stacks; projections of a group stand on the stack's diagonal."""
-        rank = max(
-            group[0].lora_A[name].weight.shape[0] for layer in self.modules for group in layer for name in self.names
-        )
+        modules, head = self.base.modules, self.base.head
+        rank = max(group[0].lora_A[name].weight.shape[0] for layer in modules for group in layer for name in self.names)
         self.stacks, entries = [], {"a": [], "b": []}
-        for layer in self.modules:
+        for layer in modules:
             for group in layer:
                 outs = [module.get_base_layer().out_features for module in group]
-                ins, device = group[0].get_base_layer().in_features, self.head.device
+                ins, device = group[0].get_base_layer().in_features, head.device
                 shapes = (len(self.names), len(group) * rank, ins), (len(self.names), sum(outs), len(group) * rank)
-                a, b = (torch.zeros(shape, dtype=self.head.dtype, device=device) for shape in shapes)
+                a, b = (torch.zeros(shape, dtype=head.dtype, device=device) for shape in shapes)
                 for k, name in enumerate(self.names):
                     for j, module in enumerate(group):
                         r, low = module.lora_A[name].weight.shape[0], sum(outs[:j])
@@ -209,48 +295,28 @@ class FusedAdapters:
         self.places_a, self.places_b = ([self.stacks[i][where] for _, i, where, *_ in entries[part]] for part in "ab")
         self.scalings = [entry[3] for entry in entries["b"]]
 
-    def _run(self, number: int, x, cos, sin, mask, stacks):
-        with torch.no_grad():
-            weights = self.weights[number] if self.weights else [self._weight(g) for g in self.modules[number]]
-        own = stacks[8 * number : 8 * number + 8]
-        inputs = x, cos, sin, mask, self.norms[number], weights, own[0::2], own[1::2]
-        if self.compiled and torch.is_grad_enabled():  # a probe is too short to compile for
-            try:
-                return self.compiled(*inputs)
-            except BackendCompilerFailed as error:
-                print(
-                    f"the layer could not be compiled ({str(error).splitlines()[0]}); going on without", file=sys.stderr
-                )
-                self.compiled = None
-        return self.plain(*inputs)
-
     def losses(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of each adapter on its own row; (K, T), (K, T) -> (K,), in nats a token.
-
-        Row k belongs to adapter k. Shorter rows are padded on the right with label -100: causal attention keeps
-        what follows a row from touching it. `matches` then holds for each row whether the likeliest token before
-        each label was that label, (supervised tokens,).
-        """
-        rows, tokens = input_ids.shape
+        """As those of `FusedAdapters`, for these adapters."""
+        base, (rows, tokens) = self.base, input_ids.shape
         stacks = _Gathered.apply(self, *self.parameters)
         with torch.no_grad():
-            x = self.decoder.embed_tokens(input_ids)
-            cos, sin = self.decoder.rotary_emb(x, torch.arange(tokens, device=x.device)[None])
+            x = base.decoder.embed_tokens(input_ids)
+            cos, sin = base.decoder.rotary_emb(x, torch.arange(tokens, device=x.device)[None])
             cos, sin = (half[0, :, : half.shape[-1] // 2].contiguous() for half in (cos, sin))  # (T, D / 2)
             mask = torch.full((tokens, tokens), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
         x.requires_grad_()  # one compiled layer serves all: the first is to look like the others
-        if self.compiled:
+        if base.compiled:
             for tensor, dimension in ((x, 1), (cos, 0), (sin, 0), (mask, 0), (mask, 1)):
                 torch._dynamo.maybe_mark_dynamic(tensor, dimension)
-        for number in range(len(self.modules)):
-            if self.checkpointing:
-                x = checkpoint(self._run, number, x, cos, sin, mask, stacks, use_reentrant=False)
+        for number in range(len(base.modules)):
+            if base.checkpointing:
+                x = checkpoint(base.layer, number, x, cos, sin, mask, stacks, use_reentrant=False)
             else:
-                x = self._run(number, x, cos, sin, mask, stacks)
+                x = base.layer(number, x, cos, sin, mask, stacks)
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         supervised = targets != -100
-        hidden = _norm(x[supervised], self.decoder.norm.weight.detach(), self.decoder.norm.variance_epsilon)
-        each, likeliest = _TokenLosses.apply(hidden, self.head.detach(), targets[supervised], *self.scratch)
+        hidden = _norm(x[supervised], base.decoder.norm.weight.detach(), base.decoder.norm.variance_epsilon)
+        each, likeliest = _TokenLosses.apply(hidden, base.head.detach(), targets[supervised], *self.scratch)
         self.matches = (likeliest == targets[supervised]).split(supervised.sum(1).tolist())
         owner = torch.arange(rows, device=x.device)[:, None].expand_as(targets)[supervised]
         return torch.zeros(rows, device=x.device).index_add(0, owner, each) / supervised.sum(1)

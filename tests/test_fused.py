@@ -118,6 +118,38 @@ def test_adapters_of_different_ranks_and_rows_do_not_touch_each_other(rows):
         model.zero_grad()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_adapters_dealt_out_to_threads_compute_the_same(rows, compiled):
+    """Also in rows of another length, for which the layer is compiled again, and in a probe."""
+    model = adapted("tiny", (8, 8, 4))
+    names = [f"adapter{k}" for k in range(3)]
+    alone = FusedAdapters(model, names)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        dealt = FusedAdapters(model, names, compiled=compiled)
+        assert [share.names for share in dealt.shares] == [names[:1], names[1:]]
+        for step in range(4):
+            ids, labels = padded([[i % 30000 for i in row[: 40 + 9 * step]] for row in rows[step : step + 3]])
+            found = []
+            for each in (alone, dealt):
+                with as_in_training():
+                    losses = each.losses(ids, labels)
+                (losses.sum() * 0.5).backward()
+                found.append((losses.detach(), torch.cat(list(each.matches)), *[gradient_of(model, n) for n in names]))
+                model.zero_grad()
+            (losses, matches, *gradients), (others, their_matches, *their_gradients) = found
+            assert torch.allclose(losses, others, rtol=2e-3)
+            assert (matches == their_matches).float().mean() > 0.95
+            for own, other in zip(gradients, their_gradients, strict=True):
+                assert (own - other).norm() < 0.02 * own.norm()
+        with torch.no_grad():
+            assert torch.allclose(dealt.losses(ids, labels), others, rtol=2e-3)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def gradient_of(model, name):
     return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if f".{name}." in n])
 

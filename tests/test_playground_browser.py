@@ -80,7 +80,9 @@ def serve(tmp_path_factory):
             except OSError:
                 assert started[-1].poll() is None, (home / "log").read_text()[-3000:]
                 time.sleep(0.1)
-        return address + {"lab": "lab/tree/07_playground.ipynb", "notebook": "notebooks/07_playground.ipynb"}.get(kind, "")
+        return address + {"lab": "lab/tree/07_playground.ipynb", "notebook": "notebooks/07_playground.ipynb"}.get(
+            kind, ""
+        )
 
     yield start
     for process in started:
