@@ -52,7 +52,7 @@ def where_time_goes(profiler) -> dict[str, float]:
     kinds = {
         "products with the adapters, attention": ("bmm",),
         "products with the base and the head": ("mm", "mkldnn", "linear"),
-        "compiled elementwise work": ("graph_", "cpp_fused", "Torch-Compiled", "CompiledFunction", "call "),
+        "compiled elementwise work": ("CompiledFxGraph", "graph_", "cpp_fused", "Torch-Compiled", "CompiledFunction"),
         "optimizer and gradient norm": ("adam", "_foreach_norm", "_foreach_mul", "linalg_vector_norm", "clip"),
         "softmax": ("softmax", "exp", "sum", "amax", "div"),
         "copies and casts": ("copy", "_to_copy", "cat", "clone", "fill", "zero"),
