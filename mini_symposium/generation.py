@@ -30,6 +30,10 @@ from mini_symposium.sampling import Choice, Sampling
 SHARE = 0.5
 """Of the free memory, what a batch may fill with keys and values."""
 
+MOST_ROWS = 64
+"""Of a batch on a CPU. With more, the copies of keys and values that each token makes outgrow what the allocator
+reuses, and half the time goes into asking the system for memory."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -233,6 +237,7 @@ def generate(
         keep(output[:, start:].tolist(), "stopped" if stopped else "length")
 
     fit = _rows_that_fit(model, width + max_new_tokens, memory() if free is None else free)
+    fit = min(fit, MOST_ROWS) if model.device.type == "cpu" else fit
     ordered = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # rows of like length need little padding
     waiting = [ordered[first : first + fit] for first in range(0, len(ordered), fit)]
     with _steady_products(), _contiguous_head(model):

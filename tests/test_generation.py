@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from mini_symposium import InputError
 from mini_symposium.base_models import load_model
-from mini_symposium.generation import answer_grid, generate, load_with_adapters, using
+from mini_symposium.generation import MOST_ROWS, answer_grid, generate, load_with_adapters, using
 from mini_symposium.prompt_formats import FORMATS, prompt_format
 from mini_symposium.sampling import Sampling
 
@@ -65,6 +65,16 @@ def test_short_on_memory_the_batch_is_split_and_the_answers_stay(model, proxy_to
         assert generate(model, proxy_tokenizer, prompts, None, 12, free=40 * 2**20) == whole
     assert widths[: len(prompts)] == [1] * len(prompts)
     assert 1 < widths[len(prompts)] < len(prompts)
+
+
+def test_a_large_batch_is_split_on_a_cpu_and_the_answers_stay_in_order(model, proxy_tokenizer):
+    prompts, widths = [f"{number} and {number} is" for number in range(MOST_ROWS + 6)], []
+    with watched(model, widths):
+        answers = generate(model, proxy_tokenizer, prompts, max_new_tokens=3)
+    assert widths == [MOST_ROWS, 6]
+    for number in (3, 40, MOST_ROWS + 2):
+        [alone] = generate(model, proxy_tokenizer, [prompts[number]], max_new_tokens=3)
+        assert alone.ids == answers[number].ids
 
 
 def test_a_batch_that_ran_out_of_memory_is_halved(model, proxy_tokenizer):
