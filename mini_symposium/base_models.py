@@ -267,7 +267,8 @@ def memory() -> int:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether that is what an exception says; on a CPU torch has no class for it."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "could not create a primitive")  # PyTorch's, and oneDNN's
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
 
 
 def peak_memory() -> int:

@@ -6,8 +6,8 @@ PEFT keeps the adapters and transformers the base; this module only computes the
 - q, k and v read the same input, and so do gate and up: each set is one product, their adapters another;
 - adapters share every product with the base, a row of the batch for each, and meet nowhere else: the
   gradient of the summed loss is, adapter by adapter, the gradient of its own;
-- on a CPU they are dealt out to its cores, a thread each, which wait for one another once a step; threads that
-  share a product wait at its end, thousands of times a step;
+- on a CPU they take turns on its cores, each computed by one thread as if it were alone: the same bits, and threads
+  that wait for one another once a step, where those that share a product wait at its end, thousands of times a step;
 - the head runs on positions that have a label, and never holds more than a block of its logits;
 - one decoder layer is compiled, not the model: every layer and every row length uses the same code.
 
@@ -15,6 +15,7 @@ Shapes: K adapters (one row each), T tokens, d hidden, V words of the vocabulary
 """
 
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -132,7 +133,7 @@ class _Gathered(torch.autograd.Function):
 
 
 class _SideBySide(torch.autograd.Function):
-    """The losses of all shares, each share's forward and backward pass in a thread of its own."""
+    """The losses of all shares, each share's forward and backward pass by itself."""
 
     @staticmethod
     def forward(ctx, fused, input_ids, labels, *parameters):
@@ -189,12 +190,16 @@ class FusedAdapters:
         ]
         with torch.no_grad():
             self.weights = [[self._weight(group) for group in layer] for layer in self.modules] if resident else None
-        threads = min(len(names), torch.get_num_threads()) if self.head.device.type == "cpu" else 1
-        self.shares = [
-            _Share(self, names[k * len(names) // threads : (k + 1) * len(names) // threads]) for k in range(threads)
-        ]
-        self.threads = ThreadPoolExecutor(threads, "adapters", torch.set_num_threads, (1,)) if threads > 1 else None
+        cpu = self.head.device.type == "cpu"
+        self.shares = [_Share(self, some) for some in ([[name] for name in names] if cpu else [names])]
+        count = min(len(self.shares), torch.get_num_threads())
+        self.threads = (
+            ThreadPoolExecutor(count, "adapters", torch.set_num_threads, (1,)) if len(self.shares) > 1 else None
+        )
         self.warm = False
+        # As many logits at a time as make a full product, and of those as many as stay in a CPU's cache.
+        self.block, self.few = (256, 32) if cpu else (2048, 2048)
+        self.own = threading.local()
         self.matches: list[torch.Tensor] = []
 
     def _weight(self, group) -> torch.Tensor:
@@ -207,6 +212,13 @@ class FusedAdapters:
             for layer in layers
         ]
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self.head.dtype)
+
+    def scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """This thread's, for logits."""
+        if not hasattr(self.own, "scratch"):
+            size, new = len(self.head), self.head.new_empty
+            self.own.scratch = new(self.block, size), new(self.few, size).float()
+        return self.own.scratch
 
     def layer(self, number: int, x, cos, sin, mask, stacks):
         """Output of one decoder layer; `stacks` hold the adapters of all layers."""
@@ -225,21 +237,23 @@ class FusedAdapters:
         return self.plain(*inputs)
 
     def dealt_out(self, input_ids: torch.Tensor, labels: torch.Tensor, gradients: bool) -> list[tuple]:
-        """Losses of each share, and the gradients of their sum if wanted, a thread for each share."""
+        """Losses of each share, and the gradients of their sum if wanted; as many at a time as there are threads."""
         kind = input_ids.device.type
         autocast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
         def work(share: _Share, ids: torch.Tensor, labels: torch.Tensor):
+            length = max(1, int((labels != -100).nonzero()[:, 1].max()) + 1)  # what pads a row is left out
             with torch.set_grad_enabled(gradients), autocast():  # neither comes along into a thread
-                losses = share.losses(ids, labels)
+                losses = share.losses(ids[:, :length], labels[:, :length])
             return losses.detach(), torch.autograd.grad(losses.sum(), share.parameters) if gradients else ()
 
         sizes = [len(share.names) for share in self.shares]
-        jobs = self.shares, input_ids.split(sizes), labels.split(sizes)
-        if self.warm or not gradients:
-            return list(self.threads.map(work, *jobs))
-        self.warm = True  # what is compiled is compiled for the first share, while no other waits for it
-        return [self.threads.submit(work, *job).result() for job in zip(*jobs, strict=True)]
+        jobs = list(zip(self.shares, input_ids.split(sizes), labels.split(sizes), strict=True))
+        first = []
+        if gradients and not self.warm:  # what is compiled is compiled for one, while no other waits for it
+            first.append(self.threads.submit(work, *jobs.pop(0)).result())
+            self.warm = True
+        return first + list(self.threads.map(lambda job: work(*job), jobs))
 
     def losses(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of each adapter on its own row; (K, T), (K, T) -> (K,), in nats a token.
@@ -260,13 +274,10 @@ class FusedAdapters:
 
 
 class _Share:
-    """The adapters that one thread computes: their places in the stacks, and the logits' scratch."""
+    """Adapters that are computed in one batch, and their places in the stacks."""
 
     def __init__(self, base: FusedAdapters, names: Sequence[str]):
         self.base, self.names, self.matches = base, names, ()
-        # As many logits at a time as make a full product, and of those as many as stay in a CPU's cache.
-        few, block = (32, 256) if base.head.device.type == "cpu" else (2048, 2048)
-        self.scratch = base.head.new_empty(block, len(base.head)), base.head.new_empty(few, len(base.head)).float()
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -316,7 +327,7 @@ class _Share:
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         supervised = targets != -100
         hidden = _norm(x[supervised], base.decoder.norm.weight.detach(), base.decoder.norm.variance_epsilon)
-        each, likeliest = _TokenLosses.apply(hidden, base.head.detach(), targets[supervised], *self.scratch)
+        each, likeliest = _TokenLosses.apply(hidden, base.head.detach(), targets[supervised], *base.scratch())
         self.matches = (likeliest == targets[supervised]).split(supervised.sum(1).tolist())
         owner = torch.arange(rows, device=x.device)[:, None].expand_as(targets)[supervised]
         return torch.zeros(rows, device=x.device).index_add(0, owner, each) / supervised.sum(1)
