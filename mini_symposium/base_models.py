@@ -267,7 +267,7 @@ def memory() -> int:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether that is what an exception says; on a CPU torch has no class for it."""
-    said = ("can't allocate memory", "could not create a primitive")  # PyTorch's, and oneDNN's
+    said = ("can't allocate memory", "could not create a primitive", "can't start new thread")  # oneDNN's the second
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
 
 

@@ -93,6 +93,8 @@ class RecipeTrainer(SFTTrainer):
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        # In evaluation bitsandbytes rearranges the packed weights for its own kernel, and a probe comes before step 1.
+        self.model.train()
         self.fused = None
         if acceleration.fused:
             options = {key: getattr(acceleration, key) for key in ("resident", "checkpointing", "compiled")}
