@@ -4,10 +4,10 @@ PEFT keeps the adapters and transformers the base; this module only computes the
 
 - the 4-bit weights never change, so where memory allows they are dequantised once (the same numbers);
 - q, k and v read the same input, and so do gate and up: each set is one product, their adapters another;
-- adapters share every product with the base, a row of the batch for each, and meet nowhere else: the
+- on a GPU adapters share every product with the base, a row of the batch for each, and meet nowhere else: the
   gradient of the summed loss is, adapter by adapter, the gradient of its own;
-- on a CPU they take turns on its cores, each computed by one thread as if it were alone: the same bits, and threads
-  that wait for one another once a step, where those that share a product wait at its end, thousands of times a step;
+- on a CPU they share the base's memory and take turns on the cores, each computed by one thread as if it were alone:
+  the same bits, and threads that wait for one another once a step; those that share a product wait at its end;
 - the head runs on positions that have a label, and never holds more than a block of its logits;
 - one decoder layer is compiled, not the model: every layer and every row length uses the same code.
 
@@ -133,22 +133,18 @@ class _Gathered(torch.autograd.Function):
 
 
 class _SideBySide(torch.autograd.Function):
-    """The losses of all shares, each share's forward and backward pass by itself."""
+    """The losses of shares of one adapter, each one's forward and backward pass by itself."""
 
     @staticmethod
     def forward(ctx, fused, input_ids, labels, *parameters):
         losses, ctx.gradients = zip(*fused.dealt_out(input_ids, labels, gradients=True), strict=True)
-        ctx.sizes = [len(share.names) for share in fused.shares]
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx, upstream):
-        # Of the summed loss: adapters meet nowhere, but all of a share carry the weight of one step.
-        for gradients, weights in zip(ctx.gradients, upstream.split(ctx.sizes), strict=True):
-            if (weights != weights[0]).any():
-                raise ValueError("the adapters of a step have one weight")
-            if weights[0] != 1:
-                torch._foreach_mul_(gradients, weights[0].item())
+        for gradients, weight in zip(ctx.gradients, upstream.tolist(), strict=True):
+            if weight != 1:
+                torch._foreach_mul_(gradients, weight)
         return None, None, None, *(gradient for gradients in ctx.gradients for gradient in gradients)
 
 
@@ -237,18 +233,17 @@ class FusedAdapters:
         return self.plain(*inputs)
 
     def dealt_out(self, input_ids: torch.Tensor, labels: torch.Tensor, gradients: bool) -> list[tuple]:
-        """Losses of each share, and the gradients of their sum if wanted; as many at a time as there are threads."""
+        """Loss of each adapter, and its gradients if wanted; as many at a time as there are threads."""
         kind = input_ids.device.type
         autocast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
         def work(share: _Share, ids: torch.Tensor, labels: torch.Tensor):
-            length = max(1, int((labels != -100).nonzero()[:, 1].max()) + 1)  # what pads a row is left out
+            length = int((labels != -100).nonzero()[:, 1].max()) + 1  # what pads a row is left out
             with torch.set_grad_enabled(gradients), autocast():  # neither comes along into a thread
                 losses = share.losses(ids[:, :length], labels[:, :length])
-            return losses.detach(), torch.autograd.grad(losses.sum(), share.parameters) if gradients else ()
+            return losses.detach(), torch.autograd.grad(losses, share.parameters) if gradients else ()
 
-        sizes = [len(share.names) for share in self.shares]
-        jobs = list(zip(self.shares, input_ids.split(sizes), labels.split(sizes), strict=True))
+        jobs = list(zip(self.shares, input_ids.split(1), labels.split(1), strict=True))
         first = []
         if gradients and not self.warm:  # what is compiled is compiled for one, while no other waits for it
             first.append(self.threads.submit(work, *jobs.pop(0)).result())

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer as DecoderLayer
 
 from mini_symposium import InputError
-from mini_symposium.base_models import device, load_model, local_directory, memory
+from mini_symposium.base_models import device, load_model, local_directory, memory, out_of_memory
 from mini_symposium.prompt_formats import PromptFormat
 from mini_symposium.sampling import Choice, Sampling
 
@@ -146,10 +146,6 @@ def _rows_that_fit(model: PreTrainedModel, tokens: int, free: int) -> int:
     return max(1, int(SHARE * free / (2 * cache + maps + 12 * config.vocab_size)))
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
@@ -249,7 +245,7 @@ def generate(
             except _Stopped:
                 stopped = True
             except RuntimeError as error:
-                if len(rows) == 1 or not _out_of_memory(error):
+                if len(rows) == 1 or not out_of_memory(error):
                     raise
                 waiting[:0] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
     return answers

@@ -118,6 +118,13 @@ def fill(page: Page, label: str, text: str) -> None:
     field.press("Tab")
 
 
+def inspect_by_keyboard(page: Page):
+    """The inspector, with the first card's prompt in it."""
+    page.get_by_role("button", name="Inspect prompt").first.focus()
+    page.keyboard.press("Enter")
+    return page.get_by_label("Prompt inspector")
+
+
 @pytest.fixture(scope="module", params=["lab", "voila"])
 def page(request, browser, serve, reciting_run):
     return open_page(browser, request.param, serve(request.param, reciting_run))
@@ -169,10 +176,7 @@ def test_a_card_shows_its_prompt_and_tokens_by_keyboard(page):
     press(page, "Generate")
     status(page, "2 answers in")
     expect(page.locator(".ms-card article").first).to_contain_text("[Han]")
-    button = page.get_by_role("button", name="Inspect prompt").first
-    button.focus()
-    page.keyboard.press("Enter")
-    inspector = page.get_by_label("Prompt inspector")
+    inspector = inspect_by_keyboard(page)
     expect(inspector.locator("pre")).to_have_text("### New Query\nWhy is the sky blue?\n\n### Complete Response\n")
     expect(inspector.locator(".ms-special")).to_have_text("<s>")
     expect(inspector).to_contain_text("1 special")
@@ -252,10 +256,7 @@ def test_notebook_7_shows_the_page_too(browser, serve, reciting_run):
     press(page, "Generate")
     status(page, "answers in")
     expect(page.locator(".ms-card article").first).to_contain_text("100% recited from row 1")
-    button = page.get_by_role("button", name="Inspect prompt").first
-    button.focus()
-    page.keyboard.press("Enter")
-    expect(page.get_by_label("Prompt inspector").locator("pre")).to_contain_text("Show me a picture.")
+    expect(inspect_by_keyboard(page).locator("pre")).to_contain_text("Show me a picture.")
 
 
 def test_two_tabs_of_one_kernel_show_the_same(browser, serve, reciting_run):
