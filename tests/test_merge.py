@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -166,12 +167,14 @@ memory = merge(folder / "adapter", str(folder / "base"), out / "merged", "nf4", 
 print(memory["measured"] - held, memory["predicted"] - held)
 """
     line = [sys.executable, "-c", code, little, sharded, tmp_path]
-    done = subprocess.run(line, capture_output=True, text=True)
+    # glibc gives every block above 32 MB back to the system when it is freed; here, the tensors are smaller than that.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    done = subprocess.run(line, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     measured, predicted = map(int, done.stdout.split())
     written = sum(path.stat().st_size for path in (tmp_path / "merged").glob("*.safetensors"))
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 3
-    assert 0.4 * predicted < measured < 1.3 * predicted + 10e6 < 0.2 * written
+    assert 0.4 * predicted < measured < 1.1 * predicted < 0.2 * written
     index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == pytest.approx(written, rel=1e-3)
     model = load_model(str(tmp_path / "merged"), load_in_4bit=False, dtype=torch.float32)
