@@ -318,7 +318,9 @@ def bench(
     on: Annotated[str, typer.Option("--device", help="cpu, or cuda: Mistral-7B's shape")] = "",
     only: Annotated[str, typer.Option(help="parts, e.g. step,grid; all if not given")] = "",
     as_json: Annotated[str, typer.Option("--json", metavar="FILE", help="write what was measured here as well")] = "",
-    save: Annotated[str, typer.Option(metavar="PATH", help="PATH.json, .csv and .png; figures/bench-DEVICE")] = "",
+    save: Annotated[
+        str, typer.Option(metavar="PATH", help="PATH.json, .csv and .png; figures/bench-DEVICE. --only keeps the rest")
+    ] = "",
 ):
     """Measure speed and memory against the peers, the machine's own products, and the kit itself."""
     from mini_symposium.base_models import device
@@ -326,14 +328,19 @@ def bench(
     if on not in ("", device().type):
         raise InputError(f"--device {on}: this machine has {device().type}")
     from mini_symposium.bench import compare, report
-    from mini_symposium.run_directory import ROOT, write_json
+    from mini_symposium.run_directory import ROOT, read_object, write_json
 
     parts = [part.strip() for part in only.split(",") if part.strip()] or compare.PARTS
     unknown = [part for part in parts if part not in compare.PARTS]
     if unknown:
         raise InputError(f"--only {', '.join(unknown)}: the parts are {', '.join(compare.PARTS)}")
-    found = compare.run(parts, lambda line: console.print(line, style="dim", markup=False, soft_wrap=True))
     target = Path(save) if save else None if only else ROOT / "figures" / f"bench-{device().type}"
+    before = {}
+    if only and target and (kept := target.with_suffix(".json")).exists():
+        before = read_object(kept)
+        report.check_same_machine(before, compare.machine(), str(kept))
+    found = compare.run(parts, lambda line: console.print(line, style="dim", markup=False, soft_wrap=True))
+    found = report.onto(before, found)
     found["bars"] = report.bars(found)
     if as_json:
         write_json(Path(as_json), found)

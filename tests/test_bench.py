@@ -1,6 +1,7 @@
 """The bench's plumbing: that it measures what it says. Never how fast anything is."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -97,6 +98,24 @@ def test_bars_are_met_missed_or_not_measured():
         "met": False,
     }
     assert [row["met"] for row in report.bars(measured("cuda", pass4_vs_solo4=0.5))][:2] == [None, False]
+
+
+def test_parts_measured_again_replace_theirs_and_leave_the_others(tmp_path):
+    before = measured(step_vs_stock_trl=0.5, grid_vs_loop=0.1) | {
+        "grid": 1,
+        "step": 1,
+        "measured": {"grid": 1, "step": 1},
+    }
+    found = measured(step_vs_stock_trl=0.3) | {"step": 2, "measured": {"step": 2}}
+    now = report.onto(before, found)
+    assert now["ratios"] == {"step_vs_stock_trl": 0.3, "grid_vs_loop": 0.1}
+    assert (now["grid"], now["step"], now["measured"]) == (1, 2, {"grid": 1, "step": 2})
+    assert report.onto({}, found) == found
+
+    (tmp_path / "old.json").write_text(json.dumps(before))
+    done = command("bench", "--only", "step", "--save", str(tmp_path / "old"), check=False)
+    assert done.returncode == 2
+    assert re.search(r"old\.json: its \w+ was None, here it is .*; measure all parts, or --save elsewhere", done.stderr)
 
 
 def test_mistyped_parts_and_devices_are_refused():

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import torch
 
-from mini_symposium.base_models import device, load_tokenizer, local_directory
+from mini_symposium.base_models import device, load_tokenizer, local_directory, training_dtype
 from mini_symposium.bench.turns import Contestant
 from mini_symposium.dataset import load_examples
 from mini_symposium.llama_cpp import to_gguf
@@ -40,16 +41,16 @@ class Bench:
     Attributes
     ----------
     found : dict
-        What was measured, by comparison, and `ratios`: {name: our time over the other's}.
+        What was measured, by comparison; `ratios`: {name: our time over the other's}; `measured`: when, and at which
+        commit, by comparison.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None]):
         self.folder, self.say, self.cuda = folder, say, device().type == "cuda"
         self.base = SEVEN if self.cuda else PROXY
-        processor = subprocess.run(["lscpu"], capture_output=True, text=True).stdout if sys.platform == "linux" else ""
-        named = [line.split(":")[1].strip() for line in processor.splitlines() if line.startswith("Model name")]
         self.found: dict = {
-            "environment": environment(device=device().type, processor=named[0] if named else "unknown"),
+            "environment": machine(),
+            "measured": {},
             "ratios": {},
             "missing": {},
         }
@@ -182,16 +183,27 @@ class Bench:
                 }
 
     def trajectory(self) -> None:
-        """The loss of 100 steps over the thirteen examples against PEFT's own layers with float32 adapters."""
+        """The loss of 100 steps over the thirteen examples against PEFT's own layers with float32 adapters.
+
+        Where that is computed in bfloat16, also both in float32: what is left of the difference is not rounding. And
+        how far bfloat16 by itself takes PEFT's losses.
+        """
         options = {"base": self.base, "rows": self.file("rows", self.rows)}
-        pair = [self.kit("ours", "ours", **options), self.kit("PEFT, float32 adapters", "ours", **options, fast=False)]
-        with self.rounds(pair, 100) as there:
-            losses = [[turn["losses"][0] for turn in contestant.turns[1:]] for contestant in there.values()]
-            self.found["trajectory"] = {
-                "steps": len(losses[0]),
-                "losses": {name: each for name, each in zip(there, losses, strict=True)},
-                "differ_by_at_most": max(abs(a - b) for a, b in zip(*losses, strict=True)),
-            }
+        reference = "PEFT, float32 adapters"
+        kinds = {"ours": {}, reference: {"fast": False}}
+        if not self.cuda and training_dtype() == torch.bfloat16:
+            kinds |= {f"{name}, in float32": more | {"float32": True} for name, more in kinds.items()}
+        with self.rounds([self.kit(name, "ours", **options, **more) for name, more in kinds.items()], 100) as there:
+            losses = {name: [turn["losses"][0] for turn in one.turns[1:]] for name, one in there.items()}
+
+        def apart(one: str, other: str) -> float:
+            return max(abs(a - b) for a, b in zip(losses[one], losses[other], strict=True))
+
+        found = {"steps": 100, "losses": losses, "differ_by_at_most": apart("ours", reference)}
+        if len(kinds) > 2:
+            found["in_float32_by"] = apart("ours, in float32", f"{reference}, in float32")
+            found["bfloat16_itself_by"] = apart(reference, f"{reference}, in float32")
+        self.found["trajectory"] = found
 
     def memory(self) -> None:
         """Whether 600 epochs take more memory than ten; on random weights, for the host's side of it."""
@@ -292,6 +304,13 @@ class Bench:
             return {str(n): statistics.median(seconds(there[f"{n} rows"])) for n in some}
 
 
+def machine() -> dict:
+    """The environment, its device and its processor."""
+    said = subprocess.run(["lscpu"], capture_output=True, text=True).stdout if sys.platform == "linux" else ""
+    named = [line.split(":")[1].strip() for line in said.splitlines() if line.startswith("Model name")]
+    return environment(device=device().type, processor=named[0] if named else "unknown")
+
+
 def last(contestant: Contestant) -> float:
     return contestant.turns[-1]["seconds"]
 
@@ -323,5 +342,6 @@ def run(parts: Sequence[str] = PARTS, say: Callable[[str], None] = print) -> dic
                 continue
             say(f"[{part}]")
             getattr(bench, part)()
+            bench.found["measured"][part] = {key: bench.found["environment"][key] for key in ("commit", "recorded")}
         bench.found["processor_busy_percent"] = psutil.cpu_percent()
         return bench.found

@@ -15,6 +15,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from mini_symposium import acceleration
+from mini_symposium import trainer as training
 from mini_symposium.acceleration import choose
 from mini_symposium.base_models import cache_directory, device, load_model, load_tokenizer, local_directory, nf4
 from mini_symposium.bench.turns import Turn
@@ -65,8 +67,10 @@ def where_time_goes(profiler) -> dict[str, float]:
     return {kind: round(spent, 1) for kind, spent in found.items()}
 
 
-def ours(turn, base, rows, adapters=1, fast=True, profile=False, **forced):
+def ours(turn, base, rows, adapters=1, fast=True, profile=False, float32=False, **forced):
     """The kit's own training, its log and all. `forced` overrides what it chose: resident, checkpointing, compiled."""
+    if float32:  # as on a processor without products for bfloat16
+        acceleration.training_dtype = training.training_dtype = lambda: torch.float32
     recipe = load_recipe("proxy", base_model=base, sequence_len=max(map(len, rows)), num_epochs=STEPS)
     rates = [RATE / (k + 1) for k in range(adapters)]
     chosen = choose(recipe, adapters, recipe.sequence_len, STEPS, fast)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import pandas as pd
 from rich.table import Table
 
+from mini_symposium import InputError
 from mini_symposium.picture import COLOURS, GREY, SCALES, Picture, name_rows, styled, titled
 
 CPU_BARS = (
@@ -52,6 +53,8 @@ def bars(found: Mapping) -> list[dict]:
     else:
         peak = step.get("peak_bytes", {}).get("ours, 4 bits")
         more.append(("peak memory with 4-bit residency", peak and peak / GIB, 8, "at most", " GiB"))
+    if "in_float32_by" in trajectory:
+        more.append(("the same, both in float32", trajectory["in_float32_by"], 0.02, "within", ""))
     if memory:
         growth = memory["at_the_end"] / memory["after_10_epochs"] - 1
         more.append(("memory, epoch 600 over epoch 10: growth", growth, 0.05, "at most", ""))
@@ -80,6 +83,28 @@ def bars(found: Mapping) -> list[dict]:
         }
         for row in rows
     ]
+
+
+def check_same_machine(before: Mapping, where: Mapping, file: str) -> None:
+    """Refuse to put figures beside those of another machine, or of other versions.
+
+    Parameters
+    ----------
+    before, where
+        What was found earlier; the environment now.
+    file
+        Where `before` was found.
+    """
+    for key, now in where.items():
+        then = before["environment"].get(key)
+        if key not in ("commit", "recorded") and then != now:
+            raise InputError(f"{file}: its {key} was {then}, here it is {now}; measure all parts, or --save elsewhere")
+
+
+def onto(before: Mapping, found: Mapping) -> dict:
+    """What was measured, and what had been measured before and was not measured again."""
+    joined = {key: before.get(key, {}) | found[key] for key in ("ratios", "measured")}
+    return {**before, **found, **joined}
 
 
 def table(found: Mapping) -> Table:
