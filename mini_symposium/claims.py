@@ -46,8 +46,7 @@ def overfits(e: Evidence) -> Claim:
     high = _evaluated(e, "high", EPOCHS_HIGH)
     if not high:
         return C1.lacks(e.scale, "an evaluation of the high rate")
-    epoch = min(epoch for _, epoch in high)
-    found = interval(_recall(high))
+    epoch, found = high[0][1], interval(_recall(high))
     claim = C1.judge(e.scale, found, _unlearned(e, high), f"at epoch {epoch}; {_when_known([t for t, _ in high])}")
     if claim.verdict == "not supported" and epoch < EPOCHS_HIGH:
         return C1.lacks(e.scale, f"epochs {epoch + 1} to {EPOCHS_HIGH} of the high rate")
@@ -56,24 +55,24 @@ def overfits(e: Evidence) -> Claim:
 
 def spares(e: Evidence) -> Claim:
     """C2, with the dose control: the high rate, stopped where it has come as far."""
-    low = _evaluated(e, "low", EPOCHS_LOW)
+    low = _evaluated(e, "low", EPOCHS_LOW, every=True)
     if not low:
         return C2.lacks(e.scale, "an evaluation of the low rate")
-    epoch = max(epoch for _, epoch in low)
-    low = [(trained, at) for trained, at in low if at == epoch]
-    recall = _recall(low)
-    note = f"at epoch {epoch}"
-    control = [(t, round(epoch * low[0][0].learning_rate / t.learning_rate)) for t in e.named("high")]
-    pairs = [(a, b) for a in low for b in control if a[0].seed == b[0].seed and b[1] in b[0].evaluations]
+    # A seed may end before the last epoch: to recite later on, what it recites by then is enough.
+    note = f"at epoch {_listed(sorted({at for _, at in low}))}"
+    doses = {t.seed: at * t.learning_rate for t, at in low}
+    high = [(t, round(doses[t.seed] / t.learning_rate)) for t in e.named("high") if t.seed in doses]
+    pairs = [(a, b) for a in low for b in high if a[0].seed == b[0].seed and b[1] in b[0].evaluations]
     if pairs:
         ours, theirs = (_recall(some) for some in zip(*pairs, strict=True))
         gap = difference(ours, theirs)
         note += f"; the high rate at the same dose: {theirs.mean():.2f}, low less high {_said(gap)}"
     else:
         note += "; the dose control is missing"
-    claim = C2.judge(e.scale, interval(recall), _unlearned(e, low), note)
-    if claim.verdict == "supported" and epoch < EPOCHS_LOW:
-        return C2.lacks(e.scale, f"epochs {epoch + 1} to {EPOCHS_LOW} of the low rate")
+    claim = C2.judge(e.scale, interval(_recall(low)), _unlearned(e, low), note)
+    first = min(at for _, at in low)
+    if claim.verdict == "supported" and first < EPOCHS_LOW:
+        return C2.lacks(e.scale, f"epochs {first + 1} to {EPOCHS_LOW} of the low rate")
     return claim
 
 
@@ -216,10 +215,12 @@ def ledger(evidence: Evidence) -> list[Claim]:
     return rows
 
 
-def _evaluated(e: Evidence, name: str, at_most: int) -> list[tuple[Trained, int]]:
-    """The experiments of that name, each with its last evaluated epoch up to `at_most`."""
-    found = [(t, max((epoch for epoch in t.evaluations if epoch <= at_most), default=None)) for t in e.named(name)]
-    return [(trained, epoch) for trained, epoch in found if epoch is not None]
+def _evaluated(e: Evidence, name: str, at_most: int, every: bool = False) -> list[tuple[Trained, int]]:
+    """The experiments of that name, each with its last evaluated epoch up to `at_most`; of the seeds only those that
+    came furthest, unless `every` one is wanted."""
+    found = [(t, max((epoch for epoch in t.evaluations if epoch <= at_most), default=-1)) for t in e.named(name)]
+    last = max((epoch for _, epoch in found), default=-1)
+    return [(trained, epoch) for trained, epoch in found if epoch >= 0 and (every or epoch == last)]
 
 
 def _paired(e: Evidence) -> list[tuple[tuple[Trained, int], tuple[Trained, int]]]:
@@ -245,7 +246,11 @@ def _unlearned(e: Evidence, some: Sequence[tuple[Trained, int]]) -> list[Control
 def _when_known(some: Sequence[Trained]) -> str:
     first = [next((k for k, row in enumerate(t.em) if np.mean(row) >= 0.9), None) for t in some if t.em]
     known = [epoch for epoch in first if epoch is not None]
-    return f"EM reaches 0.9 at epoch {', '.join(map(str, known))}" if known else "EM stays below 0.9"
+    return f"EM reaches 0.9 at epoch {_listed(known)}" if known else "EM stays below 0.9"
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _passes(evaluation: dict, categories: Sequence[str] = ()) -> np.ndarray:

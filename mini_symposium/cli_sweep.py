@@ -43,10 +43,7 @@ def sweep(
         passes = grid(chosen, rates, parse_ranks(ranks), rules, numbers, epochs, per_pass)
     elif epochs is not None:
         raise InputError("--epochs: is for a grid; give --learning-rates, --ranks or --schedules too")
-    from mini_symposium.base_models import load_tokenizer
     from mini_symposium.dataset import load_examples
-    from mini_symposium.evaluation import measure as evaluate
-    from mini_symposium.generation import load_with_adapters
     from mini_symposium.held_out import check_disjoint, load_held_out
     from mini_symposium.sweep import Sweep, check_engine
     from mini_symposium.writing import alone
@@ -63,11 +60,7 @@ def sweep(
     with alone(whole.root):
         whole.run(examples, twins, names, lambda line: console.print(line, markup=False, soft_wrap=True), engine, cpus)
         if measure or (measure is None and not asked):
-            adapters = whole.evaluated(last=asked)
-            files = {whole.root / "base.json": "base"}
-            files |= {RunDirectory.evaluation_file(checkpoint): name for name, checkpoint in adapters.items()}
-            model, tokenizer = load_with_adapters(chosen.base_model, adapters), load_tokenizer(chosen.base_model)
-            evaluate(model, tokenizer, files, examples, twins, prompts, show=console.print)
+            whole.measure(examples, twins, prompts, asked, console.print)
     found = whole.table()
     table = Table("experiment", "seed", "learning rate", "epochs", "loss", "EM", title="the last epoch's means")
     for row in found.itertuples():

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mini_symposium.base_models import predicted_bytes
@@ -28,7 +29,7 @@ ENGINEER = role("### Software Engineer")
 
 
 def measure(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Callable[[str], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     targets: Mapping[Path, str],
     *material,
@@ -41,6 +42,8 @@ def measure(
 
     Parameters
     ----------
+    model
+        With all the adapters; or what loads it, given a name, for each file that is measured.
     material, options
         Of `evaluate`: examples, twins, prompts; formats, max_new_tokens, posix_queries, probes.
     show
@@ -57,7 +60,8 @@ def measure(
         if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("settings") == settings:
             continue
         show(str(file))
-        found = evaluate(model, tokenizer, *material, name=name, **options) | {"settings": settings}
+        loaded = model if isinstance(model, torch.nn.Module) else model(name)
+        found = evaluate(loaded, tokenizer, *material, name=name, **options) | {"settings": settings}
         if name == "base":
             found["paper_bytes"] = sum(predicted_bytes(load_recipe("paper")).values())
         write_json(file, found)

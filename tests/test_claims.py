@@ -143,6 +143,19 @@ def test_the_dose_control_is_beside_the_low_rate():
     assert "dose control is missing" in claims.spares(low(recall=0.2)).note
 
 
+def test_a_seed_that_ends_earlier_counts_against_the_low_rate_but_not_for_it():
+    def two(recall, early):
+        some = {42: {600: evaluation(recall=recall, passed=0.9)}, 43: {240: evaluation(recall=early, passed=0.1)}}
+        return evidence(*(trained("low", seed=seed, evaluations=each) for seed, each in some.items()))
+
+    refuted = claims.spares(two(0.9, 0.9))
+    assert (refuted.verdict, refuted.seeds) == ("not supported", 2) and "at epoch 240, 600;" in refuted.note
+    assert "epochs 241 to 600 of the low rate" in claims.spares(two(0.2, 0.2)).note
+    assert claims.spares(two(0.2, 0.2)).verdict == "inconclusive"
+    across = claims.performs_across_formats(two(0.9, 0.9))  # of a model that is not done it says nothing
+    assert (across.seeds, across.verdict) == (1, "supported")
+
+
 def test_step_size_is_kept_apart_from_rank():
     em = {"rank-64-alpha-128": 0.9, "rank-4-alpha-8": 0.3, "rank-64-alpha-32": 0.5, "rank-4-alpha-32": 0.5}
     some = [trained(name, value, seed=seed) for seed in (1, 2, 3) for name, value in em.items()]

@@ -4,11 +4,11 @@ from threading import Event, Timer
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from mini_symposium import InputError
 from mini_symposium.base_models import load_model
-from mini_symposium.generation import MOST_ROWS, answer_grid, generate, load_with_adapters, using
+from mini_symposium.generation import MOST_ROWS, answer_grid, folded, generate, load_with_adapters, using
 from mini_symposium.prompt_formats import FORMATS, prompt_format
 from mini_symposium.sampling import Sampling
 
@@ -158,6 +158,19 @@ def test_grid_names_its_cells_and_adapters_differ_from_the_base(tiny_run, mistra
             seen.append(model(**ids).logits)
     assert not torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[1], seen[2])
+
+
+def test_an_adapter_is_folded_into_float32_weights_and_into_no_others(tiny_run, mistral_tokenizer):
+    adapter = next(iter(tiny_run.newest_checkpoints().values()))
+    live = load_with_adapters("tiny", {"a": adapter})
+    ids = mistral_tokenizer("Hello", return_tensors="pt")
+    with torch.inference_mode():
+        wanted, base = live(**ids).logits, load_with_adapters("tiny", {})(**ids).logits
+        whole = folded(live)
+        torch.testing.assert_close(whole(**ids).logits, wanted, rtol=0, atol=1e-5)
+    assert not isinstance(whole, PeftModel) and (wanted - base).abs().max() > 1e-3
+    rounded = load_with_adapters("tiny", {"a": adapter}, dtype=torch.bfloat16)
+    assert folded(rounded) is rounded and folded(whole) is whole
 
 
 def test_an_adapter_of_another_base_is_refused(tiny_run):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 import time
 
 import pytest
@@ -258,12 +259,12 @@ def until(holds, seconds=60):
     raise AssertionError("it did not come to hold")
 
 
-def press(page, name, inside=None):
+def press(page, name):
     def buttons(widget):
         for child in getattr(widget, "children", ()):
             yield from [child] if getattr(child, "description", "") == name else buttons(child)
 
-    next(buttons(inside or page.box)).click()
+    next(buttons(getattr(page, "box", page))).click()
 
 
 def test_generate_runs_on_a_thread_stop_keeps_what_came_and_a_second_press_is_answered(page):
@@ -310,6 +311,22 @@ def test_the_next_generation_makes_no_new_widgets(page):
         until(lambda: not page._busy())
         counts.append(len(_instances))
     assert len(set(counts)) == 1
+
+
+def test_on_colab_it_says_what_does_not_show_and_answers_before_the_press_returns(bench, monkeypatch):
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
+    monkeypatch.delenv("MINI_SYMPOSIUM_HEADLESS", raising=False)
+    box = show(bench, PICTURE, ["new-query"], ["base"], 40)
+
+    def values(widget):
+        yield str(getattr(widget, "value", ""))
+        for child in getattr(widget, "children", ()):
+            yield from values(child)
+
+    assert any("Colab shows nothing from the background" in value for value in values(box))
+    started = threading.active_count()
+    press(box, "Generate")
+    assert any("1 answers in" in value for value in values(box)) and threading.active_count() == started
 
 
 def test_where_nobody_watches_a_table_comes_out_and_errors_are_raised(bench, reciting_run, monkeypatch):

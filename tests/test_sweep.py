@@ -7,11 +7,8 @@ import pytest
 from conftest import command
 
 from mini_symposium import sweep as module
-from mini_symposium.base_models import load_tokenizer
 from mini_symposium.dataset import load_examples
-from mini_symposium.evaluation import measure
 from mini_symposium.evidence import load
-from mini_symposium.generation import load_with_adapters
 from mini_symposium.held_out import load_held_out
 from mini_symposium.prompt_formats import FORMATS
 from mini_symposium.recipe import load_recipe
@@ -49,14 +46,12 @@ def small(tmp_path_factory):
     said = []
     whole.run(examples, twins, ("high", "low", "rank-2-alpha-4"), said.append)
     adapters = whole.evaluated()
-    files = {whole.root / "base.json": "base"}
-    files |= {RunDirectory.evaluation_file(path): name for name, path in adapters.items()}
-    model, tokenizer = load_with_adapters("tiny", adapters), load_tokenizer("tiny")
+    files = [whole.root / "base.json", *map(RunDirectory.evaluation_file, adapters.values())]
     prompts = [prompt for prompt in load_held_out(split="dev") if prompt.category in ("code", "explanation")][::2]
     options = {"formats": [FORMATS["new-query"], FORMATS["alpaca"]], "max_new_tokens": 8, "posix_queries": 1}
     measured = []
     for _ in range(2):
-        measure(model, tokenizer, files, examples, twins, prompts, show=measured.append, probes=["prompt"], **options)
+        whole.measure(examples, twins, prompts, show=measured.append, probes=["prompt"], **options)
     yield whole, said, measured, files
     patch.undo()
 
