@@ -67,8 +67,10 @@ def where_time_goes(profiler) -> dict[str, float]:
     return {kind: round(spent, 1) for kind, spent in found.items()}
 
 
-def ours(turn, base, rows, adapters=1, fast=True, profile=False, float32=False, **forced):
+def ours(turn, base, rows, adapters=1, fast=True, profile=False, float32=False, threads=0, **forced):
     """The kit's own training, its log and all. `forced` overrides what it chose: resident, checkpointing, compiled."""
+    if threads:
+        torch.set_num_threads(threads)
     if float32:  # as on a processor without products for bfloat16
         acceleration.training_dtype = training.training_dtype = lambda: torch.float32
     recipe = load_recipe("proxy", base_model=base, sequence_len=max(map(len, rows)), num_epochs=STEPS)

@@ -31,30 +31,21 @@ def bars(found: Mapping) -> list[dict]:
         {"what": what, "bar": f"at most {bar:g} x", "value": found["ratios"].get(key), "most": bar, "unit": " x"}
         for what, key, bar in (CPU_BARS if device == "cpu" else GPU_BARS)
     ]
-    trajectory, step, memory = (found.get(part, {}) for part in ("trajectory", "step", "memory"))
+    parts = ("trajectory", "step", "memory", "pass")
+    trajectory, step, memory, together = (found.get(part, {}) for part in parts)
     more = [
-        (
-            "100 losses against PEFT, float32 adapters",
-            trajectory.get("differ_by_at_most"),
-            0.02,
-            "within",
-            "",
-        ),
-        (
-            "4 in one pass: loss against solo, relative",
-            found.get("pass", {}).get("losses_differ_by"),
-            1e-3,
-            "within",
-            "",
-        ),
+        ("100 losses against PEFT, float32 adapters", trajectory.get("differ_by_at_most"), 0.02, "within", ""),
+        ("4 in one pass: loss against solo, relative", together.get("losses_differ_by"), 1e-3, "within", ""),
     ]
+    if (exact := trajectory.get("in_float32_by")) is not None:
+        more.insert(1, ("the same, both in float32", exact, 0.02, "within", ""))
+    if (exact := together.get("losses_differ_from_one_thread_by")) is not None:
+        more.append(("the same, solo with one thread", exact, 1e-3, "within", ""))
     if device == "cpu":
         more.append(("first step after start", step.get("first_step_seconds", {}).get("ours"), 20, "at most", " s"))
     else:
         peak = step.get("peak_bytes", {}).get("ours, 4 bits")
         more.append(("peak memory with 4-bit residency", peak and peak / GIB, 8, "at most", " GiB"))
-    if "in_float32_by" in trajectory:
-        more.append(("the same, both in float32", trajectory["in_float32_by"], 0.02, "within", ""))
     if memory:
         growth = memory["at_the_end"] / memory["after_10_epochs"] - 1
         more.append(("memory, epoch 600 over epoch 10: growth", growth, 0.05, "at most", ""))
