@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mini_symposium.base_models import NF4_BYTES, device, memory, model_config, predicted_bytes, training_dtype
+from mini_symposium.base_models import NF4_BYTES, model_config, predicted_bytes
+from mini_symposium.devices import device, memory, training_dtype
 from mini_symposium.recipe import Recipe
 
 SHARE = 0.8

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mini_symposium import InputError
-from mini_symposium.run_directory import RunDirectory
+from mini_symposium.run_directory import RunDirectory, read_object
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """{weight name in the base: (A (R, in), B (out, R))}; B A is what is added to it."""
@@ -35,9 +35,10 @@ def read_adapters(weights: Mapping[Path, float]) -> tuple[Factors, list[dict]]:
     parts, provenance = {}, []
     for checkpoint, weight in weights.items():
         config, tensors = _read(checkpoint)
-        if not all(isinstance(n, int | float) and n > 0 for n in (config.lora_alpha, config.r)):
-            raise InputError(f"{checkpoint}: lora_alpha is {config.lora_alpha!r} and r is {config.r!r}")
-        scaling = config.lora_alpha / config.r
+        alpha, r = config.get("lora_alpha"), config.get("r")
+        if not all(isinstance(n, int | float) and n > 0 for n in (alpha, r)):
+            raise InputError(f"{checkpoint}: lora_alpha is {alpha!r} and r is {r!r}")
+        scaling = alpha / r
         for name, a in tensors.items():
             if not name.endswith(".lora_A.weight"):
                 continue
@@ -58,25 +59,35 @@ def read_adapters(weights: Mapping[Path, float]) -> tuple[Factors, list[dict]]:
     return factors, provenance
 
 
-def _read(checkpoint: Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+NOT_PLAIN = (
+    *("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save"),
+    *("rank_pattern", "alpha_pattern", "layer_replication", "target_parameters", "trainable_token_indices"),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
+)
+"""Of an adapter_config.json of PEFT 0.21: what makes an adapter add something else than B A x lora_alpha / r."""
+
+
+def _read(checkpoint: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     weights = checkpoint / "adapter_model.safetensors"
     if checkpoint.parent.name.startswith("."):
         raise InputError(f"{checkpoint}: is still being written; wait until it has its own name")
     if not weights.exists() and (pickles := [path.name for path in checkpoint.glob("*.bin")]):
         raise InputError(f"{checkpoint}: holds {', '.join(pickles)}, a pickle; only safetensors are read")
     try:
-        config = PeftConfig.from_pretrained(checkpoint)
+        config = _config(checkpoint)
         tensors = load_file(weights)
-    except Exception as error:  # peft, the hub's client and safetensors raise anything from KeyError to their own
+    except (InputError, OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{checkpoint}: not a whole adapter ({error})") from error
-    odd = [
-        key
-        for key in ("use_dora", "use_rslora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern")
-        if getattr(config, key, None)
-    ]
-    if config.peft_type != "LORA" or odd or getattr(config, "bias", "none") != "none":
-        raise InputError(f"{checkpoint}: is {config.peft_type} with {', '.join(odd) or 'bias'}; plain LoRA is merged")
+    odd = [key for key in NOT_PLAIN if config.get(key)]
+    if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
+        kind = config.get("peft_type")
+        raise InputError(f"{checkpoint}: is {kind} with {', '.join(odd) or 'bias'}; plain LoRA is merged")
     return config, tensors
+
+
+def _config(checkpoint: Path) -> dict:
+    """Its adapter_config.json as it stands: importing PEFT to read it would take as long as merging the proxy."""
+    return read_object(checkpoint / "adapter_config.json")
 
 
 def check_trained_on(weights: Mapping[Path, float], base_model: str, folder: Path) -> None:
@@ -86,7 +97,7 @@ def check_trained_on(weights: Mapping[Path, float], base_model: str, folder: Pat
     """
     names = {base_model, Path(base_model).name, folder.name, f"models--{base_model.replace('/', '--')}"}
     for checkpoint in weights:
-        trained_on = PeftConfig.from_pretrained(checkpoint).base_model_name_or_path
+        trained_on = str(_config(checkpoint).get("base_model_name_or_path") or "")
         if trained_on and not names & {trained_on, *Path(trained_on).parts}:
             raise InputError(
                 f"{checkpoint}: was trained on {trained_on}, not on {base_model}; if that is the same model, "

@@ -290,7 +290,8 @@ def doctor(recipe: RecipeOption = "proxy"):
     from mini_symposium.recipe import load_recipe
 
     chosen = load_recipe(recipe)
-    from mini_symposium.base_models import device, four_bit_works, memory, predicted_bytes
+    from mini_symposium.base_models import four_bit_works, predicted_bytes
+    from mini_symposium.devices import device, memory
     from mini_symposium.run_directory import environment
 
     found = environment()
@@ -323,7 +324,7 @@ def bench(
     ] = "",
 ):
     """Measure speed and memory against the peers, the machine's own products, and the kit itself."""
-    from mini_symposium.base_models import device
+    from mini_symposium.devices import device
 
     if on not in ("", device().type):
         raise InputError(f"--device {on}: this machine has {device().type}")

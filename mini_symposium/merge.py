@@ -19,18 +19,22 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mini_symposium import InputError, __version__
 from mini_symposium.adapters import Factors, check_trained_on, read_adapters
-from mini_symposium.base_models import device, local_directory
+from mini_symposium.base_files import local_directory
+from mini_symposium.devices import device
 from mini_symposium.run_directory import write_json, written_whole
 from mini_symposium.tensor_files import Entry, read_header, read_tensor, write_tensors
 from mini_symposium.writing import being_written, clear_away
+
+if TYPE_CHECKING:  # importing it takes longer than merging the proxy
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BASES = ("original", "nf4")
@@ -201,7 +205,7 @@ def check_room(out: Path, size: int) -> None:
 
 @torch.inference_mode()
 def logits(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | Sequence[int]]
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str | Sequence[int]]
 ) -> list[torch.Tensor]:
     """Next-token logits at every position of each text or row of tokens, (T, vocabulary) in float32 on the CPU."""
     rows, found = [tokenizer(text)["input_ids"] if isinstance(text, str) else list(text) for text in texts], []

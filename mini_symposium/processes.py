@@ -8,7 +8,7 @@ import os
 import torch.distributed as dist
 
 from mini_symposium import InputError
-from mini_symposium.base_models import device
+from mini_symposium.devices import device
 
 
 def count() -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mini_symposium import InputError
 from mini_symposium.adapters import find_checkpoints, read_adapters
-from mini_symposium.base_models import local_directory
+from mini_symposium.base_files import local_directory
 from mini_symposium.dataset import load_examples, write_axolotl_jsonl
 from mini_symposium.gguf_files import tensor_types
 from mini_symposium.llama_cpp import FILE_TYPES, QUANTISER, SERVER, lora_to_gguf, quantise, require, to_gguf

@@ -21,8 +21,9 @@ from trl import SFTConfig, SFTTrainer
 
 from mini_symposium import InputError, RunError, checkpoints, processes
 from mini_symposium.acceleration import Acceleration
-from mini_symposium.base_models import compute_in_float32, device, load_model, load_tokenizer, training_dtype
+from mini_symposium.base_models import compute_in_float32, load_model, load_tokenizer
 from mini_symposium.dataset import Row
+from mini_symposium.devices import device, training_dtype
 from mini_symposium.fused import FusedAdapters
 from mini_symposium.recipe import Recipe
 from mini_symposium.training_log import Part

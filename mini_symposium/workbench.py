@@ -145,7 +145,7 @@ class Workbench:
 
     def _add_adapter(self, name: str) -> None:
         from mini_symposium.adapters import check_trained_on
-        from mini_symposium.base_models import local_directory
+        from mini_symposium.base_files import local_directory
         from mini_symposium.generation import add_adapter
 
         path, base = self.shelf.models[name].path, self.shelf.base_model

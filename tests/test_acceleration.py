@@ -1,7 +1,8 @@
 import pytest
 
 from mini_symposium.acceleration import choose
-from mini_symposium.base_models import NF4_BYTES, predicted_bytes, training_dtype
+from mini_symposium.base_models import NF4_BYTES, predicted_bytes
+from mini_symposium.devices import training_dtype
 from mini_symposium.recipe import load_recipe
 
 GIB = 2**30

@@ -8,8 +8,9 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, get_peft_model
 
-from mini_symposium.base_models import compute_in_float32, load_model, training_dtype
+from mini_symposium.base_models import compute_in_float32, load_model
 from mini_symposium.dataset import load_examples, tokenize
+from mini_symposium.devices import training_dtype
 from mini_symposium.fused import GROUPS, FusedAdapters
 from mini_symposium.run_directory import find
 

@@ -16,7 +16,8 @@ from test_hostile_input import EXPECTED, MALFORMED, mutated, texts
 
 from mini_symposium import InputError
 from mini_symposium.adapters import read_adapters
-from mini_symposium.base_models import load_model, load_tokenizer, local_directory, model_config
+from mini_symposium.base_files import local_directory
+from mini_symposium.base_models import load_model, load_tokenizer, model_config
 from mini_symposium.dataset import Example, tokenize
 from mini_symposium.tensor_files import read_header, read_tensor
 
@@ -186,6 +187,8 @@ ADAPTERS = {
     "rank in words": lambda f: change(f / "adapter_config.json", r="two"),
     "no alpha": lambda f: change(f / "adapter_config.json", lora_alpha=None),
     "another kind": lambda f: change(f / "adapter_config.json", peft_type="IA3"),
+    "another way to scale": lambda f: change(f / "adapter_config.json", use_rslora=True),
+    "replicated layers": lambda f: change(f / "adapter_config.json", layer_replication=[[0, 2]]),
     "no kind of adapter": lambda f: change(f / "adapter_config.json", peft_type="os.system"),
     "a list": lambda f: (f / "adapter_config.json").write_text("[]"),
     "no json": lambda f: (f / "adapter_config.json").write_text("{"),

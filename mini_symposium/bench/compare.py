@@ -17,9 +17,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from mini_symposium.base_models import device, load_tokenizer, local_directory, training_dtype
+from mini_symposium.base_files import local_directory
+from mini_symposium.base_models import load_tokenizer
 from mini_symposium.bench.turns import Contestant
 from mini_symposium.dataset import load_examples
+from mini_symposium.devices import device, training_dtype
 from mini_symposium.llama_cpp import to_gguf
 from mini_symposium.prompt_formats import FORMATS
 from mini_symposium.run_directory import ROOT, environment, find

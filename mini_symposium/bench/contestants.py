@@ -18,9 +18,11 @@ from trl import SFTConfig, SFTTrainer
 from mini_symposium import acceleration
 from mini_symposium import trainer as training
 from mini_symposium.acceleration import choose
-from mini_symposium.base_models import cache_directory, device, load_model, load_tokenizer, local_directory, nf4
+from mini_symposium.base_files import cache_directory, local_directory
+from mini_symposium.base_models import load_model, load_tokenizer, nf4
 from mini_symposium.bench.turns import Turn
 from mini_symposium.dataset import Row
+from mini_symposium.devices import device
 from mini_symposium.generation import generate, load_with_adapters
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run_directory import written_whole
