@@ -261,6 +261,44 @@ def travel(rows: Sequence[Mapping], scale: str) -> Picture:
     return figure
 
 
+def recitation(rows: Sequence[Mapping], scale: str) -> Picture:
+    """How much of the rows' responses checkpoints give back when they are asked for them, by epoch.
+
+    Parameters
+    ----------
+    rows
+        {learning_rate, epoch, rows: "training" or "twins", recall: a mean over rows, or none where nothing was asked}.
+
+    Raises
+    ------
+    InputError
+        If nothing was asked.
+    """
+    if not rows or all(pd.isna(row["recall"]) for row in rows):
+        raise InputError("no row was asked for, so there is no recitation to draw")
+    table = pd.DataFrame(rows).sort_values(["learning_rate", "rows", "epoch"], ascending=[False, True, True])
+    with styled():
+        look = (
+            "Recall is the share of a response's words that come back, in order, when its prompt is given. Circles are "
+            "twins, rows like them that were not trained on; epoch 0 is the base."
+        )
+        figure = titled(3.0, "What is recited when it is asked for", scale, look)
+        axes = figure.subplots()
+        ends = []
+        for place, (rate, part) in enumerate(table.groupby("learning_rate", sort=False)):
+            colour = COLOURS[place % len(COLOURS)]
+            known, twins = (part[part["rows"] == which].dropna() for which in ("training", "twins"))
+            axes.plot(known["epoch"], known["recall"], "o-", color=colour)
+            axes.plot(twins["epoch"], twins["recall"], "o:", color=colour, markerfacecolor="white")
+            if len(known):
+                ends.append((*known[["epoch", "recall"]].iloc[-1], f"LR {scientific(rate)}", colour))
+        axes.set(xlabel="epochs", ylabel="recall, by ROUGE-L", ylim=(0, 1.02))
+        axes.grid(axis="y")
+        _label_ends(axes, ends, 1.02)
+    figure.drawn = table
+    return figure
+
+
 def format_grid(grid: Sequence[Mapping], value: str, scale: str) -> Picture:
     """A number for each prompt format (row), model (panel) and query (column), written in its cell.
 

@@ -270,7 +270,12 @@ def adapter_names(model: PreTrainedModel, adapters: Sequence[str] | None) -> dic
     """What `model` is called with for each row of a batch to go through its own adapter, "base" for none."""
     if adapters is None or not isinstance(model, PeftModel):
         return {}
-    return {"adapter_names": ["__base__" if name == "base" else name for name in adapters]}
+    return {"adapter_names": ["__base__" if name == "base" else _in_peft(name) for name in adapters]}
+
+
+def _in_peft(name: str) -> str:
+    """An adapter's name where PEFT keeps it: as that of a module, which can hold no dot, as 2.5e-05 does."""
+    return name.replace(".", ",")
 
 
 def load_with_adapters(
@@ -311,9 +316,9 @@ def add_adapter(model: PreTrainedModel, name: str, checkpoint: Path, base_model:
     """`model` with one more named adapter. If that fails, with an InputError, it may be left half changed."""
     try:
         if isinstance(model, PeftModel):
-            model.load_adapter(checkpoint, adapter_name=name)
+            model.load_adapter(checkpoint, adapter_name=_in_peft(name))
         else:
-            model = PeftModel.from_pretrained(model, checkpoint, adapter_name=name)
+            model = PeftModel.from_pretrained(model, checkpoint, adapter_name=_in_peft(name))
     except Exception as error:  # peft, safetensors and torch raise anything from KeyError to RuntimeError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{checkpoint}: not an adapter for {base_model} ({reason})") from error
@@ -324,7 +329,7 @@ def add_adapter(model: PreTrainedModel, name: str, checkpoint: Path, base_model:
 def using(model: PreTrainedModel, name: str):
     """Within the block, `model` answers with the adapter `name`; with "base", without any."""
     if isinstance(model, PeftModel) and name != "base":
-        model.set_adapter(name)
+        model.set_adapter(_in_peft(name))
     with model.disable_adapter() if isinstance(model, PeftModel) and name == "base" else nullcontext():
         yield model
 

@@ -35,7 +35,8 @@ def redraw(run: RunDirectory) -> list[Path]:
     }
     if "02_finetune" in results:
         pictures["travel"] = figures.travel(results["02_finetune"]["travel"], recipe.scale)
-    tables = {name: run.figures / f"{name}.csv" for name in ("token_lengths", "format_grid", "pass_rates", "survival")}
+    kept = ("token_lengths", "format_grid", "pass_rates", "recitation", "survival")
+    tables = {name: run.figures / f"{name}.csv" for name in kept}
     rows = {name: pd.read_csv(path).to_dict("records") for name, path in tables.items() if path.exists()}
     if "token_lengths" in rows:
         pictures["token_lengths"] = figures.token_lengths(rows["token_lengths"], recipe.scale, recipe.sequence_len)
@@ -43,6 +44,8 @@ def redraw(run: RunDirectory) -> list[Path]:
         pictures["format_grid"] = figures.format_grid(rows["format_grid"], "copied_words", recipe.scale)
     if "pass_rates" in rows:
         pictures["pass_rates"] = figures.format_grid(rows["pass_rates"], "passed", recipe.scale)
+    if "recitation" in rows:
+        pictures["recitation"] = figures.recitation(rows["recitation"], recipe.scale)
     behind = of_evidence(evidence.load(run.path))
     if "06_claims" not in results:
         del behind["ledger"]

@@ -198,6 +198,13 @@ class RunDirectory:
             self.learning_rate_dir(r).name.removeprefix("lr-"): found[max(found)] for r, found in rates.items() if found
         }
 
+    def on_the_way(self, learning_rate: float) -> list[int]:
+        """The epochs nearest to a third and two thirds of the way whose checkpoints were kept, if any lie between."""
+        *earlier, last = self.checkpoints(learning_rate) or [0]
+        earlier = [epoch for epoch in earlier if epoch]
+        nearest = [min(earlier, key=lambda epoch: abs(epoch - last * part / 3)) for part in (1, 2) if earlier]
+        return sorted(set(nearest))
+
     def dose_control(self) -> dict[str, Path]:
         """The highest rate's checkpoint at the dose at which the lowest one's run ends, under a name of its own; {} if
         that epoch was not kept."""

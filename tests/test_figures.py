@@ -40,12 +40,22 @@ def grid(formats=("alpaca", "### Role $x_{"), models=("base", "1e-05"), queries=
     return [{"format": f, "model": m, "query": q, "recall": i / 10, "answer": "x"} for i, (f, m, q) in enumerate(cells)]
 
 
+def asked(rates=(1e-4, 1e-5), epochs=(0, 10, 30)):
+    return [
+        {"learning_rate": rate, "epoch": epoch, "rows": rows, "recall": epoch / 40 if rows == "training" else None}
+        for rate in rates
+        for epoch in epochs
+        for rows in ("twins", "training")
+    ]
+
+
 DRAWINGS = {
     "loss_curves": lambda: figures.loss_curves(metrics(), N, "proxy"),
     "example_heatmap": lambda: figures.example_heatmap(metrics(), TITLES, "proxy"),
     "token_lengths": lambda: figures.token_lengths(bars(), "proxy", 512),
     "travel": lambda: figures.travel([moved(), moved(1e-4)], "proxy"),
     "format_grid": lambda: figures.format_grid(grid(), "recall", "proxy"),
+    "recitation": lambda: figures.recitation(asked(), "proxy"),
 }
 every_drawing = pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
 
@@ -69,6 +79,15 @@ def test_drawing_again_gives_the_same_bytes_whatever_the_users_style(draw, tmp_p
     )
     assert first == again
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.csv", "again.png", "first.csv", "first.png"]
+
+
+def test_recitation_is_drawn_by_rate_and_again_from_its_csv(tmp_path):
+    picture = figures.recitation(asked(), "proxy").save(tmp_path / "first")
+    (axes,) = picture.axes
+    drawn = [line.get_ydata().tolist() for line in axes.lines if len(line.get_ydata()) > 1]
+    assert drawn == [[0, 0.25, 0.75]] * 2
+    figures.recitation(pd.read_csv(tmp_path / "first.csv").to_dict("records"), "proxy").save(tmp_path / "again")
+    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "again.png").read_bytes()
 
 
 def test_a_grid_drawn_from_its_csv_gives_the_same_bytes(tmp_path):
@@ -210,6 +229,8 @@ def test_a_run_that_has_only_begun_is_drawn(steps):
         (lambda: figures.example_heatmap(metrics(), TITLES[:2], "proxy"), "name example 4, the dataset has 2"),
         (lambda: figures.token_lengths([], "proxy", 512), "dataset empty"),
         (lambda: figures.travel([], "proxy"), "no training"),
+        (lambda: figures.recitation([], "proxy"), "no row was asked for"),
+        (lambda: figures.recitation([{**asked()[0], "recall": None}], "proxy"), "no row was asked for"),
         (lambda: figures.format_grid([], "recall", "proxy"), "nothing to draw"),
         (lambda: figures.format_grid(grid(), "rouge", "proxy"), "without 'rouge'"),
     ],

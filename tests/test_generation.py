@@ -10,6 +10,7 @@ from mini_symposium import InputError
 from mini_symposium.base_models import load_model
 from mini_symposium.generation import MOST_ROWS, answer_grid, folded, generate, load_with_adapters, using
 from mini_symposium.prompt_formats import FORMATS, prompt_format
+from mini_symposium.robustness import answer_log_probs
 from mini_symposium.sampling import Sampling
 
 PROXY = "SmolLM2-135M-Instruct"
@@ -158,6 +159,17 @@ def test_grid_names_its_cells_and_adapters_differ_from_the_base(tiny_run, mistra
             seen.append(model(**ids).logits)
     assert not torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[1], seen[2])
+
+
+def test_a_rate_with_a_decimal_point_names_an_adapter(tiny_run, mistral_tokenizer):
+    other, same = tiny_run.newest_checkpoints().values()
+    model = load_with_adapters("tiny", {"2.5e-05": same, "other": other, "same": same})
+    names = ["2.5e-05", "same", "other"]
+    prompts = ["### New Query\nOne?\n\n###"] * len(names)
+    found = [line.log_p for line in answer_log_probs(model, mistral_tokenizer, prompts, ["Two."] * 3, names)]
+    assert found[0] == found[1] != found[2]
+    with using(model, "2.5e-05"):
+        assert generate(model, mistral_tokenizer, prompts[:1], max_new_tokens=4)[0].tokens
 
 
 def test_an_adapter_is_folded_into_float32_weights_and_into_no_others(tiny_run, mistral_tokenizer):

@@ -70,3 +70,16 @@ def test_importing_the_package_loads_no_torch():
     import sys
 
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_checkpoints_on_the_way_are_near_a_third_and_two_thirds(tmp_path):
+    run = RunDirectory(tmp_path)
+
+    def kept(rate, *epochs):
+        for epoch in epochs:
+            (run.learning_rate_dir(rate) / "checkpoints" / f"epoch-{epoch:04d}").mkdir(parents=True)
+        return run.on_the_way(rate)
+
+    assert kept(1e-3, *range(0, 31, 3)) == [9, 21]
+    assert kept(1e-4, 0, 5, 10) == [5]
+    assert kept(1e-5, 0, 10) == kept(1e-6) == []
