@@ -279,8 +279,8 @@ def recitation(rows: Sequence[Mapping], scale: str) -> Picture:
     table = pd.DataFrame(rows).sort_values(["learning_rate", "rows", "epoch"], ascending=[False, True, True])
     with styled():
         look = (
-            "Recall is the share of a response's words that come back, in order, when its prompt is given. Circles are "
-            "twins, rows like them that were not trained on; epoch 0 is the base."
+            "Recall is the share of a response's words that come back, in order, when its prompt is given. Open "
+            "circles are twins, rows like them that were not trained on; epoch 0 is the base."
         )
         figure = titled(3.0, "What is recited when it is asked for", scale, look)
         axes = figure.subplots()
