@@ -57,7 +57,8 @@ def front_end() -> str:
         return "Voila"
     if "JPY_SESSION_NAME" in os.environ:  # from Jupyter Server: JupyterLab, Notebook 7
         return "Jupyter"
-    return "VS Code" if "VSCODE_PID" in os.environ else ""
+    # Over SSH, in WSL and in containers VS Code tells its extensions, and they their kernels, only the second.
+    return "VS Code" if {"VSCODE_PID", "VSCODE_CWD"} & os.environ.keys() else ""
 
 
 def show(
@@ -127,8 +128,8 @@ class Playground:
         }
         self.max_new_tokens = BoundedIntText(max_new_tokens, min=1, max=4096, description="max_new_tokens")
         for field in (*self.sampling.values(), self.max_new_tokens):
-            field.style.description_width = "11.5em"
-            field.layout.width = "18em"
+            field.style.description_width = "13em"
+            field.layout.width = "19.5em"
         self.status = HTML(layout=Layout(flex="1 1 20em"))
         self.progress = IntProgress(max=1, layout=Layout(width="12em"))
         self.compare, self.keep = Compare(self), Keep(self)

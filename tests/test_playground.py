@@ -330,9 +330,11 @@ def test_on_colab_it_says_what_does_not_show_and_answers_before_the_press_return
 
 
 def test_where_nobody_watches_a_table_comes_out_and_errors_are_raised(bench, reciting_run, monkeypatch):
-    for name in ("MINI_SYMPOSIUM_HEADLESS", "JPY_SESSION_NAME", "VSCODE_PID", "COLAB_RELEASE_TAG"):
+    for name in ("MINI_SYMPOSIUM_HEADLESS", "JPY_SESSION_NAME", "VSCODE_PID", "VSCODE_CWD", "COLAB_RELEASE_TAG"):
         monkeypatch.delenv(name, raising=False)
     assert front_end() == ""
+    monkeypatch.setenv("VSCODE_CWD", "/")
+    assert front_end() == "VS Code"
     for name, who in (("VSCODE_PID", "VS Code"), ("JPY_SESSION_NAME", "Jupyter"), ("VOILA_BASE_URL", "Voila")):
         monkeypatch.setenv(name, "1")
         assert front_end() == who
