@@ -280,7 +280,7 @@ def recitation(rows: Sequence[Mapping], scale: str) -> Picture:
     with styled():
         look = (
             "Recall is the share of a response's words that come back, in order, when its prompt is given. Open "
-            "circles are twins, rows like them that were not trained on; epoch 0 is the base."
+            "circles: twins, rows like them that were not trained on. Epoch 0: the base."
         )
         figure = titled(3.0, "What is recited when it is asked for", scale, look)
         axes = figure.subplots()
