@@ -86,7 +86,7 @@ def _read(checkpoint: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def _config(checkpoint: Path) -> dict:
-    """Its adapter_config.json as it stands: importing PEFT to read it would take as long as merging the proxy."""
+    """Its adapter_config.json as it stands: PEFT, imported to read it, would bring transformers along."""
     return read_object(checkpoint / "adapter_config.json")
 
 

@@ -8,11 +8,12 @@ either. What is missing stays missing: a claim then says what it lacks.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from mini_symposium import InputError
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run_directory import RunDirectory, find, write_json
+from mini_symposium.run_directory import RunDirectory, find, written_whole
 
 FILE = "evidence.json"
 
@@ -68,8 +69,16 @@ class Evidence:
         return sorted((each for each in self.trained if each.name == name), key=lambda each: each.seed)
 
     def save(self, folder: Path) -> None:
-        """Write all of it as one file, FILE; a line for each experiment, so that a change shows where it is."""
-        write_json(folder / FILE, asdict(self))
+        """Write it as one file, FILE: a line for each experiment, so that a change shows where it is; without the
+        answers' texts, which the ledger does not read and the run directories keep."""
+        found = asdict(self)
+        for evaluation in (found["base"], *(e for each in found["trained"] for e in each["evaluations"].values())):
+            for line in chain(*(evaluation.get(key, ()) for key in ("answers", "roles", "perspectives"))):
+                line.pop("answer", None)
+        trained = ",\n".join(json.dumps(each, ensure_ascii=False) for each in found.pop("trained"))
+        head = json.dumps(found, ensure_ascii=False)
+        with written_whole(folder / FILE) as temporary:
+            temporary.write_text(f'{head[:-1]}, "trained": [\n{trained}\n]}}\n', encoding="utf-8")
 
 
 def load(path: str | Path) -> Evidence:

@@ -33,7 +33,7 @@ from mini_symposium.run_directory import write_json, written_whole
 from mini_symposium.tensor_files import Entry, read_header, read_tensor, write_tensors
 from mini_symposium.writing import being_written, clear_away
 
-if TYPE_CHECKING:  # importing it takes longer than merging the proxy
+if TYPE_CHECKING:  # to merge takes seconds, and so would importing this
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -57,7 +57,7 @@ def front_end() -> str:
         return "Voila"
     if "JPY_SESSION_NAME" in os.environ:  # from Jupyter Server: JupyterLab, Notebook 7
         return "Jupyter"
-    # Over SSH, in WSL and in containers VS Code tells its extensions, and they their kernels, only the second.
+    # Over SSH, in WSL and in containers VS Code is reported to set only the second.
     return "VS Code" if {"VSCODE_PID", "VSCODE_CWD"} & os.environ.keys() else ""
 
 

@@ -32,7 +32,7 @@ EPOCHS_LOW, EPOCHS_HIGH = 600, 60
 SATURATED = 30
 """Epochs after which the high rate recites every row on the proxy; what compares speeds of reciting ends here."""
 SHORTER_LOW = 240
-"""Epochs of the low rate for the seeds after the first, which gave every row away from epoch 221 on."""
+"""Epochs of the low rate for the seeds after the first; the first gives every row away from epoch 221 on."""
 RANKS = (4, 8), (4, 32), (64, 128), (64, 32)
 """(r, alpha) beside the recipe's own 16 and 32."""
 EVALUATED = {"high": (SHORTER_LOW // 10, SATURATED, EPOCHS_HIGH), "low": (SHORTER_LOW, EPOCHS_LOW)}
