@@ -169,6 +169,16 @@ def only_ours(parser, *arguments, writes: Path | str = "/dev/null"):
         assert not _watch["seen"], _watch["seen"]
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # what a worker of `-n 2` tells who started it
+        session.config.workeroutput["tried"] = dict(TRIED)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    TRIED.update(getattr(node, "workeroutput", {}).get("tried", {}))
+
+
 def pytest_terminal_summary(terminalreporter):
     if TRIED:
         counts = {"read": 0, "refused": 0, "errors other than ours": 0, **TRIED}

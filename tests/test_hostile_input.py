@@ -455,7 +455,8 @@ def test_the_counts_are_those_of_what_was_tried():
     assert TRIED["refused"] == before.get("refused", 0) + 1
     with pytest.raises(ZeroDivisionError):
         only_ours(lambda: 1 / 0)
-    assert TRIED.pop("errors other than ours") == before.get("errors other than ours", 0) + 1
+    assert TRIED["errors other than ours"] == before.get("errors other than ours", 0) + 1
+    TRIED["errors other than ours"] -= 1  # this one was asked for
     with pytest.raises(AssertionError, match=r"os\.system"):
         only_ours(os.system, "true")
     with pytest.raises(AssertionError, match="open"):
