@@ -312,6 +312,8 @@ class _Share:
             mask = torch.full((tokens, tokens), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
         x.requires_grad_()  # one compiled layer serves all: the first is to look like the others
         if base.compiled:
+            # Not for speed alone: compiled for 256 tokens and no other number, bfloat16 gradients of q and k come out
+            # as NaN on a CPU (torch 2.13).
             for tensor, dimension in ((x, 1), (cos, 0), (sin, 0), (mask, 0), (mask, 1)):
                 torch._dynamo.maybe_mark_dynamic(tensor, dimension)
         for number in range(len(base.modules)):
