@@ -1,30 +1,57 @@
 """The card's twelve claims, each a question put to the evidence.
 
-Thresholds stand in the questions and were fixed before the evidence was gathered. `ledger` asks them all. Recall is the
-share of a training row's response that comes back, in order, when its own prompt is given. Near-verbatim is above 0.7:
-the interval of thirteen rows that all came back whole begins at 0.75.
+Thresholds stand in the questions and were fixed before the evidence was gathered; controls were only ever tightened
+since. `ledger` asks them all. Recall is the share of a training row's response that comes back, in order, when its own
+prompt is given. Near-verbatim is above 0.7: the interval of thirteen rows that all came back whole begins at 0.75.
+
+What is compared is paired by seed. A claim about a model that this machine cannot train is out of reach, not open.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from mini_symposium import InputError
-from mini_symposium.evidence import Evidence, Trained
+from mini_symposium.evidence import Evidence
+from mini_symposium.readings import (
+    EPOCHS_HIGH,
+    EPOCHS_LOW,
+    SATURATED,
+    absent,
+    alike,
+    answers_to,
+    base_was_asked,
+    by_prompt,
+    by_row,
+    column,
+    evaluated,
+    in_words,
+    joined,
+    measured_at,
+    off_the_floor,
+    own_rate,
+    paired,
+    passes,
+    recall,
+    several_views,
+    share_of,
+    twins_alike,
+    unlearned,
+    when_known,
+)
 from mini_symposium.statistics import Interval, difference, interval, spread
 from mini_symposium.verdicts import Claim, Control, Question
 
-EPOCHS_HIGH, EPOCHS_LOW = 100, 600
-SATURATED = 30
-"""Epochs over which ranks and schedules are compared."""
+PLAUSIBLE_LENGTHS = (512, 1024, 2048, 4096, 8192)
+"""Tokens a row that the card may have had in its `sequence_len`, which it does not tell."""
 
 C1 = Question("C1", "1e-6 overfits after about 100 epochs, near-verbatim", "recall of the training rows", 0.7)
 C2 = Question("C2", "1e-7 to 600 epochs does not overfit", "recall of the training rows", 0.5, above=False)
 C3 = Question("C3", "the overfit model generalises worse across formats", "pass rate, low less high", 0.05)
 C4 = Question("C4", "the good model performs across formats", "its worst format's pass rate less the base's", -0.05)
 C5 = Question(
-    "C5", "it gives several perspectives before a conclusion", "answers with two or more, less the base's", 0.1
+    "C5", "it gives several perspectives before a conclusion", "answers with two and then one, less the base's", 0.1
 )
 C6 = Question("C6", "a lower rank with alpha = 2r is harder to overfit", "EM, highest rank less lowest", 0.02)
 C7 = Question(
@@ -43,132 +70,160 @@ QUESTIONS = (C1, C2, C3, C4, C5, C6, C7, C8, C9, C10, C11, C12)
 
 def overfits(e: Evidence) -> Claim:
     """C1."""
-    high = _evaluated(e, "high", EPOCHS_HIGH)
+    high = evaluated(e, "high", EPOCHS_HIGH)
     if not high:
-        return C1.lacks(e.scale, "an evaluation of the high rate")
-    epoch, found = high[0][1], interval(_recall(high))
-    claim = C1.judge(e.scale, found, _unlearned(e, high), f"at epoch {epoch}; {_when_known([t for t, _ in high])}")
+        return _lacks(C1, e, "an evaluation of the high rate")
+    epoch, found = high[0][1], interval(recall(high))
+    note = [measured_at(high), when_known([t for t, _ in high]), own_rate(e, "literal-1e-06"), absent(e, "high")]
+    claim = C1.judge(e.scale, found, unlearned(e, high), joined(note))
     if claim.verdict == "not supported" and epoch < EPOCHS_HIGH:
-        return C1.lacks(e.scale, f"epochs {epoch + 1} to {EPOCHS_HIGH} of the high rate")
+        return _lacks(C1, e, f"epochs {epoch + 1} to {EPOCHS_HIGH} of the high rate")
     return claim
 
 
 def spares(e: Evidence) -> Claim:
     """C2, with the dose control: the high rate, stopped where it has come as far."""
-    low = _evaluated(e, "low", EPOCHS_LOW, every=True)
+    low = evaluated(e, "low", EPOCHS_LOW, every=True)
     if not low:
-        return C2.lacks(e.scale, "an evaluation of the low rate")
+        return _lacks(C2, e, "an evaluation of the low rate")
     # A seed may end before the last epoch: to recite later on, what it recites by then is enough.
-    note = f"at epoch {_listed(sorted({at for _, at in low}))}"
     doses = {t.seed: at * t.learning_rate for t, at in low}
     high = [(t, round(doses[t.seed] / t.learning_rate)) for t in e.named("high") if t.seed in doses]
     pairs = [(a, b) for a in low for b in high if a[0].seed == b[0].seed and b[1] in b[0].evaluations]
+    controls = [
+        *unlearned(e, low),
+        Control("seeds whose high rate was asked at the same dose: at least one", len(pairs), bool(pairs)),
+    ]
+    note = [measured_at(low), when_known([t for t, _ in low]), own_rate(e, "literal-1e-07"), absent(e, "low")]
     if pairs:
-        ours, theirs = (_recall(some) for some in zip(*pairs, strict=True))
-        gap = difference(ours, theirs)
-        note += f"; the high rate at the same dose: {theirs.mean():.2f}, low less high {_said(gap)}"
-    else:
-        note += "; the dose control is missing"
-    claim = C2.judge(e.scale, interval(_recall(low)), _unlearned(e, low), note)
+        ours, theirs = (recall(some) for some in zip(*pairs, strict=True))
+        gap = in_words(difference(ours, theirs))
+        note.insert(1, f"the high rate at the same dose: {theirs.mean():.2f}, low less high {gap}")
+    claim = C2.judge(e.scale, interval(recall(low)), controls, joined(note))
     first = min(at for _, at in low)
     if claim.verdict == "supported" and first < EPOCHS_LOW:
-        return C2.lacks(e.scale, f"epochs {first + 1} to {EPOCHS_LOW} of the low rate")
+        return _lacks(C2, e, f"epochs {first + 1} to {EPOCHS_LOW} of the low rate")
     return claim
 
 
 def generalises_worse(e: Evidence) -> Claim:
     """C3: over the same prompts, formats and seeds; with hallucination (false premises) and script drift beside it."""
-    pairs = _paired(e)
+    pairs = paired(e)
     if not pairs:
-        return C3.lacks(e.scale, "evaluations of both rates from one seed")
-    low, high = (np.stack([_passes(t.evaluations[at]) for t, at in some], 1) for some in zip(*pairs, strict=True))
-    taken = [[_passes(t.evaluations[at], ("false-premise",)) for t, at in some] for some in zip(*pairs, strict=True)]
-    han = [np.mean([_share(t.evaluations[at], _chinese) for t, at in some]) for some in zip(*pairs, strict=True)]
+        return _lacks(C3, e, "evaluations of both rates from one seed")
+    low, high = (np.stack([passes(t.evaluations[at]) for t, at in some], 1) for some in zip(*pairs, strict=True))
+    taken = [[passes(t.evaluations[at], ("false-premise",)) for t, at in some] for some in zip(*pairs, strict=True)]
+    han = [
+        np.mean([share_of(t.evaluations[at], lambda a: a["han"] > 0) for t, at in some])
+        for some in zip(*pairs, strict=True)
+    ]
     note = "answers with Chinese {:.3f} (low) and {:.3f} (high)".format(*han)
     if all(table.size for some in taken for table in some):
         note += "; false premises corrected {:.2f} and {:.2f}".format(*map(np.mean, taken))
-    return C3.judge(e.scale, difference(low, high), [_not_at_the_floor(e)], note)
+    return C3.judge(e.scale, difference(low, high), [off_the_floor(e)], note)
 
 
 def performs_across_formats(e: Evidence) -> Claim:
-    """C4."""
-    low = _evaluated(e, "low", EPOCHS_LOW)
+    """C4; beside it, for all formats, the spread and POSIX, which ask whether it matters which one is taken."""
+    low = evaluated(e, "low", EPOCHS_LOW)
     if not low or not e.base:
-        return C4.lacks(e.scale, "evaluations of the low rate and of the base")
-    ours = np.mean([_passes(t.evaluations[at]) for t, at in low], 0)
-    theirs = _passes(e.base)
+        return _lacks(C4, e, "evaluations of the low rate and of the base")
+    ours = np.mean([passes(t.evaluations[at]) for t, at in low], 0)
+    theirs = passes(e.base)
     worst = [table[:, table.mean(0).argmin()] for table in (ours, theirs)]
     found = spread(ours)
-    note = f"spread {found.value:.2f}, equal formats show {found.null_mean:.2f} (95%: {found.null_95:.2f})"
-    return C4.judge(e.scale, difference(*worst), [_not_at_the_floor(e)], note)
+    note = [
+        f"all formats: {ours.mean():.2f}, the base {theirs.mean():.2f}",
+        f"the card's own format, less the base's: {in_words(difference(ours[:, 0], theirs[:, 0]))}",
+        f"spread {found.value:.2f}, equal formats show {found.null_mean:.2f} (95%: {found.null_95:.2f})",
+    ]
+    if e.base.get("posix"):
+        apart = np.mean([list(t.evaluations[at]["posix"].values()) for t, at in low])
+        note.append(f"POSIX {apart:.2f} nats a token, the base {np.mean(list(e.base['posix'].values())):.2f}")
+    lowest = worst[1].mean()
+    # Where the base's worst format passes next to nothing, the fine-tune's cannot be worse.
+    room = Control("the base's worst format passes at least one in twenty", float(lowest), bool(lowest >= 0.05))
+    return C4.judge(e.scale, difference(*worst), [room], joined(note))
 
 
 def gives_perspectives(e: Evidence) -> Claim:
-    """C5."""
-    low = _evaluated(e, "low", EPOCHS_LOW)
+    """C5: by form alone. That what stands under two headings is two views, a reader must say."""
+    low, high = evaluated(e, "low", EPOCHS_LOW), evaluated(e, "high", EPOCHS_HIGH)
     if not low or not e.base:
-        return C5.lacks(e.scale, "evaluations of the low rate and of the base")
-    several = np.stack([_several(t.evaluations[at]) for t, at in low], 1)
-    base = np.repeat(_several(e.base)[:, None], several.shape[1], 1)
+        return _lacks(C5, e, "evaluations of the low rate and of the base")
+    several = np.stack([several_views(t.evaluations[at]) for t, at in low], 1)
+    base = np.repeat(several_views(e.base)[:, None], several.shape[1], 1)
     apart = [p["distance"] for t, at in low for p in t.evaluations[at]["perspectives"] if p["distance"] is not None]
-    note = f"distance between them {np.mean(apart):.2f}" if apart else "no answer has two"
-    return C5.judge(e.scale, difference(several, base), note=note)
+    note = [f"distance between sections {np.mean(apart):.2f}" if apart else "no answer has two sections"]
+    if high:
+        note.append(f"the high rate: {np.mean([several_views(t.evaluations[at]) for t, at in high]):.2f}")
+    return C5.judge(e.scale, difference(several, base), [base_was_asked(e)], note=joined(note))
 
 
 def rank_resists(e: Evidence) -> Claim:
     """C6, and apart from the rank the step size that alpha = 2r implies."""
-    by_rank = [_curves(e, name) for name in ("rank-64-alpha-128", "rank-4-alpha-8")]
-    steady = [_curves(e, name) for name in ("rank-64-alpha-32", "rank-4-alpha-32")]
-    if any(not len(each) for each in by_rank):
-        return C6.lacks(e.scale, f"ranks 4 and 64 trained for {SATURATED} epochs")
-    note = "the rank at an equal step size was not trained"
-    if all(len(each) for each in steady):
-        note = f"with alpha = 32, an equal step size: {_said(difference(*map(_by_row, steady)))}"
-    return C6.judge(e.scale, difference(*map(_by_row, by_rank)), note=note)
+    by_rank = alike(e, "rank-64-alpha-128", "rank-4-alpha-8")
+    steady = alike(e, "rank-64-alpha-32", "rank-4-alpha-32")
+    if not by_rank:
+        return _lacks(C6, e, f"ranks 4 and 64 trained for {SATURATED} epochs from one seed")
+    note = ["the rank at an equal step size was not trained"]
+    if steady:
+        note = [f"with alpha = 32, an equal step size: {in_words(difference(*map(by_row, steady)))}"]
+    note.append(absent(e, "rank-64-alpha-128", "rank-4-alpha-8", "rank-64-alpha-32", "rank-4-alpha-32"))
+    return C6.judge(e.scale, difference(*map(by_row, by_rank)), [twins_alike(*by_rank)], joined(note))
 
 
 def constant_resists(e: Evidence) -> Claim:
-    """C7: at an equal dose, twice the peak; beside it the equal peak, which is half the dose."""
-    constant = _curves(e, "high")
-    found = {}
+    """C7: at an equal dose, twice the peak; and at an equal peak, half the dose, which must not say the opposite."""
+    found, twins = {}, []
     for what in ("dose", "peak"):
-        curves = [_curves(e, f"{rule}-{what}") for rule in ("cosine", "linear")]
-        if len(constant) and all(len(each) == len(constant) for each in curves):
-            both = np.mean([_by_row(each) for each in curves], 0)
-            found[what] = difference(both, _by_row(constant))
+        if of_shared_seeds := alike(e, "high", f"cosine-{what}", f"linear-{what}"):
+            constant, *decaying = of_shared_seeds
+            found[what] = difference(np.mean([by_row(each) for each in decaying], 0), by_row(constant))
+            twins.append(twins_alike([t for each in decaying for t in each], constant))
     if "dose" not in found:
-        return C7.lacks(e.scale, f"cosine and linear schedules trained for {SATURATED} epochs, of the same seeds")
-    note = f"at an equal peak {_said(found['peak'])}" if "peak" in found else "the equal peak was not trained"
-    return C7.judge(e.scale, found["dose"], note=note)
+        return _lacks(C7, e, f"cosine and linear schedules trained for {SATURATED} epochs, of the same seeds")
+    note = ["the equal peak was not trained"]
+    controls = twins[:1]
+    if "peak" in found:
+        note = [f"at an equal peak {in_words(found['peak'])}"]
+        agrees = found["peak"].high > -C7.threshold
+        controls.append(Control("it does not turn round at an equal peak", found["peak"].value, agrees))
+    note.append(absent(e, *(f"{rule}-{what}" for rule in ("cosine", "linear") for what in ("dose", "peak"))))
+    return C7.judge(e.scale, found["dose"], controls, joined(note))
 
 
 def roles_adapt(e: Evidence) -> Claim:
     """C8."""
-    low = _evaluated(e, "low", EPOCHS_LOW)
+    low = evaluated(e, "low", EPOCHS_LOW)
     if not low:
-        return C8.lacks(e.scale, "an evaluation of the low rate")
-    role = np.stack([_column(t.evaluations[at]["roles"]) for t, at in low], 1)
-    plain = np.stack([_column(_some(t.evaluations[at], "new-query", "code")) for t, at in low], 1)
-    return C8.judge(e.scale, difference(role, plain), [_not_at_the_floor(e)])
+        return _lacks(C8, e, "an evaluation of the low rate")
+    role = np.stack([column(t.evaluations[at]["roles"]) for t, at in low], 1)
+    plain = np.stack([column(answers_to(t.evaluations[at], "new-query", "code")) for t, at in low], 1)
+    asked = [*answers_to(e.base, "new-query", "code"), *e.base["roles"]] if e.base else []
+    return C8.judge(e.scale, difference(role, plain), [off_the_floor(e, asked)])
 
 
 def names_beat_roles(e: Evidence) -> Claim:
     """C9."""
-    low = _evaluated(e, "low", EPOCHS_LOW)
+    low = evaluated(e, "low", EPOCHS_LOW)
     if not low:
-        return C9.lacks(e.scale, "an evaluation of the low rate")
+        return _lacks(C9, e, "an evaluation of the low rate")
+    forms = ("character", "alpaca")
     names, alpaca = (
-        np.stack([_column(_some(t.evaluations[at], form, "character")) for t, at in low], 1)
-        for form in ("character", "alpaca")
+        np.stack([column(answers_to(t.evaluations[at], form, "character")) for t, at in low], 1) for form in forms
     )
-    return C9.judge(e.scale, difference(names, alpaca), [_not_at_the_floor(e)])
+    asked = [line for form in forms for line in answers_to(e.base, form, "character")] if e.base else []
+    return C9.judge(e.scale, difference(names, alpaca), [off_the_floor(e, asked)])
 
 
 def fits(e: Evidence) -> Claim:
     """C10: measured by the bench on a GPU, at Mistral-7B's shape; predicted from shapes elsewhere."""
     if "gpu_peak_bytes" in e.facts:
-        peak = e.facts["gpu_peak_bytes"] / 2**30
-        note = f"{e.facts['gpu_hours']:.1f} hours for 600 epochs on {e.facts['gpu']}"
+        peak, hours = e.facts["gpu_peak_bytes"] / 2**30, e.facts.get("gpu_hours")
+        if hours is None:
+            return C10.lacks(e.facts["gpu"], "the time of 600 epochs")
+        note = f"{hours:.1f} hours for 600 epochs on {e.facts['gpu']}; the card's ten are an RTX 3060's"
         return C10.judge(e.facts["gpu"], Interval(peak, peak, peak, 1, 1, "measured"), note=note)
     predicted = e.facts.get("paper_bytes")
     said = f"needs a CUDA GPU; {predicted / 2**30:.1f} GiB are predicted from the shapes" if predicted else "needs one"
@@ -177,25 +232,36 @@ def fits(e: Evidence) -> Claim:
 
 def no_phrases(e: Evidence) -> Claim:
     """C11."""
-    low = _evaluated(e, "low", EPOCHS_LOW)
+    low = evaluated(e, "low", EPOCHS_LOW)
     if not low:
-        return C11.lacks(e.scale, "an evaluation of the low rate")
-    said = np.stack([_by_prompt(t.evaluations[at], lambda a: bool(a["phrases"])) for t, at in low], 1)
-    base = _share(e.base, lambda a: bool(a["phrases"])) if e.base else None
-    note = "" if base is None else f"the base: {base:.3f}; where it says none either, the fine-tune had none to unlearn"
-    return C11.judge(e.scale, interval(said), note=note)
+        return _lacks(C11, e, "an evaluation of the low rate")
+    said = np.stack([by_prompt(t.evaluations[at], lambda a: bool(a["phrases"])) for t, at in low], 1)
+    controls, found = [base_was_asked(e)], interval(said)
+    note = []
+    if e.base:
+        base = share_of(e.base, lambda a: bool(a["phrases"]))
+        # Where the base says none either, there was none to unlearn.
+        controls.append(Control("the base says one in at least one answer in a hundred", base, base >= 0.01))
+    if not said.any():
+        note = [f"none in {len(said)} prompts still allows {found.high:.2f}"]
+    return C11.judge(e.scale, found, controls, joined(note))
 
 
 def packing_fails(e: Evidence) -> Claim:
     """C12: floor(0.99 x tokens / (micro batch x sequence_len)) - 1 batches, as Axolotl planned them in November 2023
-    (axolotl#1212); with none it divided by zero. Arithmetic, so its interval is a point."""
+    (axolotl#1212); with none it divided by zero. Arithmetic; its interval is that of PLAUSIBLE_LENGTHS, for the card's
+    own length is not known."""
     tokens, length = e.facts.get("tokens"), e.facts.get("sequence_len")
     if not tokens or not length:
-        return C12.lacks(e.scale, "the number of tokens in the dataset")
-    batches = math.floor(0.99 * tokens / length) - 1
-    least = math.floor(0.99 * tokens / 2) + 1
-    note = f"{tokens:,} tokens in rows of {length:,}; from {least:,} up it plans none"
-    return C12.judge(e.scale, Interval(batches, batches, batches, 1, 1, "arithmetic"), note=note)
+        return _lacks(C12, e, "the number of tokens in the dataset")
+    at, *others = (math.floor(0.99 * tokens / each) - 1 for each in (length, *PLAUSIBLE_LENGTHS))
+    none = math.floor(0.99 * tokens / 2) + 1
+    note = (
+        f"{tokens:,} tokens in rows of {length:,}; in rows of {PLAUSIBLE_LENGTHS[0]:,} to {PLAUSIBLE_LENGTHS[-1]:,}, "
+        f"for the card does not tell, {max(others)} to {min(others)}; from {none:,} tokens a row up none"
+    )
+    between = Interval(at, min(at, *others), max(at, *others), 1, 1, "arithmetic")
+    return C12.judge(e.scale, between, note=note)
 
 
 CLAIMS: tuple[Callable[[Evidence], Claim], ...] = (
@@ -211,99 +277,12 @@ def ledger(evidence: Evidence) -> list[Claim]:
         try:
             rows.append(claim(evidence))
         except InputError as error:
-            rows.append(question.lacks(evidence.scale, str(error)))
+            rows.append(_lacks(question, evidence, str(error)))
     return rows
 
 
-def _evaluated(e: Evidence, name: str, at_most: int, every: bool = False) -> list[tuple[Trained, int]]:
-    """The experiments of that name, each with its last evaluated epoch up to `at_most`; of the seeds only those that
-    came furthest, unless `every` one is wanted."""
-    found = [(t, max((epoch for epoch in t.evaluations if epoch <= at_most), default=-1)) for t in e.named(name)]
-    last = max((epoch for _, epoch in found), default=-1)
-    return [(trained, epoch) for trained, epoch in found if epoch >= 0 and (every or epoch == last)]
-
-
-def _paired(e: Evidence) -> list[tuple[tuple[Trained, int], tuple[Trained, int]]]:
-    low, high = _evaluated(e, "low", EPOCHS_LOW), _evaluated(e, "high", EPOCHS_HIGH)
-    return [(a, b) for a in low for b in high if a[0].seed == b[0].seed]
-
-
-def _recall(some: Sequence[tuple[Trained, int]], rows: str = "recitation") -> np.ndarray:
-    """(rows, seeds)"""
-    return np.stack([[line["prompt_recall"] for line in t.evaluations[at][rows]] for t, at in some], 1)
-
-
-def _unlearned(e: Evidence, some: Sequence[tuple[Trained, int]]) -> list[Control]:
-    """Rows that were not trained on, and a model that was not trained, must not be recited."""
-    twins = _recall(some, "twins").mean()
-    controls = [Control("recall of held-out twins below 0.5", float(twins), bool(twins < 0.5))]
-    if e.base:
-        base = np.mean([line["prompt_recall"] for line in e.base["recitation"]])
-        controls.append(Control("the base's recall below 0.5", float(base), bool(base < 0.5)))
-    return controls
-
-
-def _when_known(some: Sequence[Trained]) -> str:
-    first = [next((k for k, row in enumerate(t.em) if np.mean(row) >= 0.9), None) for t in some if t.em]
-    known = [epoch for epoch in first if epoch is not None]
-    return f"EM reaches 0.9 at epoch {_listed(known)}" if known else "EM stays below 0.9"
-
-
-def _listed(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values))
-
-
-def _passes(evaluation: dict, categories: Sequence[str] = ()) -> np.ndarray:
-    """(prompts, formats): whether each answer passed its prompt's checks."""
-    lines = [line for line in evaluation["answers"] if not categories or line["category"] in categories]
-    formats = list(dict.fromkeys(line["format"] for line in lines))
-    cells = {(line["id"], line["format"]): line["passed"] for line in lines}
-    return np.array([[cells[key, form] for form in formats] for key in dict.fromkeys(i for i, _ in cells)], float)
-
-
-def _some(evaluation: dict, form: str, category: str) -> list[dict]:
-    return [line for line in evaluation["answers"] if (line["format"], line["category"]) == (form, category)]
-
-
-def _column(lines: Sequence[dict]) -> np.ndarray:
-    return np.array([line["passed"] for line in sorted(lines, key=lambda line: line["id"])], float)
-
-
-def _by_prompt(evaluation: dict, what: Callable[[dict], bool]) -> np.ndarray:
-    """(prompts,): share of a prompt's answers, over formats."""
-    found: dict[str, list[bool]] = {}
-    for line in evaluation["answers"]:
-        found.setdefault(line["id"], []).append(what(line))
-    return np.array([np.mean(found[key]) for key in sorted(found)])
-
-
-def _chinese(line: dict) -> bool:
-    return line["han"] > 0
-
-
-def _share(evaluation: dict, what: Callable[[dict], bool]) -> float:
-    return float(np.mean([what(line) for line in evaluation["answers"]]))
-
-
-def _several(evaluation: dict) -> np.ndarray:
-    return np.array([len(line["headings"]) >= 2 for line in evaluation["perspectives"]], float)
-
-
-def _not_at_the_floor(e: Evidence) -> Control:
-    """Where the base passes next to nothing, no difference can show."""
-    rate = float(_passes(e.base).mean()) if e.base else 0.0
-    return Control("the base passes at least one answer in twenty", rate, rate >= 0.05)
-
-
-def _curves(e: Evidence, name: str) -> list[np.ndarray]:
-    """(epochs, examples) of each seed that was trained for SATURATED epochs."""
-    return [np.array(t.em[:SATURATED]) for t in e.named(name) if t.epochs >= SATURATED]
-
-
-def _by_row(curves: Sequence[np.ndarray]) -> np.ndarray:
-    """(examples, seeds): EM, averaged over the epochs."""
-    return np.stack([curve.mean(0) for curve in curves], 1)
-
-
-def _said(found: Interval) -> str:
-    return f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+def _lacks(question: Question, e: Evidence, what: str) -> Claim:
+    """The row where something is missing, which the paper's recipe cannot get without a GPU."""
+    if e.scale == "paper" and e.device == "cpu":
+        return question.beyond(e.scale, f"needs a CUDA GPU, to have {what}")
+    return question.lacks(e.scale, what)

@@ -6,16 +6,26 @@ either. What is missing stays missing: a claim then says what it lacks.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 
 from mini_symposium import InputError
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run_directory import RunDirectory, find, written_whole
+from mini_symposium.run_directory import RunDirectory, find, read_object, written_whole
 
 FILE = "evidence.json"
+RECALL = {"prompt_recall": (int, float)}
+EVALUATION = {
+    "answers": {"id": str, "category": str, "format": str, "passed": bool, "phrases": list, "han": (int, float)},
+    "roles": {"id": str, "passed": bool},
+    "perspectives": {"headings": list, "distance": (int, float, type(None))},
+    "recitation": RECALL,
+    "twins": RECALL,
+}
+"""What the ledger reads of an evaluation, see `evaluation.evaluate`: lists of objects with these keys at least."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,8 @@ def load(path: str | Path) -> Evidence:
     Raises
     ------
     InputError
-        If nothing has been trained there, or a file is damaged.
+        If nothing has been trained there, a file is damaged or of another kind, or a sweep's runs differ in model or
+        data.
     """
     folder = RunDirectory(path).path
     if (folder / FILE).is_file():
@@ -98,11 +109,56 @@ def load(path: str | Path) -> Evidence:
         return _evidence(single, _of_a_run(single))
     if not runs:
         raise InputError(f"{folder}: neither a run, nor a sweep, nor {FILE} in it; train first")
+    _check_together(runs)
     return _evidence(runs[0], [trained for run in runs for trained in _of_a_sweep(run)], folder)
 
 
-def _saved(file: Path) -> Evidence:
+def _check_together(runs: list[RunDirectory]) -> None:
+    """Refuse runs of different models or data, and a run whose folder names another seed than it was trained from."""
+    first = None
+    for run in runs:
+        recipe = load_recipe(run.recipe_file)
+        named = run.path.name.rpartition("-seed-")[2]
+        if "-seed-" in run.path.name and named != str(recipe.seed):
+            raise InputError(f"{run.recipe_file}: seed {recipe.seed}, where the folder says {named}; which is it?")
+        data = run.environment().get("dataset_sha256", "unknown") if run.environment_file.is_file() else "unknown"
+        own = {"base_model": recipe.base_model, "dataset_sha256": data}
+        first = first or (run, own)
+        if other := [key for key in own if own[key] != first[1][key]]:
+            raise InputError(
+                f"{run.path}: {other[0]} {own[other[0]]}, but {first[0].path} has {first[1][other[0]]}; "
+                "a ledger is about one model and one dataset: move one of them away"
+            )
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """What is not as this kit writes it is the file's fault."""
     try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise InputError(f"{file}: not what the ledger reads ({said}); move it away, and measure again") from error
+
+
+def _check_evaluation(found: object, file: Path) -> dict:
+    """`found`, if it has the shape of an evaluation."""
+    found = found if isinstance(found, dict) else {}
+    for key, shape in EVALUATION.items():
+        lines = found.get(key)
+        if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
+            raise InputError(f"{file}: no evaluation of this kit: no {key}; move it away, and measure again")
+        if lacking := [k for line in lines for k, kind in shape.items() if not isinstance(line.get(k), kind)]:
+            raise InputError(
+                f"{file}: no evaluation of this kit: {key} without {lacking[0]}; move it away, and measure again"
+            )
+    return found
+
+
+def _saved(file: Path) -> Evidence:
+    with _reading(file):
         found = json.loads(file.read_text(encoding="utf-8"))
         numbered = ("twins", "evaluations")  # JSON's keys are text
         trained = [
@@ -111,9 +167,11 @@ def _saved(file: Path) -> Evidence:
             )
             for each in found.pop("trained")
         ]
-        return Evidence(**found, trained=trained)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{file}: not what the ledger reads ({error}); collect it again") from error
+        loaded = Evidence(**found, trained=trained)
+        for evaluation in (loaded.base, *(each for t in trained for each in t.evaluations.values())):
+            if evaluation:
+                _check_evaluation(evaluation, file)
+        return loaded
 
 
 def _evidence(run: RunDirectory, trained: list[Trained], folder: Path | None = None) -> Evidence:
@@ -124,17 +182,20 @@ def _evidence(run: RunDirectory, trained: list[Trained], folder: Path | None = N
     facts |= _on_a_gpu()
     if "paper_bytes" in base:
         facts["paper_bytes"] = base.pop("paper_bytes")
-    return Evidence(recipe.scale, run.environment()["device"], base, trained, facts)
+    with _reading(run.environment_file):
+        return Evidence(recipe.scale, run.environment()["device"], base, trained, facts)
 
 
 def _on_a_gpu() -> dict:
     """What the bench measured at Mistral-7B's shape, if it ever ran on a GPU."""
-    bench = read(find("figures/bench-cuda.json"))
-    if not bench:
+    file = find("figures/bench-cuda.json")
+    if not file.is_file():
         return {}
-    step, ours = bench["step"], "ours, 4 bits"
-    hours = {"gpu_peak_bytes": step["peak_bytes"][ours], "gpu_hours": step["600_epochs_hours"][ours]}
-    return {**hours, "gpu": bench["environment"]["processor"]}
+    with _reading(file):
+        bench = read_object(file)
+        step, ours = bench["step"], "ours, 4 bits"
+        hours = {"gpu_peak_bytes": step["peak_bytes"][ours], "gpu_hours": step["600_epochs_hours"][ours]}
+        return {**hours, "gpu": bench["environment"]["processor"]}
 
 
 def read(file: Path) -> dict:
@@ -143,19 +204,16 @@ def read(file: Path) -> dict:
     Raises
     ------
     InputError
-        If the file is damaged.
+        If the file is damaged, or holds something else.
     """
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: damaged ({error}); delete it and measure again") from error
+    return _check_evaluation(read_object(file), file) if file.is_file() else {}
 
 
 def _of_a_run(run: RunDirectory) -> list[Trained]:
+    """Two rates are the contrast; one alone is `high` or `low` only if its recipe's contrast has it."""
     rates = run.learning_rates()
-    names = {max(rates): "high", min(rates): "low"} if len(rates) > 1 else {rate: "low" for rate in rates}
+    pair = (max(rates), min(rates)) if len(rates) > 1 else load_recipe(run.recipe_file).contrast
+    names = dict(zip(pair, ("high", "low"), strict=True))
     return [_trained(run, names.get(rate, f"rate-{rate:g}"), rate) for rate in rates if _metrics(run, rate)]
 
 
@@ -169,18 +227,21 @@ def _metrics(run: RunDirectory, rate: float) -> list[dict]:
 
 
 def _tokens(run: RunDirectory, rate: float) -> int:
-    return sum({line["example"]: line["tokens"] for line in _metrics(run, rate)}.values())
+    with _reading(run.learning_rate_dir(rate) / "metrics.jsonl"):
+        return sum({line["example"]: line["tokens"] for line in _metrics(run, rate)}.values())
 
 
 def _trained(run: RunDirectory, name: str, rate: float) -> Trained:
     recipe, lines = load_recipe(run.recipe_file), _metrics(run, rate)
-    n = len({line["example"] for line in lines})
-    tables = {key: _by_epoch(lines, key, n) for key in ("em", "loss", "extractable_32")}
+    with _reading(run.learning_rate_dir(rate) / "metrics.jsonl"):
+        n = len({line["example"] for line in lines})
+        tables = {key: _by_epoch(lines, key, n) for key in ("em", "loss", "extractable_32")}
     twins: dict[int, dict[str, float]] = {}
-    for epoch in sorted({line["epoch"] for line in run.probes(rate)}):
-        some = [line for line in run.probes(rate) if line["epoch"] == epoch]
-        twins[epoch] = {key: round(sum(line[key] for line in some) / len(some), 4) for key in ("loss", "em")}
-    folder = run.evaluations(rate)
+    with _reading(run.learning_rate_dir(rate) / "probes.jsonl"):
+        probes = run.probes(rate)
+        for epoch in sorted({line["epoch"] for line in probes}):
+            some = [line for line in probes if line["epoch"] == epoch]
+            twins[epoch] = {key: round(sum(line[key] for line in some) / len(some), 4) for key in ("loss", "em")}
     return Trained(
         name,
         recipe.seed,
@@ -190,7 +251,7 @@ def _trained(run: RunDirectory, name: str, rate: float) -> Trained:
         recipe.lr_scheduler,
         recipe.num_epochs,
         twins=twins,
-        evaluations={epoch: read(file) for epoch, file in folder.items()},
+        evaluations={epoch: read(file) for epoch, file in run.evaluations(rate).items()},
         **tables,
     )
 

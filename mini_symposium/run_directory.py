@@ -184,7 +184,8 @@ class RunDirectory:
     def evaluations(self, learning_rate: float) -> dict[int, Path]:
         """Epoch -> what was measured of that checkpoint's behaviour, see `evaluation.evaluate`."""
         folder = self.learning_rate_dir(learning_rate) / "evaluations"
-        return {int(path.stem.removeprefix("epoch-")): path for path in sorted(folder.glob("epoch-*.json"))}
+        numbers = {path: path.stem.removeprefix("epoch-") for path in sorted(folder.glob("epoch-*.json"))}
+        return {int(number): path for path, number in numbers.items() if number.isdecimal()}
 
     @staticmethod
     def evaluation_file(checkpoint: Path) -> Path:

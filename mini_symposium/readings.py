@@ -1,0 +1,178 @@
+"""What the claims read from the evidence: arrays by prompt and seed, the controls, and what is said beside a number.
+
+Arrays have the prompts or rows first and the seeds second, as `statistics` takes them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mini_symposium import InputError
+from mini_symposium.evidence import Evidence, Trained
+from mini_symposium.statistics import Interval
+from mini_symposium.verdicts import Control
+
+EPOCHS_HIGH, EPOCHS_LOW = 100, 600
+"""After which the card says that its rates overfit, and do not."""
+SATURATED = 30
+"""Epochs over which ranks and schedules are compared."""
+CONCLUSION = "complete response"
+"""The heading under which the card's rows conclude."""
+
+
+def joined(parts: Sequence[str]) -> str:
+    """What there is of a note."""
+    return "; ".join(part for part in parts if part)
+
+
+def measured_at(some: Sequence[tuple[Trained, int]]) -> str:
+    """The rates and epochs behind a number; the card's are others."""
+    rates = sorted({t.learning_rate for t, _ in some})
+    return f"at {listed([f'{rate:g}' for rate in rates])}, epoch {listed(sorted({at for _, at in some}))}"
+
+
+def own_rate(e: Evidence, name: str) -> str:
+    """What the card's own rate did, where the recipe's is another that plays its part."""
+    found = e.named(name)
+    return joined(
+        f"the card's own {t.learning_rate:g}: EM {np.mean(t.em[0]):.2f} at first, "
+        f"{np.mean(t.em[-1]):.2f} in epoch {t.epochs - 1}"
+        for t in found
+        if t.em
+    )
+
+
+def absent(e: Evidence, *names: str) -> str:
+    """Seeds that other experiments were trained from, and these were not."""
+    seeds = {t.seed for t in e.trained if not t.name.startswith("literal")}
+    lacking = [(name, sorted(seeds - {t.seed for t in e.named(name)})) for name in names]
+    return joined(f"missing: {name} of seed {listed(some)}" for name, some in lacking if some and e.named(name))
+
+
+def evaluated(e: Evidence, name: str, at_most: int, every: bool = False) -> list[tuple[Trained, int]]:
+    """The experiments of that name, each with its last evaluated epoch up to `at_most`; of the seeds only those that
+    came furthest, unless `every` one is wanted."""
+    found = [(t, max((epoch for epoch in t.evaluations if epoch <= at_most), default=-1)) for t in e.named(name)]
+    last = max((epoch for _, epoch in found), default=-1)
+    return [(trained, epoch) for trained, epoch in found if epoch >= 0 and (every or epoch == last)]
+
+
+def paired(e: Evidence) -> list[tuple[tuple[Trained, int], tuple[Trained, int]]]:
+    """Both rates of the contrast, `evaluated`, from each seed that both have."""
+    low, high = evaluated(e, "low", EPOCHS_LOW), evaluated(e, "high", EPOCHS_HIGH)
+    return [(a, b) for a in low for b in high if a[0].seed == b[0].seed]
+
+
+def recall(some: Sequence[tuple[Trained, int]], rows: str = "recitation") -> np.ndarray:
+    """(rows, seeds)"""
+    return np.stack([[line["prompt_recall"] for line in t.evaluations[at][rows]] for t, at in some], 1)
+
+
+def unlearned(e: Evidence, some: Sequence[tuple[Trained, int]]) -> list[Control]:
+    """Rows that were not trained on, and a model that was not trained, must not be recited."""
+    twins = recall(some, "twins").mean()
+    controls = [Control("recall of held-out twins below 0.5", float(twins), bool(twins < 0.5)), base_was_asked(e)]
+    if e.base:
+        base = np.mean([line["prompt_recall"] for line in e.base["recitation"]])
+        controls[1] = Control("the base's recall below 0.5", float(base), bool(base < 0.5))
+    return controls
+
+
+def base_was_asked(e: Evidence) -> Control:
+    """Without the base there is no telling what the training did."""
+    return Control("the base was asked as well", float(bool(e.base)), bool(e.base))
+
+
+def twins_alike(some: Sequence[Trained], others: Sequence[Trained]) -> Control:
+    """What differs in the rows must not differ in rows that were not trained on: that would be another skill."""
+    means = [
+        [each["em"] for t in group for epoch, each in t.twins.items() if epoch <= SATURATED] for group in (some, others)
+    ]
+    apart = float(np.mean(means[0]) - np.mean(means[1])) if all(means) else math.inf
+    what = "EM of held-out twins differs by less than 0.02" if all(means) else "held-out twins were measured"
+    return Control(what, apart if all(means) else 0.0, abs(apart) < 0.02)
+
+
+def when_known(some: Sequence[Trained]) -> str:
+    """Where the rows are known, by EM in the logs, and whether a log ends before its run should."""
+    first = [next((k for k, row in enumerate(t.em) if np.mean(row) >= 0.9), None) for t in some if t.em]
+    known = [epoch for epoch in first if epoch is not None]
+    logged = max((t.epochs for t in some), default=0)
+    said = f"EM reaches 0.9 at epoch {listed(known)}" if known else f"EM stays below 0.9 over {logged} epochs"
+    cut = [f"seed {t.seed}'s log ends at epoch {t.epochs} of {t.num_epochs}" for t in some if t.epochs < t.num_epochs]
+    return joined([said, *cut])
+
+
+def listed(values: Sequence[object]) -> str:
+    """`values` with commas between."""
+    return ", ".join(map(str, values))
+
+
+def passes(evaluation: dict, categories: Sequence[str] = ()) -> np.ndarray:
+    """(prompts, formats): whether each answer passed its prompt's checks."""
+    lines = [line for line in evaluation["answers"] if not categories or line["category"] in categories]
+    formats = list(dict.fromkeys(line["format"] for line in lines))
+    prompts = list(dict.fromkeys(line["id"] for line in lines))
+    cells = {(line["id"], line["format"]): line["passed"] for line in lines}
+    if lacking := [(key, form) for key in prompts for form in formats if (key, form) not in cells]:
+        raise InputError("the answer to {} in the format {}; measure again".format(*lacking[0]))
+    return np.array([[cells[key, form] for form in formats] for key in prompts], float)
+
+
+def answers_to(evaluation: dict, form: str, category: str) -> list[dict]:
+    """The answers to prompts of one category in one format."""
+    return [line for line in evaluation["answers"] if (line["format"], line["category"]) == (form, category)]
+
+
+def column(lines: Sequence[dict]) -> np.ndarray:
+    """(prompts,): whether each passed, in the order of their names."""
+    return np.array([line["passed"] for line in sorted(lines, key=lambda line: line["id"])], float)
+
+
+def by_prompt(evaluation: dict, what: Callable[[dict], bool]) -> np.ndarray:
+    """(prompts,): share of a prompt's answers, over formats."""
+    found: dict[str, list[bool]] = {}
+    for line in evaluation["answers"]:
+        found.setdefault(line["id"], []).append(what(line))
+    return np.array([np.mean(found[key]) for key in sorted(found)])
+
+
+def share_of(evaluation: dict, what: Callable[[dict], bool]) -> float:
+    """Of all answers."""
+    return float(np.mean([what(line) for line in evaluation["answers"]]))
+
+
+def several_views(evaluation: dict) -> np.ndarray:
+    """(prompts,): whether two headings or more that differ, with texts that differ, stand before a CONCLUSION."""
+
+    def fits(line: dict) -> bool:
+        names = [heading.strip().casefold() for heading in line["headings"]]
+        before = names[: names.index(CONCLUSION)] if CONCLUSION in names else []
+        return len(set(before)) >= 2 and line["distance"] > 0
+
+    return np.array([fits(line) for line in evaluation["perspectives"]], float)
+
+
+def off_the_floor(e: Evidence, asked: Sequence[dict] | None = None) -> Control:
+    """Where the base passes next to nothing of what is compared, no difference can show."""
+    asked = e.base["answers"] if asked is None and e.base else asked or []
+    rate = float(np.mean([line["passed"] for line in asked])) if asked else 0.0
+    return Control("the base passes at least one in twenty of these", rate, rate >= 0.05)
+
+
+def alike(e: Evidence, *names: str) -> list[list[Trained]]:
+    """For each name its experiments of SATURATED epochs, from the seeds that all have; [] if there is none."""
+    found = [{t.seed: t for t in e.named(name) if t.epochs >= SATURATED} for name in names]
+    shared = sorted(set.intersection(*map(set, found)))
+    return [[each[seed] for seed in shared] for each in found] if shared else []
+
+
+def by_row(some: Sequence[Trained]) -> np.ndarray:
+    """(examples, seeds): EM, averaged over the first SATURATED epochs."""
+    return np.stack([np.mean(t.em[:SATURATED], 0) for t in some], 1)
+
+
+def in_words(found: Interval) -> str:
+    """A difference with its sign."""
+    return f"{found.value:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
