@@ -48,7 +48,7 @@ playground: setup
 
 # redraw figures/ from the committed metrics, without torch
 figures: setup
-	.venv/bin/mini-symposium figures figures/proxy figures/claims
+	.venv/bin/mini-symposium figures figures/proxy figures/claims figures/bench-cpu.json
 
 # put the outputs of runs/proxy into notebooks/, and its metrics and figures into figures/
 notebooks: reproduce

@@ -264,14 +264,19 @@ def render(
 
 @app.command()
 def figures(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="run directories, figures/proxy, figures/claims")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="run directories, figures/proxy, figures/claims; figures/bench-cpu.json"),
+    ],
 ):
     """Draw a run's figures again from its metrics and csv files; needs no model and no torch."""
+    from mini_symposium.bench import report
     from mini_symposium.redraw import redraw
     from mini_symposium.run_directory import RunDirectory
 
-    for path in (path for run in runs for path in redraw(RunDirectory(run))):
-        console.print(path, soft_wrap=True)
+    for run in runs:
+        for path in [report.redraw(Path(run))] if run.endswith(".json") else redraw(RunDirectory(run)):
+            console.print(path, soft_wrap=True)
 
 
 @app.command()

@@ -8,8 +8,11 @@ long share a pass over the base.
 
 import json
 import platform
+import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -43,6 +46,8 @@ LITERAL = (1e-6, 1e-7)
 TABLE = "sweep"
 COLUMNS = ("seed", "learning_rate", "lora_r", "lora_alpha", "lr_scheduler", "num_epochs")
 """Of the table: what sets experiments apart."""
+TIMED_FROM = 2_000
+"""Adapter steps from which on an epoch is trained, to say how long all will take, before anything else is."""
 ENGINES = ("local", "ray")
 """Where passes run: one after another in this process, or as tasks of a cluster; see `ray_engine`."""
 
@@ -122,7 +127,8 @@ class Sweep:
     ) -> None:
         """Train what is not there yet; an interrupted sweep goes on where it was, whatever the engine.
 
-        Says how long the rest will take, from the steps that it has timed itself; writes TABLE as csv and json.
+        Says how long it will take, from the steps that it has timed itself: at the start, if it is long, from an epoch
+        of one adapter, and on the local engine; writes TABLE as csv and json.
 
         Parameters
         ----------
@@ -158,6 +164,10 @@ class Sweep:
             say(f"{sum(map(len, todo))} adapters; {ahead}")
             ray_engine.run(tasks, train_pass, finished, say, cpus)
         else:
+            if ahead.left > TIMED_FROM:
+                say(f"{sum(map(len, todo))} adapters, {ahead}; timing an epoch")
+                ahead.pace = _seconds_a_step(todo[0][0], *tasks[0])
+                say(str(ahead))
             began = time.monotonic()
             for number, task in enumerate(tasks):
                 say(f"{said[number]}, {ahead}")
@@ -298,6 +308,16 @@ def check_engine(engine: str) -> None:
     """Refuse an engine that there is not."""
     if engine not in ENGINES:
         raise InputError(f"--engine {engine}: is one of {', '.join(ENGINES)}")
+
+
+def _seconds_a_step(experiment: Experiment, base: Recipe, _root, _pass, examples, held_out) -> float:
+    """Median over the second of two epochs of one adapter, in a folder that is then deleted; several share a pass in
+    less, and a long run is compiled, so this is rather too much."""
+    with tempfile.TemporaryDirectory() as folder:
+        short = replace(experiment, num_epochs=2)
+        train_pass(base, Path(folder), [short], examples, held_out)
+        lines = _job(base, Path(folder), short).run.metrics(short.learning_rate)
+        return statistics.median(line["seconds"] for line in lines if line["epoch"] == 1)
 
 
 class _Ahead:

@@ -1,7 +1,11 @@
 import json
+import shutil
+import subprocess
+import sys
 
 import nbformat
 import pytest
+from conftest import command
 
 from mini_symposium import InputError
 from mini_symposium.publish import clean, publish
@@ -25,6 +29,27 @@ def test_a_published_run_is_clean_and_redraws_the_same(tiny_run, tmp_path):
     redraw(RunDirectory(tmp_path / "figures" / "tiny"))
     after = {path.name: path.read_bytes() for path in (tmp_path / "figures" / "tiny" / "figures").iterdir()}
     assert after == before
+
+
+def test_committed_figures_are_those_of_the_committed_data_drawn_without_torch(tmp_path):
+    """What `make figures` draws; the pictures of a run that models drew too are left as they are."""
+    shutil.copytree(ROOT / "figures", tmp_path / "figures")
+    before = {path: path.read_bytes() for path in (tmp_path / "figures").rglob("*") if path.is_file()}
+    drawn = [tmp_path / "figures" / name for name in ("proxy", "claims", "bench-cpu.json")]
+    blocked = "import sys; sys.modules['torch'] = None; from mini_symposium.cli import main; main(sys.argv[1:])"
+    line = [sys.executable, "-c", blocked, "figures", *map(str, drawn)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) >= 12
+    after = {path: path.read_bytes() for path in (tmp_path / "figures").rglob("*") if path.is_file()}
+    assert [path for path in before if after.get(path) != before[path]] == []
+    assert after.keys() == before.keys()
+
+
+def test_a_file_that_is_no_bench_draws_nothing(tmp_path):
+    (tmp_path / "bench.json").write_text('{"step": 3}')
+    done = command("figures", tmp_path / "bench.json", check=False)
+    assert done.returncode == 2 and "not what `mini-symposium bench` wrote" in done.stderr.replace("\n", " ")
 
 
 def test_a_path_of_this_machine_is_not_published():

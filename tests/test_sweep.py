@@ -1,6 +1,7 @@
 """The sweep on the tiny recipe: plumbing. What it finds out on real weights is in figures/."""
 
 import json
+import re
 from statistics import mean
 
 import pytest
@@ -38,6 +39,7 @@ def small(tmp_path_factory):
     """Both rates, one seed, three examples, a few epochs; evaluated on two prompts."""
     patch = pytest.MonkeyPatch()
     shorter = {"EPOCHS_LOW": 40, "EPOCHS_HIGH": 6, "SATURATED": 2, "LITERAL": (), "RANKS": ((2, 4),)}
+    shorter |= {"TIMED_FROM": 100}
     for name, value in (shorter | {"EVALUATED": {"high": (4, 6), "low": (40,)}}).items():
         patch.setattr(module, name, value)
     recipe = load_recipe("tiny", learning_rate=1e-4)
@@ -63,7 +65,14 @@ def test_every_experiment_is_trained_in_a_run_of_its_own_and_only_once(small):
         "low-seed-1",
         "rank-2-alpha-4-seed-1",
     ]
-    assert "adapter steps ahead" in said[0]
+    assert said[0] == "3 adapters, 144 adapter steps ahead, not timed yet; timing an epoch"
+    assert re.fullmatch(r"144 adapter steps ahead, [\d.e-]+ s each, about \d+ minutes", said[1])
+    assert "not timed yet" not in said[2] and "adapter steps ahead" in said[2]
+    assert sorted(path.name for path in whole.root.iterdir() if path.is_dir()) == [
+        "high-seed-1",
+        "low-seed-1",
+        "rank-2-alpha-4-seed-1",
+    ]
     again = []
     examples, twins = load_examples(find("data/minisymposium.md"))[5:8], load_examples(find("data/twins.md"))[5:7]
     whole.run(examples, twins, ("high", "low", "rank-2-alpha-4"), again.append)
@@ -90,8 +99,9 @@ def test_the_ledger_reads_the_sweep(small):
     assert set(high.evaluations) == {4, 6} and set(low.evaluations) == {40}
     assert set(low.twins) == {0, 10, 20, 30, 40}
     assert mean(high.loss[-1]) < mean(high.loss[0])
-    said = command("claims", whole.root).stdout
-    assert "same dose" in said and "C12" in said
+    assert "C12" in command("claims", whole.root).stdout
+    rows = {row["id"]: row for row in json.loads((whole.root / "claims.json").read_text())}
+    assert "the high rate at the same dose: " in rows["C2"]["note"]
 
 
 def test_a_mistyped_experiment_or_seed_is_refused(tmp_path):

@@ -1,12 +1,14 @@
 """The bench's table and picture, from what it measured."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pandas as pd
 from rich.table import Table
 
 from mini_symposium import InputError
 from mini_symposium.picture import COLOURS, GREY, SCALES, Picture, name_rows, styled, titled
+from mini_symposium.run_directory import read_object
 
 CPU_BARS = (
     ("training step, 256 tokens, against stock TRL QLoRA", "step_vs_stock_trl", 0.33),
@@ -117,6 +119,22 @@ def profile_table(found: Mapping) -> Table:
     for kind, ms in sorted(spent.items(), key=lambda item: -item[1]):
         shown.add_row(kind, f"{ms:.1f}", f"{ms / sum(spent.values()):.0%}")
     return shown
+
+
+def redraw(file: Path) -> Path:
+    """Draw the picture of a saved bench again, beside it; return the png.
+
+    Raises
+    ------
+    InputError
+        If the file is no such thing.
+    """
+    found = read_object(file)
+    try:
+        picture(found).save(file.with_suffix(""))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: not what `mini-symposium bench` wrote ({type(error).__name__}: {error})") from error
+    return file.with_suffix(".png")
 
 
 def picture(found: Mapping) -> Picture:
