@@ -10,7 +10,7 @@ import numpy as np
 
 from mini_symposium import InputError
 from mini_symposium.evidence import Evidence, Trained
-from mini_symposium.statistics import Interval
+from mini_symposium.statistics import Interval, interval, spread
 from mini_symposium.verdicts import Control
 
 EPOCHS_HIGH, EPOCHS_LOW = 100, 600
@@ -171,6 +171,63 @@ def alike(e: Evidence, *names: str) -> list[list[Trained]]:
 def by_row(some: Sequence[Trained]) -> np.ndarray:
     """(examples, seeds): EM, averaged over the first SATURATED epochs."""
     return np.stack([np.mean(t.em[:SATURATED], 0) for t in some], 1)
+
+
+def behaviour(e: Evidence) -> list[dict]:
+    """What answers to held-out prompts are like, by model: the base, and either rate at each epoch that was asked.
+
+    Returns
+    -------
+    list of dict
+        model, seeds; passed, leaked (share of answers with a training row's heading), copied (words of the longest run
+        from a training row), posix (nats a token between formats), han_mass (probability of a Han piece next), each
+        {"value", "low", "high"}; spread, between the best and the worst format, and spread_95, which equal formats stay
+        below 95 times in 100. What was not measured is left out.
+    """
+    models = {"base": [e.base]} if e.base else {}
+    for name in ("high", "low"):
+        for trained in e.named(name):
+            for epoch, found in sorted(trained.evaluations.items()):
+                models.setdefault(f"{name} rate, epoch {epoch}", []).append(found)
+    rows = []
+    for model, asked in models.items():
+        passed = np.stack([passes(each) for each in asked], 1)  # (prompts, seeds, formats)
+        wide = spread(passed.mean(1))
+        row = {"model": model, "seeds": len(asked), "passed": _ends(passed, (0, 1))}
+        row |= {"spread": round(wide.value, 4), "spread_95": round(wide.null_95, 4)}
+        answers = {"leaked": lambda a: bool(a["leaked"]), "copied": lambda a: a["copied"]}
+        for key, what in answers.items():
+            if all(key in line for each in asked for line in each["answers"]):
+                row[key] = _ends([by_prompt(each, what) for each in asked], (0, 1) if key == "leaked" else None)
+        for key in ("posix", "han_mass"):
+            if all(each.get(key) for each in asked):
+                row[key] = _ends([list(each[key].values()) for each in asked], (0, 1) if key == "han_mass" else None)
+        rows.append(row)
+    return rows
+
+
+def _ends(values, bounds: tuple[float, float] | None) -> dict[str, float]:
+    """An interval of (seeds, prompts) values, or of (prompts, seeds, formats); a mean alone where there is none."""
+    table = np.asarray(values, dtype=float)
+    table = table.T if table.ndim == 2 else table
+    if bounds is None and np.ptp(table) == 0:
+        return {"value": float(table.mean())}
+    found = interval(table, bounds)
+    return {key: float(f"{getattr(found, key):.4g}") for key in ("value", "low", "high")}
+
+
+def shown(value: dict | float | None) -> str:
+    """A cell of `behaviour`.
+
+    >>> [shown(value) for value in ({"value": 0.25, "low": 0.1, "high": 0.4}, {"value": 2.0}, 0.15, None)]
+    ['0.25 [0.1, 0.4]', '2', '0.15', 'not measured']
+    """
+    if value is None:
+        return "not measured"
+    if not isinstance(value, dict):
+        return f"{value:.3g}"
+    between = f" [{value['low']:.3g}, {value['high']:.3g}]" if "low" in value else ""
+    return f"{value['value']:.3g}{between}"
 
 
 def in_words(found: Interval) -> str:
