@@ -56,7 +56,7 @@ def sweep(
         raise InputError(f"--only {', '.join(unknown)}: the experiments are {', '.join(known)}")
     examples, twins = load_examples(chosen.dataset), load_examples("data/twins.md")
     prompts = load_held_out(split="test")
-    check_disjoint(prompts, examples)
+    check_disjoint(prompts, examples, twins)
     with alone(whole.root):
         whole.run(examples, twins, names, lambda line: console.print(line, markup=False, soft_wrap=True), engine, cpus)
         if measure or (measure is None and not asked):

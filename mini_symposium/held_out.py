@@ -6,7 +6,7 @@ be remembered.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,33 +201,63 @@ def _checks(node: yaml.Node, values, named: str, name: str, query: str) -> tuple
     return tuple(checks)
 
 
-def check_disjoint(held_out: Sequence[HeldOut], examples: Sequence[Example]) -> None:
-    """Refuse held-out prompts that share their wording with what is trained on.
+def check_disjoint(held_out: Sequence[HeldOut], examples: Sequence[Example], twins: Sequence[Example] = ()) -> None:
+    """Refuse held-out prompts, and rows that are said not to be trained on, that share their wording with what is.
 
     Raises
     ------
     InputError
-        Naming the first prompt that does, the row, and the words that both have.
+        Naming the first that does, the row, and the words that both have.
     """
     for prompt in held_out:
-        own = [word.casefold() for word in words(prompt.query)]
         for example in examples:
-            row = [word.casefold() for word in words(example.text)]
-            seen = {tuple(row[i : i + SHARED_WORDS]) for i in range(len(row))}
-            runs = (own[i : i + SHARED_WORDS] for i in range(len(own) - SHARED_WORDS + 1))
-            run = next((run for run in runs if tuple(run) in seen), None)
-            if run:
-                _refuse(prompt, example, f"shares {SHARED_WORDS} words in a row", run)
+            if run := _shared_run(prompt.query, example.text):
+                _refuse(f"{prompt.source}: {prompt.id}", example, f"shares {SHARED_WORDS} words in a row", run)
             for text in (example.query, example.text):
                 rouge_l = overlap(text, prompt.query).rouge_l
                 if rouge_l >= MOST_ROUGE_L:
                     steps = LCSseq.opcodes(theirs := words(text), words(prompt.query))
                     common = [w for s in steps if s.tag == "equal" for w in theirs[s.src_start : s.src_end]]
-                    _refuse(prompt, example, f"has ROUGE-L {rouge_l:.2f}", common)
+                    _refuse(f"{prompt.source}: {prompt.id}", example, f"has ROUGE-L {rouge_l:.2f}", common)
+    for twin in twins:
+        for example in examples:
+            if run := _shared_run(twin.text, example.text):
+                _refuse(f"{twin.source}: the row", example, f"shares {SHARED_WORDS} words in a row", run)
 
 
-def _refuse(prompt: HeldOut, example: Example, how: str, shared: Sequence[str]):
+def apart(
+    held_out: Sequence[HeldOut], examples: Sequence[Example], say: Callable[[str], object] = print
+) -> list[HeldOut]:
+    """The prompts that share no wording with what is trained on, as `check_disjoint` judges; `say` names the others.
+
+    Raises
+    ------
+    InputError
+        If none is left.
+    """
+    kept, last = [], None
+    for prompt in held_out:
+        try:
+            check_disjoint([prompt], examples)
+            kept.append(prompt)
+        except InputError as error:
+            say(f"left out: {error}")
+            last = error
+    if last and not kept:
+        raise InputError(f"no held-out prompt is left; the last one: {last}") from last
+    return kept
+
+
+def _shared_run(own: str, other: str) -> list[str] | None:
+    """The first words in a row, as many as are too many, that stand in both."""
+    own, other = ([word.casefold() for word in words(text)] for text in (own, other))
+    seen = {tuple(other[i : i + SHARED_WORDS]) for i in range(len(other))}
+    runs = (own[i : i + SHARED_WORDS] for i in range(len(own) - SHARED_WORDS + 1))
+    return next((run for run in runs if tuple(run) in seen), None)
+
+
+def _refuse(what: str, example: Example, how: str, shared: Sequence[str]):
     raise InputError(
-        f"{prompt.source}: {prompt.id} {how} with the training row at {example.source} "
+        f"{what} {how} with the training row at {example.source} "
         f'("{" ".join(shared)}"); it is held out only if it asks for something else'
     )

@@ -7,7 +7,7 @@ import pytest
 from mini_symposium import InputError, checks
 from mini_symposium.checks import CHECKS, code_in, numbers, sentences
 from mini_symposium.dataset import lint, load_examples
-from mini_symposium.held_out import CATEGORIES, Check, HeldOut, check_disjoint, judge, load_held_out, passes
+from mini_symposium.held_out import CATEGORIES, Check, HeldOut, apart, check_disjoint, judge, load_held_out, passes
 from mini_symposium.memorization import words
 
 TRAINING, TWINS = load_examples("data/minisymposium.md"), load_examples("data/twins.md")
@@ -255,6 +255,23 @@ def test_a_prompt_out_of_the_training_set_is_refused_with_the_words_it_shares():
     ):
         check_disjoint([replace(PROMPTS[0], query="Why did Newton stay away at school?")], TRAINING)
     check_disjoint([replace(PROMPTS[0], query="Do whales sleep?")], TRAINING)
+
+
+def test_of_ones_own_rows_only_the_prompts_that_they_touch_are_left_out():
+    said, other = [], replace(PROMPTS[0], id="known", query=TRAINING[2].query)
+    assert apart([other, PROMPTS[1]], TRAINING, said.append) == [PROMPTS[1]]
+    assert len(said) == 1 and "known shares 8 words" in said[0]
+    with pytest.raises(InputError, match=r"no held-out prompt is left; the last one: .*known"):
+        apart([other], TRAINING, said.append)
+
+
+def test_twins_that_are_trained_on_are_none():
+    check_disjoint([], TRAINING, TWINS)
+    with pytest.raises(InputError, match=r"twins\.md:1: the row shares 8 words in a row with .* at .*twins"):
+        check_disjoint([], TWINS, TWINS)
+    own = replace(TRAINING[3], source="mine.md:9")
+    with pytest.raises(InputError, match=r"twins\.md:\d+: the row .* row at mine\.md:9"):
+        check_disjoint([], [own], [TWINS[0], replace(TRAINING[3], source="data/twins.md:77")])
 
 
 def test_each_training_row_has_a_twin_of_its_form_about_another_matter():
