@@ -1,6 +1,7 @@
 """Adapters on disk: which checkpoint a name means, and what one or several of them add to a base."""
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -118,13 +119,15 @@ def find_checkpoint(run: RunDirectory, name: str = "", learning_rate: float = 0.
         raise InputError(
             f"{run.path}: nothing has been trained here; run `mini-symposium train --run {run.path}` first"
         )
-    found = re.fullmatch(r"(?:(?:lr-)?(?P<rate>[^/]+)/)?(?:epoch-)?(?P<epoch>\d+)?", name)
+    found = re.fullmatch(r"(?:(?:lr-)?(?P<rate>[^/]+)/)?(?:epoch-)?(?P<epoch>[0-9]{1,9})?", name)
     try:
         rate = float(found["rate"] or learning_rate or min(rates)) if found else None
     except ValueError:
         found = None
     if not found:
-        raise InputError(f"--checkpoint {name}: takes epoch-N, or RATE/epoch-N")
+        raise InputError(f"--checkpoint {name[:99]}: takes epoch-N, or RATE/epoch-N")
+    if not 0 < rate < math.inf:
+        raise InputError(f"learning rate {rate:g}: there are rates {', '.join(f'{r:g}' for r in rates)}")
     checkpoints = run.checkpoints(rate)
     if not checkpoints:
         raise InputError(f"{run.path}: no checkpoint at {rate:g}; there are rates {', '.join(f'{r:g}' for r in rates)}")
@@ -155,6 +158,8 @@ def find_checkpoints(run: RunDirectory, names: Sequence[str] = (), learning_rate
     given = [weight for _, equals, weight in pairs if equals]
     try:
         weights = [float(weight) for weight in given] or [1 / len(pairs)] * len(pairs)
+        if not all(map(math.isfinite, weights)):
+            raise ValueError("not a finite number")
     except ValueError as error:
         raise InputError(f"--checkpoint {names}: a weight is a number, as in epoch-12=0.3") from error
     found = [find_checkpoint(run, name, learning_rate) for name, _, _ in pairs]

@@ -19,16 +19,29 @@ RESUMABLE = 2
 """How many of the newest keep their RESUME_FILES."""
 
 
-def seal(folder: Path, lines: int, companions: Sequence[str]) -> None:
+def seal(folder: Path, lines: int, companions: Sequence[str], compiled: bool) -> None:
     """Write down, last of all, the checksum of every file of a checkpoint, its log's length, and with whom it trained.
 
     Parameters
     ----------
     companions
         Folders of the adapters of its pass, itself included, as seen from its run: their sums were rounded together.
+    compiled
+        Whether its layers were: that changes the last bits of a sum.
     """
     written = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    write_json(folder / "checksums.json", {"lines": lines, "companions": list(companions), "files": written})
+    found = {"lines": lines, "companions": list(companions), "compiled": compiled, "files": written}
+    write_json(folder / "checksums.json", found)
+
+
+def compiled(learning_rate_dir: Path, epoch: int) -> bool | None:
+    """Whether the layers were compiled when a checkpoint was trained; None if it does not say."""
+    folder = checkpoints_in(learning_rate_dir / "checkpoints").get(epoch)
+    try:
+        said = read_object(folder / "checksums.json").get("compiled") if folder else None
+    except InputError:
+        return None
+    return said if isinstance(said, bool) else None
 
 
 def companions(learning_rate_dir: Path, epoch: int) -> set[Path]:

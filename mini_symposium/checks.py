@@ -197,7 +197,7 @@ def _bounds(value) -> bool:
 def _pattern(value) -> bool:
     try:
         return isinstance(value, str) and re.compile(value) is not None
-    except re.error:
+    except (re.error, RecursionError, OverflowError):
         return False
 
 

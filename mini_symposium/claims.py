@@ -278,6 +278,8 @@ def ledger(evidence: Evidence) -> list[Claim]:
             rows.append(claim(evidence))
         except InputError as error:
             rows.append(_lacks(question, evidence, str(error)))
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:  # numbers that are none, in a file
+            rows.append(_lacks(question, evidence, f"evidence that can be read ({type(error).__name__}: {error})"))
     return rows
 
 

@@ -102,7 +102,7 @@ def inspect(
     if as_json:
         print(json.dumps({**description, "warnings": warnings}, indent=2, ensure_ascii=False))
         return
-    table = Table("where", "query", "sections", "words", title=f"{file}: {len(examples)} examples")
+    table = Table("where", "query", "sections", "words", title=escape(printable(f"{file}: {len(examples)} examples")))
     for row in description["examples"]:
         cells = [row["source"], row["query"], " > ".join(row["headings"])[:200], str(row["words"])]
         table.add_row(*(escape(printable(cell)) for cell in cells))
@@ -142,7 +142,7 @@ def ask(
 
     model, tokenizer = load_with_adapters(base, checkpoints, four_bit), load_tokenizer(base)
     for cell in answer_grid(model, tokenizer, ["base", *checkpoints], formats, [query], max_new_tokens):
-        title = f"[bold]{escape(cell['format'])}[/] · {escape(cell['model'])}"
+        title = f"[bold]{escape(printable(cell['format']))}[/] · {escape(printable(cell['model']))}"
         console.rule(f"{title} · {cell['tokens']} tokens, {cell['stop_reason']}")
         console.print(printable(cell["answer"]), markup=False, highlight=False, soft_wrap=True)
 
@@ -237,7 +237,8 @@ def claims(
 
     evidence = load(run)
     rows = ledger(evidence)
-    table = Table("", "claim", "verdict", "what was found", title=f"{evidence.scale} scale, {evidence.device}")
+    title = escape(printable(f"{evidence.scale} scale, {evidence.device}"))
+    table = Table("", "claim", "verdict", "what was found", title=title)
     for row in rows:
         table.add_row(row.id, row.claim, row.verdict, escape(row.said))
     console.print(table)
@@ -300,7 +301,7 @@ def doctor(recipe: RecipeOption = "proxy"):
     from mini_symposium.run_directory import environment
 
     found = environment()
-    table = Table("what", "found", title=f"recipe {chosen.name}: {chosen.base_model}")
+    table = Table("what", "found", title=escape(printable(f"recipe {chosen.name}: {chosen.base_model}")))
     for key in ("mini_symposium", "commit", "python", "platform", "cores"):
         table.add_row(key, str(found[key]))
     table.add_row("packages", ", ".join(f"{name} {version}" for name, version in found["packages"].items()))
@@ -372,6 +373,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (InputError, RunError) as error:
         print(f"mini-symposium: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except MemoryError:
+        said = "memory ran out; close other programs, ask for less at a time, or take a smaller model"
+        print(f"mini-symposium: {said}", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise

@@ -38,15 +38,17 @@ def sweep(
     asked = bool(learning_rates or ranks or schedules)
     passes = None
     if asked:
-        rules = [rule.strip() for rule in schedules.split(",") if rule.strip()]
+        rules = [rule.strip() for rule in schedules.split(",")] if schedules else []
         rates = parse_numbers("learning-rates", learning_rates, float)
         passes = grid(chosen, rates, parse_ranks(ranks), rules, numbers, epochs, per_pass)
     elif epochs is not None:
         raise InputError("--epochs: is for a grid; give --learning-rates, --ranks or --schedules too")
+    from mini_symposium.claims import ledger
     from mini_symposium.dataset import load_examples
+    from mini_symposium.evidence import load
     from mini_symposium.held_out import check_disjoint, load_held_out
     from mini_symposium.sweep import Sweep, check_engine
-    from mini_symposium.writing import alone
+    from mini_symposium.writing import alone, write_json
 
     check_engine(engine)
     whole = Sweep(chosen, RunDirectory(out or f"runs/{chosen.name}-sweep").path, numbers, passes)
@@ -61,6 +63,8 @@ def sweep(
         whole.run(examples, twins, names, lambda line: console.print(line, markup=False, soft_wrap=True), engine, cpus)
         if measure or (measure is None and not asked):
             whole.measure(examples, twins, prompts, asked, console.print)
+        if not asked:
+            write_json(whole.root / "claims.json", [row.row() for row in ledger(load(whole.root))])
     found = whole.table()
     table = Table("experiment", "seed", "learning rate", "epochs", "loss", "EM", title="the last epoch's means")
     for row in found.itertuples():

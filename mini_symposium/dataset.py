@@ -87,7 +87,8 @@ def load_examples(path: str | Path) -> list[Example]:
         raise InputError(f"{path}: no examples in it; write one that starts with `### New Query`")
     seen: dict[str, str] = {}
     for example in examples:
-        first = seen.setdefault(example.query, example.source)
+        # Of a text that is all there is, the query is only its beginning.
+        first = seen.setdefault(example.query if example.prompt else example.text, example.source)
         if first != example.source:
             raise InputError(f"{example.source}: the query stands already at {first}; keep one, or ask something else")
     return examples
@@ -195,7 +196,8 @@ def _from_object(row, where: str) -> Example:
         if context.strip():
             sections.insert(1, (1, "Input", context.strip()))
         text = "\n\n".join(f"### {heading}\n{body}" for _, heading, body in sections[:-1])
-        return Example(instruction, (Section("Response", output),), f"{text}\n\n### Response\n", output, where)
+        query = "\n\n".join([instruction, *[context.strip()] * bool(context.strip())])
+        return Example(query, (Section("Response", output),), f"{text}\n\n### Response\n", output, where)
     if "messages" in fields:
         return _from_messages(row["messages"], where)
     if "text" in fields:

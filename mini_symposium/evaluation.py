@@ -21,7 +21,7 @@ from mini_symposium.prompt_formats import FORMATS, PromptFormat, role
 from mini_symposium.recipe import load_recipe
 from mini_symposium.recitation import PROBES, recite
 from mini_symposium.robustness import han_mass, posix
-from mini_symposium.run_directory import write_json
+from mini_symposium.run_directory import read_object, write_json
 from mini_symposium.text_signs import assistant_phrases, han_share, leaked, mean_distance, perspectives
 
 ENGINEER = role("### Software Engineer")
@@ -57,7 +57,7 @@ def measure(
     }
     settings = json.loads(json.dumps(settings))
     for file, name in targets.items():
-        if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("settings") == settings:
+        if file.exists() and read_object(file).get("settings") == settings:
             continue
         show(str(file))
         loaded = model if isinstance(model, torch.nn.Module) else model(name)

@@ -159,7 +159,7 @@ def _check_evaluation(found: object, file: Path) -> dict:
 
 def _saved(file: Path) -> Evidence:
     with _reading(file):
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_object(file)
         numbered = ("twins", "evaluations")  # JSON's keys are text
         trained = [
             Trained(

@@ -15,11 +15,12 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from datasets import disable_progress_bars
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PrinterCallback
 
@@ -29,7 +30,7 @@ from mini_symposium.base_models import load_tokenizer
 from mini_symposium.dataset import Example, Row, fingerprint, load_examples, tokenize
 from mini_symposium.devices import device, out_of_memory, peak_memory
 from mini_symposium.recipe import KEYS, Recipe, load_recipe
-from mini_symposium.run_directory import RunDirectory, environment
+from mini_symposium.run_directory import RunDirectory, environment, said_already
 from mini_symposium.trainer import build_trainer, check_batches, save_adapter
 from mini_symposium.training_log import Log, Part
 from mini_symposium.writing import alone, clear_away, write_json, written_whole
@@ -40,6 +41,8 @@ REPORTERS = ("none", "tensorboard", "trackio")
 SCRATCH = ".trainer"
 """A folder that transformers' trainer wants to have; nothing is kept in it."""
 
+OVERWRITING = "overwriting.json"
+"""In a run directory: what is being trained in place of what was there before."""
 PATIENCE = 15.0
 """Seconds to wait for another process to leave a run."""
 
@@ -129,11 +132,23 @@ def train(
     with held([run]):
         if processes.writes():
             if overwrite:
-                run.clear_training()
-            claim(run, recipe, examples)
+                begun = {"recipe": recipe.to_yaml(), "dataset_sha256": fingerprint(examples), "rates": learning_rates}
+                if not said_already(run.path / OVERWRITING, begun):  # or it was cut off, and goes on
+                    run.clear_training()
+                    write_json(run.path / OVERWRITING, begun)
+            new = claim(run, recipe, examples)
         processes.wait()
-        train_together(jobs, rows, checkpoint_epochs, report_to, fast, probed)
-        return [prove_movement(run, rate) for rate in learning_rates] if processes.writes() else []
+        try:
+            train_together(jobs, rows, checkpoint_epochs, report_to, fast, probed)
+        except InputError:
+            if processes.writes() and new and not any(job.folder.exists() for job in jobs):
+                run.clear_training()  # so that what is mended is not refused as another run
+            raise
+        if not processes.writes():
+            return []
+        travels = [prove_movement(run, rate) for rate in learning_rates]
+        (run.path / OVERWRITING).unlink(missing_ok=True)
+        return travels
 
 
 @contextmanager
@@ -223,8 +238,13 @@ def train_together(
         for some, epoch in passes:
             if epoch == recipe.num_epochs:  # whole, and no longer in need of those it trained with
                 continue
+            # Memory may have changed since; what it decides may not, but for how many train at a time.
+            compiled = checkpoints.compiled(some[0].folder, epoch) if epoch and chosen.fused else None
+            own = chosen if compiled is None else replace(chosen, compiled=compiled)
+            if own != chosen and processes.writes():
+                print(f"going on as it began, layer {'' if compiled else 'not '}compiled, for the same last bits")
             try:
-                _train_pass(some, rows, epochs, epoch, chosen, report_to, held_out)
+                _train_pass(some, rows, epochs, epoch, own, report_to, held_out)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -265,8 +285,8 @@ def _passes(jobs: Sequence[Job], together: int) -> list[tuple[Sequence[Job], int
     return passes
 
 
-def claim(run: RunDirectory, recipe: Recipe, examples: Sequence[Example]) -> None:
-    """Write what this run is; refuse a directory that is already something else."""
+def claim(run: RunDirectory, recipe: Recipe, examples: Sequence[Example]) -> bool:
+    """Write what this run is, True if nobody had; refuse a directory that is already something else."""
     data = fingerprint(examples)
     if run.recipe_file.exists():
         kept = load_recipe(run.recipe_file)
@@ -276,15 +296,16 @@ def claim(run: RunDirectory, recipe: Recipe, examples: Sequence[Example]) -> Non
                 f"{run.recipe_file}: this run was made with another {', '.join(differing)}; "
                 "choose another run directory, or pass --overwrite"
             )
-        if run.environment()["dataset_sha256"] != data:
+        if run.environment().get("dataset_sha256") != data:
             raise InputError(
                 f"{run.path}: this run was made from other examples; choose another run, or pass --overwrite"
             )
-        return
+        return False
     hardware = torch.cuda.get_device_name() if device().type == "cuda" else "cpu"
     write_json(run.environment_file, environment(device=hardware, seed=recipe.seed, dataset_sha256=data))
     with written_whole(run.recipe_file) as temporary:
         temporary.write_text(recipe.to_yaml(), encoding="utf-8")
+    return True
 
 
 def _train_pass(
@@ -330,9 +351,7 @@ def prove_movement(run: RunDirectory, learning_rate: float) -> Travel:
         If fewer than 99% of lora_A's elements, or of lora_B's, differ.
     """
     checkpoints = run.checkpoints(learning_rate)
-    first, last = (
-        load_file(checkpoints[epoch] / "adapter_model.safetensors") for epoch in (min(checkpoints), max(checkpoints))
-    )
+    first, last = (_adapter(checkpoints[epoch]) for epoch in (min(checkpoints), max(checkpoints)))
     deltas = {
         part: torch.cat([(last[k] - first[k]).flatten() for k in first if part in k]) for part in ("lora_A", "lora_B")
     }
@@ -354,6 +373,14 @@ def prove_movement(run: RunDirectory, learning_rate: float) -> Travel:
         b_travel_rms=deltas["lora_B"].square().mean().sqrt().item(),
         b_travel_max=deltas["lora_B"].abs().max().item(),
     )
+
+
+def _adapter(checkpoint: Path) -> dict[str, torch.Tensor]:
+    path = checkpoint / "adapter_model.safetensors"
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path}: cannot be read ({error}), so nothing shows that the adapter moved") from error
 
 
 if __name__ == "__main__":  # accelerate launch -m mini_symposium.finetune --recipe R --run DIR: `mini-symposium train`

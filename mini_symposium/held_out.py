@@ -17,6 +17,7 @@ from mini_symposium import InputError
 from mini_symposium.checks import CHECKS, numbers
 from mini_symposium.dataset import Example
 from mini_symposium.memorization import overlap, words
+from mini_symposium.reading import check_tokens, read_text, refuse_repeated
 from mini_symposium.run_directory import ROOT, find
 
 CATEGORIES = (
@@ -122,29 +123,22 @@ def load_held_out(path: str | Path = "data/held_out.yml", split: str | None = No
 
 def _read(path: Path, name: str) -> tuple[yaml.MappingNode, dict]:
     """The file as nodes, which know their lines, and as values."""
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        check_tokens(text, name)
         root, data = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read ({error.strerror}); give a .yml file of held-out prompts") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         raise InputError(f"{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
+    except InputError:
+        raise
+    except (ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+        raise InputError(f"{name}: not values that a prompt has ({error})") from error
     if not isinstance(root, yaml.MappingNode):
         raise InputError(f"{name}:1: held-out prompts stand in lists below their category, as `fact:`")
-    _refuse_repeated(root, name)
+    refuse_repeated(root, name)
     return root, data
-
-
-def _refuse_repeated(node: yaml.MappingNode, name: str) -> None:
-    lines: dict[str, int] = {}
-    for key, _ in node.value:
-        line = key.start_mark.line + 1
-        if lines.setdefault(key.value, line) != line:
-            raise InputError(f"{name}:{line}: {key.value} stands already in line {lines[key.value]}; keep one of them")
 
 
 def _near(word: object, known: Sequence[str]) -> str:
@@ -156,7 +150,6 @@ def _prompt(node: yaml.Node, values, category: str, name: str) -> HeldOut:
     where = f"{name}:{node.start_mark.line + 1}"
     if not isinstance(values, dict):
         raise InputError(f"{where}: a prompt has {', '.join(NEEDED)}; found {values!r}")
-    _refuse_repeated(node, name)
     lines = {key.value: f"{name}:{key.start_mark.line + 1}" for key, _ in node.value}
     for key, value in values.items():
         if key not in (*TEXTS, "checks"):
@@ -174,7 +167,9 @@ def _prompt(node: yaml.Node, values, category: str, name: str) -> HeldOut:
     if values.get("split", "test") not in SPLITS:
         raise InputError(f"{where}: {named}: split {values['split']!r}: is one of {', '.join(SPLITS)}")
     texts = {key: values[key].strip() for key in TEXTS if key in values}
-    checks_node = next(child for key, child in node.value if key.value == "checks")
+    checks_node = next((child for key, child in node.value if key.value == "checks"), None)
+    if checks_node is None:
+        raise InputError(f"{where}: {named}: its checks come from a merge; write them out")
     checks = _checks(checks_node, values["checks"], named, name, texts["query"])
     if category == "character":
         checks += (Check("leaves_to", texts["user"]), Check("no_heading", True))

@@ -113,7 +113,8 @@ def merge(
             cast = (tensor.to(layout[name][0]) for name, tensor in zip(entries, tensors, strict=True))
             write_tensors(temporary / path.name, layout, cast)
         for path in source.iterdir():
-            if path.suffix in (".json", ".jinja", ".model") and path.name != "merge.json":
+            if path.suffix in (".json", ".jinja", ".model") and path.name != "merge.json" and path.is_file():
+                _check_inside(path, source)
                 shutil.copyfile(path, temporary / path.name)
         for index in temporary.glob("*.safetensors.index.json"):
             content = json.loads(index.read_text(encoding="utf-8"))
@@ -126,6 +127,14 @@ def merge(
         write_json(temporary / "merge.json", provenance)
     predicted = held + predicted_bytes(shards, factors, base, dtype)
     return {**provenance, "memory": {"predicted": predicted, "measured": _peak()}}
+
+
+def _check_inside(path: Path, source: Path) -> None:
+    """Refuse a link out of the base's folder, for the merge may be published; a hub's cache links to its own blobs."""
+    real, folder = path.resolve(), source.resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if not real.is_relative_to(folder) and real.parent != blobs:
+        raise InputError(f"{path}: leads out of {source}; delete the link, or copy the file itself there")
 
 
 def merged_tensor(path: Path, name: str, entry: Entry, factors: Factors, base: str) -> torch.Tensor:

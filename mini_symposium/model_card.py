@@ -1,6 +1,5 @@
 """A model card for the hub, made of what a run recorded and of nothing else: no number in it is written by hand."""
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,8 +8,9 @@ from mini_symposium import InputError
 from mini_symposium.dataset import load_examples
 from mini_symposium.picture import RATES_DO_NOT_TRANSFER, SCALES
 from mini_symposium.prompt_formats import FORMATS
+from mini_symposium.reading import parse_json, read_text
 from mini_symposium.recipe import Recipe, load_recipe
-from mini_symposium.run_directory import RunDirectory, written_whole
+from mini_symposium.run_directory import RunDirectory, read_object, written_whole
 
 HUB_IDS = {"SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """What the hub calls a base model that the kit takes from elsewhere."""
@@ -140,7 +140,7 @@ def read_survival(run: RunDirectory, rate: float, epoch: int) -> dict | None:
     """What `survival` measured of a checkpoint, on the command line or in notebook 04; None if neither did."""
     path = run.survival_file(rate, epoch)
     if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     recorded = run.results().get("04_merge", {})
     same = (recorded.get("learning_rate"), recorded.get("epoch")) == (rate, epoch)
     return recorded["survival"] if same and "survival" in recorded else None
@@ -150,7 +150,9 @@ def _ledger(run: RunDirectory) -> Iterator[str]:
     path = run.path / "claims.json"
     if not path.is_file():
         return
-    rows = json.loads(path.read_text(encoding="utf-8"))
+    rows = parse_json(read_text(path), path)
+    if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+        raise InputError(f"{path}: no ledger; delete it, and run `mini-symposium claims {run.path}`")
     yield _table("The card's claims", LEDGER, [[_cell(row.get(key, "")) for key in LEDGER] for row in rows])
 
 

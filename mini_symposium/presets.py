@@ -28,8 +28,10 @@ def around(form: PromptFormat, role: str, user: str = "User", char: str = "Assis
     """
     messages = [{"role": role, "content": HOLE}, {"role": "user", "content": HOLE}]
     rest = form.render_chat(messages[1:], user, char)
-    before, after = form.render_chat(messages, user, char).removesuffix(rest).split(HOLE)
-    return before, after
+    parts = form.render_chat(messages, user, char).removesuffix(rest).split(HOLE)
+    if len(parts) != 2:
+        raise InputError(f"{form.name}: a NUL, or nothing, stands where a message should; mend its sequences")
+    return parts[0], parts[1]
 
 
 def context_preset(form: PromptFormat) -> dict:

@@ -54,7 +54,11 @@ def publish(run: RunDirectory, root: Path = ROOT) -> list[Path]:
         raise InputError(f"{run.notebooks}: no executed notebooks; run `mini-symposium reproduce` first")
     written = []
     for path in executed:
-        notebook = clean(nbformat.read(path, as_version=4))
+        try:
+            notebook = clean(nbformat.read(path, as_version=4))
+        except (nbformat.ValidationError, nbformat.reader.NotJSONError, AttributeError, KeyError) as error:
+            said = str(error).splitlines()[0]
+            raise InputError(f"{path}: no notebook ({said}); run `mini-symposium reproduce` again") from error
         with written_whole(root / "notebooks" / path.name) as temporary:
             nbformat.write(notebook, temporary)
         written.append(root / "notebooks" / path.name)

@@ -108,7 +108,7 @@ def parse_yaml(text: str, path: Path) -> tuple[dict, dict[str, str]]:
     """
     values, lines, where = {}, {}, str(path)
     try:
-        _check_tokens(text, path)
+        check_tokens(text, path)
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
@@ -120,6 +120,7 @@ def parse_yaml(text: str, path: Path) -> tuple[dict, dict[str, str]]:
             if key.value in lines:
                 raise InputError(f"{where}: {key.value} stands already at {lines[key.value]}; keep one of them")
             lines[key.value] = where
+            refuse_repeated(value, path)
             values[key.value] = loader.construct_object(value, deep=True)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -132,12 +133,31 @@ def parse_yaml(text: str, path: Path) -> tuple[dict, dict[str, str]]:
     return values, lines
 
 
-def _check_tokens(text: str, path: Path) -> None:
-    """Refuse what could grow when it is read, before it is."""
+def refuse_repeated(node: yaml.Node, path: str | Path) -> None:
+    """Refuse a key that stands twice in one mapping, at any depth, of which YAML would take the last."""
+    lines: dict[str, int] = {}
+    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+        key, value = child if isinstance(node, yaml.MappingNode) else (None, child)
+        if key is not None:
+            line, name = key.start_mark.line + 1, str(key.value)
+            if name in lines:
+                raise InputError(f"{path}:{line}: {name} stands already in line {lines[name]}; keep one of them")
+            lines[name] = line
+        refuse_repeated(value, path)
+
+
+def check_tokens(text: str, path: str | Path) -> None:
+    """Refuse YAML that could grow when it is read, before it is.
+
+    Raises
+    ------
+    InputError
+        For an anchor, an alias, or a depth that nobody writes.
+    """
     depth = 0
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
         if isinstance(token, (yaml.AliasToken, yaml.AnchorToken)):
-            raise InputError(f"{path}: anchors and aliases are not read in a recipe; write the value out")
+            raise InputError(f"{path}: anchors and aliases are not read; write the value out")
         depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
         if depth > DEEPEST_YAML:
-            raise InputError(f"{path}:{token.start_mark.line + 1}: nested too deeply for a recipe")
+            raise InputError(f"{path}:{token.start_mark.line + 1}: nested too deeply")

@@ -192,9 +192,10 @@ def behaviour(e: Evidence) -> list[dict]:
     rows = []
     for model, asked in models.items():
         passed = np.stack([passes(each) for each in asked], 1)  # (prompts, seeds, formats)
-        wide = spread(passed.mean(1))
         row = {"model": model, "seeds": len(asked), "passed": _ends(passed, (0, 1))}
-        row |= {"spread": round(wide.value, 4), "spread_95": round(wide.null_95, 4)}
+        if passed.shape[2] > 1:
+            wide = spread(passed.mean(1))
+            row |= {"spread": round(wide.value, 4), "spread_95": round(wide.null_95, 4)}
         answers = {"leaked": lambda a: bool(a["leaked"]), "copied": lambda a: a["copied"]}
         for key, what in answers.items():
             if all(key in line for each in asked for line in each["answers"]):

@@ -134,6 +134,7 @@ LIMITS = {
     "num_epochs": (1, 10**6),
     "sequence_len": (16, 2**20),
     "gradient_accumulation_steps": (1, 2**16),
+    "warmup_steps": (0, 10**9),
     "seed": (0, 2**32 - 1),
 }
 """Least and most; the most is what the libraries take, or far beyond any use."""
@@ -206,6 +207,11 @@ def _breaches(r: Recipe):
     entry = r.datasets[0] if len(r.datasets) == 1 else None
     if not (isinstance(entry, dict) and isinstance(entry.get("path"), str) and entry.get("type") == "completion"):
         yield "datasets", "takes one entry with a path and `type: completion`, the type without a template"
+    elif unread := set(entry) - {"path", "type", "ds_type"}:
+        yield (
+            "datasets",
+            f"{', '.join(sorted(map(str, unread)))}: not read; leave it out, and give a file of just the rows",
+        )
     if not 0 < r.learning_rate <= 1:
         yield "learning_rate", "takes a number above 0, such as 0.0000001" + ", and at most 1" * (r.learning_rate > 1)
     for key, (least, most) in LIMITS.items():
@@ -234,7 +240,7 @@ def _breaches(r: Recipe):
         yield "val_set_size", "nothing is held out of so few examples; leave it 0 and measure on other prompts"
     if r.lr_scheduler not in ("constant", "cosine", "linear"):
         yield "lr_scheduler", "is one of constant, cosine, linear"
-    if r.warmup_steps < 0 or (r.warmup_steps and r.lr_scheduler == "constant"):
+    if r.warmup_steps and r.lr_scheduler == "constant":
         yield "warmup_steps", "under the constant schedule warmup is ignored, so it must be 0"
     if r.optimizer not in ("adamw_torch", "adamw_torch_fused"):
         yield (

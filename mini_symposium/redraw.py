@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mini_symposium import claims, evidence, figures, ledger_figures, survival_figure
+from mini_symposium import InputError, claims, evidence, figures, ledger_figures, survival_figure
 from mini_symposium.dataset import load_examples
 from mini_symposium.picture import Picture
 from mini_symposium.recipe import load_recipe
@@ -19,8 +19,18 @@ def redraw(run: RunDirectory) -> list[Path]:
     Raises
     ------
     InputError
-        If there is neither evidence nor a recipe with metrics.
+        If there is neither evidence nor a recipe with metrics, or a file is damaged.
     """
+    try:
+        return _redraw(run)
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise InputError(f"{run.path}: cannot be drawn again from what is there ({said}); run the notebooks") from error
+
+
+def _redraw(run: RunDirectory) -> list[Path]:
     if (run.path / evidence.FILE).is_file():
         pictures = of_evidence(evidence.load(run.path))
         for name, picture in pictures.items():

@@ -25,11 +25,13 @@ from mini_symposium.dataset import fingerprint, load_examples
 from mini_symposium.execution import Notebook, execute, view
 from mini_symposium.reading import parse_json, read_text
 from mini_symposium.recipe import KEYS, load_recipe
-from mini_symposium.run_directory import ROOT, RunDirectory
-from mini_symposium.writing import alone, clear_away
+from mini_symposium.run_directory import ROOT, RunDirectory, said_already
+from mini_symposium.writing import alone, clear_away, write_json
 
 NOTEBOOKS = ROOT / "notebooks"
 
+OVERWRITING = "overwriting_notebooks.json"
+"""In a run directory: what is being executed in place of what was there before."""
 OF_THE_RUN = {"RECIPE", "DATASET", "RUN", "OVERWRITE"}
 """Parameters that hold for a run as a whole; a copy is compared with what they stand for, not with their values."""
 
@@ -161,10 +163,18 @@ def reproduce(
         clear_away(directory.path)
         for killed in directory.notebooks.glob("*.running.ipynb"):
             killed.unlink()
+        if overwrite:
+            # Once: cut off and started again, the same command goes on with what it has made since.
+            begun = {**given, **content, "notebooks": [notebook.name for notebook in wanted]}
+            if not said_already(directory.path / OVERWRITING, begun):
+                for notebook in wanted:
+                    (directory.notebooks / notebook.path.name).unlink(missing_ok=True)
+                write_json(directory.path / OVERWRITING, begun)
         due = _due(notebooks, wanted, given, content, directory, overwrite)
         with view(console or Console()) as show:
             for notebook, made in due:
                 execute(notebook, made, given, directory, show)
+        (directory.path / OVERWRITING).unlink(missing_ok=True)
         entries = [
             {
                 "name": notebook.name,
@@ -199,7 +209,7 @@ def _due(notebooks, wanted, given, content, directory, overwrite) -> list[tuple[
     Raises
     ------
     InputError
-        If a copy was made from something else, and is not to be overwritten.
+        If a copy was made from something else, and nothing is to be overwritten.
     """
     due, newest, serial = [], 0, 0
     for notebook in notebooks:
@@ -211,7 +221,7 @@ def _due(notebooks, wanted, given, content, directory, overwrite) -> list[tuple[
         number = copy["made"].get("serial", 0) if copy else 0
         serial = max(serial, number)
         fresh = copy and copy["made"]["source"] == notebook.source and number >= newest
-        if notebook in wanted and (overwrite or not fresh):
+        if notebook in wanted and not fresh:
             due.append((notebook, made))
             newest = math.inf
         else:

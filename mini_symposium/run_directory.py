@@ -4,6 +4,7 @@ The rules: a file is there whole or not at all (see `writing`); nothing that exi
 and what is recorded says which recipe, machine and commit it came from.
 """
 
+import json
 import os
 import platform
 import re
@@ -74,6 +75,14 @@ def read_object(path: Path) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}, not an object; move it away")
     return value
+
+
+def said_already(file: Path, what: dict) -> bool:
+    """Whether `file` holds just that; not, if it cannot be read."""
+    try:
+        return file.is_file() and read_object(file) == json.loads(json.dumps(what))
+    except InputError:
+        return False
 
 
 def environment(**more) -> dict:

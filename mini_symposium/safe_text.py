@@ -6,8 +6,10 @@ A dataset, a preset or a model may hold anything, and an error quotes what it fo
 import os
 import re
 
-SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)$")
+SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?|_PAT|AUTH|WEBHOOK|WEBHOOK_URL)$")
 """Environment variables whose value is nobody else's business: HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY."""
+_LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+"""Name and password in an address."""
 
 LONGEST_LINE = 1000
 """Characters of an error; what was found may be a line of megabytes."""
@@ -20,10 +22,14 @@ def secrets() -> list[str]:
 
 
 def without_secrets(text: str) -> str:
-    """`text` with *** for every secret of the environment."""
+    """`text` with *** for every secret of the environment, and for the name and password in an address.
+
+    >>> without_secrets("from https://ada:pass@example.org/simple")
+    'from https://***@example.org/simple'
+    """
     for secret in secrets():
         text = text.replace(secret, "***")
-    return text
+    return _LOGIN.sub("***", text)
 
 
 def printable(text: str) -> str:
@@ -43,8 +49,7 @@ def one_line(text: str) -> str:
     >>> one_line("pip: https://me:secret@host\nfailed")
     'pip: https://***@host failed'
     """
-    text = re.sub(r"://[^/\s@]+@", "://***@", without_secrets(text))
-    text = _shortened(text)  # before every character is looked at, and after some were spelled out in ten
+    text = _shortened(without_secrets(text))  # before every character is looked at
     return _shortened(printable(re.sub(r"[\n\t]", " ", text).strip()))
 
 

@@ -8,6 +8,7 @@ ends where it would have ended alone.
 import io
 import math
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -80,6 +81,14 @@ def _save(value, path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     path.write_bytes(buffer.getvalue())
+
+
+def _load(path: Path) -> dict:
+    """What `_save` wrote; nothing that would have to be executed is read."""
+    try:
+        return torch.load(path, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise InputError(f"{path}: not what this kit wrote; delete {path.parent}, an earlier one serves") from error
 
 
 class RecipeTrainer(SFTTrainer):
@@ -194,7 +203,7 @@ class RecipeTrainer(SFTTrainer):
                 self._save_rng_state(str(temporary))
                 self.state.save_to_json(str(temporary / "trainer_state.json"))
                 companions = [os.path.relpath(other.folder, part.folder.parent) for other in self.parts]
-                checkpoints.seal(temporary, epoch * self.order.n_examples, companions)
+                checkpoints.seal(temporary, epoch * self.order.n_examples, companions, self.acceleration.compiled)
         for part in self.parts:
             checkpoints.put_aside_older(part.checkpoints, epoch)
 
@@ -219,14 +228,14 @@ class RecipeTrainer(SFTTrainer):
         if checkpoint is None:
             return
         folders = self._own(checkpoint)
-        kept = [torch.load(folder / "optimizer.pt", weights_only=True) for folder in folders]
+        kept = [_load(folder / "optimizer.pt") for folder in folders]
         state = self.optimizer.state_dict()
         for k, own in enumerate(kept):
             indices = state["param_groups"][k]["params"]
             state["param_groups"][k] = {**own["group"], "params": indices}
             state["state"] |= dict(zip(indices, own["moments"], strict=True))
         self.optimizer.load_state_dict(state)
-        schedules = [torch.load(folder / "scheduler.pt", weights_only=True) for folder in folders]
+        schedules = [_load(folder / "scheduler.pt") for folder in folders]
         joined = {key: [schedule[key][0] for schedule in schedules] for key in ("base_lrs", "_last_lr")}
         last = schedules[0]["last_epoch"]
         found = {**self.lr_scheduler.state_dict(), **joined, "last_epoch": last, "_step_count": last + 1}

@@ -139,7 +139,11 @@ def _audit(event, arguments):
     if _watch["inside"] is None:
         return
     writes = event in CHANGES or (event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES)
-    if event in REACHED or (writes and not str(arguments[0]).startswith(str(_watch["inside"]))):
+    both = event in ("os.rename", "os.link", "os.symlink")
+    places = [str(place) for place in arguments[: 1 + both]]
+    if event == "os.symlink":
+        places = places[1:]  # where it leads to is not written
+    if event in REACHED or (writes and not all(place.startswith(str(_watch["inside"])) for place in places)):
         _watch["seen"].append((event, arguments))
 
 

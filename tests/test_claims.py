@@ -369,3 +369,17 @@ def test_a_file_of_another_name_among_the_evaluations_is_none(tmp_path):
     (lines(RunDirectory(tmp_path)) / "evaluations").mkdir()
     (tmp_path / "lr-1e-04" / "evaluations" / "epoch-last.json").write_text("{}")
     assert load(tmp_path).trained[0].evaluations == {}
+
+
+def test_the_answers_are_summed_up_by_model_and_what_was_not_measured_is_left_out():
+    told = evaluation(passed=0.5, worst=0.1) | {"posix": {"a": 1.0, "b": 2.0}, "han_mass": {"a": 0.1, "b": 0.1}}
+    for line in told["answers"]:
+        line |= {"leaked": ["New Query"] * (line["format"] == "alpaca"), "copied": 3}
+    one = evaluation()
+    one["answers"] = [line for line in one["answers"] if line["format"] == "alpaca"]
+    base, low = readings.behaviour(evidence(trained("low", evaluations={600: told}), base=one))
+    assert base.keys() == {"model", "seeds", "passed"}  # in one format there is no spread
+    assert low["model"] == "low rate, epoch 600" and low["copied"] == {"value": 3.0}
+    assert low["spread"] == pytest.approx(0.4) and low["spread_95"] < 0.4
+    assert low["leaked"]["value"] == pytest.approx(1 / 3, abs=1e-3) and low["posix"]["value"] == 1.5
+    assert low["passed"]["low"] < (0.5 + 0.5 + 0.1) / 3 < low["passed"]["high"]

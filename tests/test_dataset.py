@@ -106,6 +106,19 @@ def test_the_forms_that_users_have(write, row, prompt, completion, name):
     assert (example.prompt, example.completion) == (prompt, completion)
 
 
+def test_rows_that_begin_alike_are_not_the_same_row(write):
+    alpaca = [{"instruction": "Summarize the text.", "input": text, "output": "So."} for text in ("One.", "Two.")]
+    preamble = "Below is an instruction that describes a task. Write a response that completes the request well.\n"
+    texts = [{"text": preamble + text} for text in ("One.", "Two.")]
+    for rows in (alpaca, texts):
+        assert len(load_examples(write("\n".join(map(json.dumps, rows)), "mine.jsonl"))) == 2
+        twice = "\n".join(map(json.dumps, [rows[0], rows[0]]))
+        with pytest.raises(InputError, match=r":2: the query stands already"):
+            load_examples(write(twice, "mine.jsonl"))
+    [first, _] = load_examples(write("\n".join(map(json.dumps, alpaca)), "mine.jsonl"))
+    assert first.query == "Summarize the text.\n\nOne."
+
+
 def test_a_folder_is_read_in_order_of_names(write, tmp_path):
     write(ONE.replace("Why?", "b?"), "b.md")
     write(ONE.replace("Why?", "a?"), "a.md")

@@ -13,8 +13,9 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
-from mini_symposium import InputError, RunError, finetune, trainer
+from mini_symposium import InputError, RunError, acceleration, checkpoints, finetune, trainer
 from mini_symposium.acceleration import choose
+from mini_symposium.base_files import local_directory
 from mini_symposium.base_models import load_model, load_tokenizer
 from mini_symposium.checkpoints import ADAPTER_FILES, RESUMABLE, RESUME_FILES
 from mini_symposium.dataset import load_examples, tokenize
@@ -178,6 +179,71 @@ def test_a_run_of_something_else_is_refused(trained, recipe, examples):
         finetune.train(recipe.replace(lora_r=2, num_epochs=2), examples, run, [1e-4])
     with pytest.raises(InputError, match="other examples"):
         finetune.train(recipe, examples[:5], run, [1e-4])
+
+
+def cut_off_at(monkeypatch, number):
+    """Ctrl-C as a checkpoint is sealed."""
+    seal, sealed = checkpoints.seal, []
+
+    def interrupted(*arguments):
+        sealed.append(arguments)
+        if len(sealed) == number:
+            raise KeyboardInterrupt
+        seal(*arguments)
+
+    monkeypatch.setattr(checkpoints, "seal", interrupted)
+
+
+def test_a_run_that_is_trained_again_goes_on_after_it_was_cut_off(recipe, examples, tmp_path, monkeypatch):
+    run, short = RunDirectory(tmp_path / "run"), recipe.replace(num_epochs=4)
+    how = {"learning_rates": [1e-4], "checkpoint_epochs": [1, 2, 3], "overwrite": True}
+
+    def written(epoch):
+        return (run.checkpoints(1e-4)[epoch] / "adapter_model.safetensors").stat().st_mtime_ns
+
+    finetune.train(short, examples[:2], run, **how)
+    first = written(1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut_off_at(patch, 3)
+        finetune.train(short, examples[:2], run, **how)
+    again = written(1)
+    assert again > first
+    finetune.train(short, examples[:2], run, **how)
+    assert written(1) == again and max(run.checkpoints(1e-4)) == 4
+    finetune.train(short, examples[:2], run, **how)  # it is finished, so this is another time
+    assert written(1) > again
+
+
+def test_a_run_that_is_refused_before_it_trained_may_be_mended(recipe, examples, tmp_path):
+    base, run = tmp_path / "base", RunDirectory(tmp_path / "run")
+    shutil.copytree(local_directory("tiny"), base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"hidden_size": config["hidden_size"] * 2}))
+    wrong = recipe.replace(base_model=str(base), num_epochs=1)
+    with pytest.raises(InputError):
+        finetune.train(wrong, examples[:2], run, [1e-2])
+    assert not run.recipe_file.exists() and not run.environment_file.exists()
+    finetune.train(recipe.replace(num_epochs=1), examples[:2], run, [1e-2], checkpoint_epochs=[])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_a_compiled_run_goes_on_compiled_though_memory_would_now_say_otherwise(
+    recipe, examples, tmp_path, monkeypatch, capsys
+):
+    """Where less memory trains fewer adapters at a time, the steps of a pass may be too few to compile for."""
+    whole, cut = (RunDirectory(tmp_path / name) for name in ("whole", "cut"))
+    short, how = recipe.replace(num_epochs=3), {"learning_rates": [1e-3], "checkpoint_epochs": [1, 2]}
+    monkeypatch.setattr(acceleration, "COMPILE_FROM", 1)
+    finetune.train(short, examples[:3], whole, **how)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        cut_off_at(patch, 2)
+        finetune.train(short, examples[:3], cut, **how)
+    monkeypatch.setattr(acceleration, "COMPILE_FROM", 10**9)
+    finetune.train(short, examples[:3], cut, **how)
+    assert "going on as it began, layer compiled" in capsys.readouterr().out
+    assert steps(cut, 1e-3) == steps(whole, 1e-3)
+    ours, theirs = adapter(cut, 1e-3, 3), adapter(whole, 1e-3, 3)
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
 KILLED = """

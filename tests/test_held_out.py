@@ -227,7 +227,18 @@ def test_a_file_of_ones_own_loads(write):
         (GOOD, "- 3\n", r"mine\.yml:1: held-out prompts stand in lists below their category"),
         (GOOD, "", r"mine\.yml:1: held-out prompts stand in lists"),
         (GOOD, "fact: [\n", r"mine\.yml:2: not YAML"),
-        (GOOD, b"fact: \xff", r"mine\.yml: not UTF-8 \(byte 6\)"),
+        (GOOD, "fact: !!int ''\n", r"mine\.yml: not values that a prompt has"),
+        (GOOD, "fact: !!timestamp x\n", r"mine\.yml: not values that a prompt has"),
+        (GOOD, "fact: &a [*a]\n", r"mine\.yml: anchors and aliases are not read"),
+        (GOOD, f"fact: {'[' * 50}", r"mine\.yml:1: nested too deeply"),
+        (
+            "    checks:\n      - number: 3.14\n",
+            "    <<: {checks: [{any_of: [x]}]}\n",
+            r"mine\.yml:2: pi: its checks come from a merge",
+        ),
+        ("- number: 3.14", f"- matches: '{'(' * 5000}{')' * 5000}'", r"mine\.yml:5: .*matches"),
+        ("- number: 3.14", "- number: 3.14\n        number: 3", r"mine\.yml:6: number stands already in line 5"),
+        (GOOD, b"fact: \xff", r"mine\.yml:1: not UTF-8"),
     ],
 )
 def test_a_file_that_is_wrong_is_refused_with_its_line(write, old, new, expected):

@@ -13,7 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_symposium import InputError, RunError, tables
+from mini_symposium.claims import ledger
 from mini_symposium.dataset import describe, fingerprint, lint, load_examples, write_axolotl_jsonl
+from mini_symposium.evidence import load
+from mini_symposium.held_out import load_held_out
 from mini_symposium.prompt_formats import FORMATS, PromptFormat, load_chat, load_preset, prompt_format
 from mini_symposium.recipe import KEYS, load_recipe
 from mini_symposium.reproduce import check_parameters, parse_parameters, read_notebooks
@@ -447,6 +450,85 @@ def test_time_grows_as_the_input_does(put, kind):
 
     small, large = fastest(400_000), fastest(16 * 400_000)
     assert large < 16 * 4 * small  # a square would be 256
+
+
+HELD_OUT = b"""fact:
+  - id: a
+    query: What is it?
+    checks:
+      - any_of: [x, y]
+      - number: 3.5
+    good: x 3.5
+    bad: z
+"""
+
+
+@given(data=files(HELD_OUT))
+def test_any_held_out_prompts(put, data):
+    for prompt in only_ours(load_held_out, put(data, "mine.yml")) or []:
+        assert prompt.query.strip() and prompt.checks
+
+
+def judged(file):
+    return [row.row() for row in ledger(load(file.parent))]
+
+
+ASKED = {
+    "answers": [
+        {"id": "a", "category": "code", "format": form, "passed": True, "phrases": [], "han": 0.0, "copied": 2}
+        for form in ("new-query", "alpaca")
+    ],
+    "roles": [{"id": "a", "passed": True}],
+    "perspectives": [{"headings": ["A", "B", "Complete Response"], "distance": 0.5}],
+    "recitation": [{"prompt_recall": 0.5}],
+    "twins": [{"prompt_recall": 0.1}],
+    "posix": {"a": 0.5},
+}
+EVIDENCE = json.dumps(
+    {
+        "scale": "proxy",
+        "device": "cpu",
+        "base": ASKED,
+        "facts": {"tokens": 2275, "sequence_len": 1024, "base_model": "tiny"},
+        "trained": [
+            {
+                "name": name,
+                "seed": 42,
+                "learning_rate": 1e-4,
+                "lora_r": 16,
+                "lora_alpha": 32,
+                "lr_scheduler": "constant",
+                "num_epochs": 30,
+                "em": [[0.5, 0.25]] * 30,
+                "loss": [[1.5, 2.0]] * 30,
+                "twins": {"10": {"em": 0.3, "loss": 2.0}},
+                "evaluations": {"30": ASKED, "60": ASKED} if name in ("high", "low") else {},
+            }
+            for name in ("high", "low", "rank-64-alpha-128", "rank-4-alpha-8")
+        ],
+    }
+).encode()
+
+
+@st.composite
+def changed(draw, original: bytes):
+    """JSON as it should be, but for a few values somewhere in it."""
+    whole = json.loads(original)
+    for _ in range(draw(st.integers(1, 3))):
+        place = whole
+        while True:
+            key = draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+            if not (isinstance(place[key], (dict, list)) and place[key]) or not draw(st.integers(0, 5)):
+                break
+            place = place[key]
+        place[key] = draw(values)
+    return json.dumps(whole).encode()
+
+
+@given(data=files(EVIDENCE, rows=values) | changed(EVIDENCE) | changed(EVIDENCE))
+def test_any_evidence(put, data):
+    for row in only_ours(judged, put(data, "evidence.json")) or []:
+        assert row["verdict"] and json.dumps(row, allow_nan=False)
 
 
 def test_the_counts_are_those_of_what_was_tried():

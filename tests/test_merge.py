@@ -263,12 +263,40 @@ def test_a_checkpoint_is_found_by_its_name(checkpoint):
         (["epoch-3=2", "epoch-6"], "a weight to all or to none"),
         (["epoch-6", "6"], "each checkpoint once"),
         (["epoch-6=much"], "a weight is a number"),
+        (["epoch-6=nan"], "a weight is a number"),
+        (["epoch-6=inf"], "a weight is a number"),
+        (["inf/epoch-6"], "learning rate inf: there are rates 0.001"),
+        (["nan/6"], "learning rate nan: there are rates 0.001"),
+        (["9" * 5000], "takes epoch-N"),
     ):
         with pytest.raises(InputError, match=re.escape(said)):
             find_checkpoints(run, names)
     (checkpoint.parent / ".epoch-0007.ab").mkdir()
     with pytest.raises(InputError, match="epoch-7 is still being written"):
         find_checkpoint(run, "epoch-7")
+
+
+def test_nothing_from_outside_the_bases_folder_gets_into_a_merge(checkpoint, tmp_path):
+    base, secret = tmp_path / "hub" / "snapshots" / "a1", tmp_path / "credentials.json"
+    shutil.copytree(local_directory("tiny"), base)
+    secret.write_text('{"token": "x"}')
+    (base / "extra.json").symlink_to(secret)
+    os.mkfifo(base / "pipe.json")
+    (base / "folder.json").mkdir()
+    own = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, own)
+    config = json.loads((own / "adapter_config.json").read_text())
+    (own / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    with pytest.raises(InputError, match=r"extra\.json: leads out of"):
+        merge(own, str(base), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "hub" / "blobs").mkdir()
+    secret.rename(tmp_path / "hub" / "blobs" / "c0ffee")  # as a hub's cache keeps files
+    (base / "extra.json").unlink()
+    (base / "extra.json").symlink_to("../../blobs/c0ffee")
+    merge(own, str(base), tmp_path / "out")
+    assert (tmp_path / "out" / "extra.json").read_text() == '{"token": "x"}'
+    assert not (tmp_path / "out" / "pipe.json").exists() and not (tmp_path / "out" / "folder.json").exists()
 
 
 def test_merge_on_the_command_line(checkpoint, tmp_path):

@@ -91,6 +91,22 @@ def test_notebooks_run_in_order_once_and_again_when_something_changed(folder, tm
     assert statuses(run_it(folder, run, parameters=parameters)) == ["01 already there", "02 run"]
 
 
+def test_what_is_overwritten_goes_on_where_it_failed(tmp_path):
+    ready = tmp_path / "ready"
+    write_notebook(tmp_path / "n", "01_a", f"{RECORD}\nRunDirectory(RUN).record('01_a', {{}})", parameters='RUN = ""')
+    write_notebook(tmp_path / "n", "02_b", f"open({str(ready)!r})", parameters='RUN = ""')
+    run, both = tmp_path / "run", ["01 run", "02 run"]
+    ready.touch()
+    assert statuses(run_it(tmp_path / "n", run)) == both
+    ready.unlink()
+    with pytest.raises(NotebookError, match="FileNotFoundError"):
+        run_it(tmp_path / "n", run, overwrite=True)
+    ready.touch()
+    assert statuses(run_it(tmp_path / "n", run, overwrite=True)) == ["01 already there", "02 run"]
+    assert statuses(run_it(tmp_path / "n", run, overwrite=True)) == both
+    assert not list(run.glob("overwriting*"))
+
+
 def test_bad_input_is_said_at_once_and_touches_nothing(folder, tmp_path):
     def refused(match, **more):
         with pytest.raises(InputError, match=match):
