@@ -70,7 +70,8 @@ def memorization_curves(trained: Sequence[Trained], scale: str) -> Picture:
         log_axis(panels[1])
         handles, labels = panels[0].get_legend_handles_labels()
         named = dict(zip(labels, handles, strict=True))
-        panels[0].legend(named.values(), named.keys(), loc="best")
+        highest_first = {f"LR {scientific(rate)}": named[f"LR {scientific(rate)}"] for rate in rates}
+        panels[0].legend(highest_first.values(), highest_first.keys(), loc="best")
         for axes in panels:
             axes.grid(axis="y")
     figure.drawn = table
@@ -88,7 +89,7 @@ def ledger_picture(claims: Sequence[Claim], thresholds: dict[str, float], scale:
     with styled():
         look = (
             "A mark with its 95% interval; the vertical line is the threshold. Circle: supported. Cross: not "
-            "supported. Diamond: inconclusive. A row without a mark was not measured."
+            "supported. Diamond: inconclusive; clear of the line, a control failed. Without a mark: not measured."
         )
         figure = titled(0.46 * len(claims) + 0.3, "The card's claims, one by one", scale, look)
         drawn = []
