@@ -373,7 +373,11 @@ def main(arguments: list[str] | None = None) -> None:
     except (InputError, RunError) as error:
         print(f"mini-symposium: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        from mini_symposium.devices import out_of_memory
+
+        if not out_of_memory(error):
+            raise
         said = "memory ran out; close other programs, ask for less at a time, or take a smaller model"
         print(f"mini-symposium: {said}", file=sys.stderr)
         sys.exit(1)

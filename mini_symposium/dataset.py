@@ -72,9 +72,9 @@ def load_examples(path: str | Path) -> list[Example]:
     InputError
         Naming file, line and remedy, for whatever cannot be trained on as it stands.
     """
-    path = find(path)
+    given, path = path, find(path)
     if not path.exists():
-        raise InputError(f"{path}: no such file; give a .md, .jsonl or .json file, or a folder of them")
+        raise InputError(f"{given}: no such file; give a .md, .jsonl or .json file, or a folder of them")
     if path.is_dir():
         try:
             files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS and file.is_file())

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -12,7 +14,7 @@ from mini_symposium.base_files import local_directory
 from mini_symposium.dataset import load_examples
 from mini_symposium.finetune import as_rows
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run_directory import RunDirectory, find, whole_lines
+from mini_symposium.run_directory import ROOT, RunDirectory, find, whole_lines
 from mini_symposium.trainer import EpochOrder
 
 ONE_LINE = """
@@ -123,3 +125,16 @@ def test_a_cache_with_half_a_download_is_not_taken_for_a_model(tmp_path, monkeyp
     assert (
         "model-00001-of-00003.safetensors" in done.stderr and "is not in it; copy or download it again" in done.stderr
     )
+
+
+def test_memory_that_runs_out_while_answering_is_said_in_one_line():
+    code = (
+        "import resource, sys, peft, torch, mini_symposium.generation\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 40 * 2**20, resource.RLIM_INFINITY))\n"
+        "from mini_symposium.cli import main\n"
+        "main(['ask', 'proxy', 'Why?'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1, done.stderr
+    assert "mini-symposium: memory ran out" in done.stderr and "Traceback" not in done.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SHORT
 
 from mini_symposium.run_directory import ROOT, RunDirectory
 from mini_symposium.writing import alone, being_written, clear_away, discard, written_whole
@@ -249,3 +250,38 @@ def test_a_lock_may_be_taken_again_by_its_own_process(tmp_path):
         other = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
         assert "another process works here" in other.stderr
     assert subprocess.run([sys.executable, "-c", code, tmp_path]).returncode == 0
+
+
+@pytest.mark.soak
+def test_the_real_notebooks_killed_at_random_instants_end_with_the_same_claims(tmp_path):
+    """On the tiny recipe; what differs is only when something was done, and how much memory it took."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+
+    def start(run):
+        line = [sys.executable, "-m", "mini_symposium", "reproduce", "--recipe", "tiny", "--run", run, *SHORT]
+        return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
+
+    began = time.monotonic()
+    _, said = start(whole).communicate()
+    assert (whole / "claims.json").exists(), said
+    took, chance, kills = time.monotonic() - began, random.Random(5), 0
+    while True:
+        process = start(cut)
+        try:
+            _, said = process.communicate(timeout=chance.uniform(0.1, 0.7) * took)
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+    assert process.returncode == 0 and kills > 1, said
+    asked = [path for path in whole.rglob("*.json") if path.parent.name == "evaluations"]
+    assert len(asked) >= 2
+    for path in (whole / "claims.json", whole / "base.json", *asked):
+        assert (cut / path.relative_to(whole)).read_bytes() == path.read_bytes(), path
+    for rate in RunDirectory(whole).learning_rates():
+        assert steps(cut, rate) == steps(whole, rate)
+        for epoch, folder in RunDirectory(whole).checkpoints(rate).items():
+            name = "adapter_model.safetensors"
+            assert (RunDirectory(cut).checkpoints(rate)[epoch] / name).read_bytes() == (folder / name).read_bytes()
+    print(f"{kills} kills")
