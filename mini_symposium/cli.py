@@ -25,6 +25,7 @@ app.add_typer(cli_export.app, name="export")
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as a shell has it."""
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 @app.command()
@@ -373,17 +374,17 @@ def main(arguments: list[str] | None = None) -> None:
     except (InputError, RunError) as error:
         print(f"mini-symposium: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            where = error.filename or "the run directory"
+            print(
+                f"mini-symposium: {where}: {error.strerror}; free some space or choose another --run", file=sys.stderr
+            )
+            sys.exit(2)
         from mini_symposium.devices import out_of_memory
 
-        if not out_of_memory(error):
+        if not out_of_memory(error) and getattr(error, "errno", None) != errno.ENOMEM:
             raise
         said = "memory ran out; close other programs, ask for less at a time, or take a smaller model"
         print(f"mini-symposium: {said}", file=sys.stderr)
         sys.exit(1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        where = error.filename or "the run directory"
-        print(f"mini-symposium: {where}: {error.strerror}; free some space or choose another --run", file=sys.stderr)
-        sys.exit(2)
