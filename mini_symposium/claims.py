@@ -270,6 +270,10 @@ CLAIMS: tuple[Callable[[Evidence], Claim], ...] = (
 )
 
 
+UNREADABLE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
+"""What comes of evidence whose numbers are none: it is read from files."""
+
+
 def ledger(evidence: Evidence) -> list[Claim]:
     """The twelve rows; a claim whose kind of prompt was not asked, or whose seeds do not match, is left open."""
     rows = []
@@ -278,7 +282,7 @@ def ledger(evidence: Evidence) -> list[Claim]:
             rows.append(claim(evidence))
         except InputError as error:
             rows.append(_lacks(question, evidence, str(error)))
-        except (LookupError, TypeError, ValueError, ArithmeticError) as error:  # numbers that are none, in a file
+        except UNREADABLE as error:
             rows.append(_lacks(question, evidence, f"evidence that can be read ({type(error).__name__}: {error})"))
     return rows
 

@@ -6,6 +6,7 @@ either. What is missing stays missing: a claim then says what it lacks.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -168,6 +169,11 @@ def _saved(file: Path) -> Evidence:
             for each in found.pop("trained")
         ]
         loaded = Evidence(**found, trained=trained)
+        kinds = {"scale": str, "device": str, "base": dict, "facts": dict}
+        if wrong := [key for key, kind in kinds.items() if not isinstance(getattr(loaded, key), kind)]:
+            raise TypeError(f"{wrong[0]} is a {type(getattr(loaded, wrong[0])).__name__}")
+        if infinite := [key for key, v in loaded.facts.items() if isinstance(v, float) and not math.isfinite(v)]:
+            raise ValueError(f"{infinite[0]} is not a finite number")
         for evaluation in (loaded.base, *(each for t in trained for each in t.evaluations.values())):
             if evaluation:
                 _check_evaluation(evaluation, file)
