@@ -71,7 +71,7 @@ def memorization_curves(trained: Sequence[Trained], scale: str) -> Picture:
         handles, labels = panels[0].get_legend_handles_labels()
         named = dict(zip(labels, handles, strict=True))
         highest_first = {f"LR {scientific(rate)}": named[f"LR {scientific(rate)}"] for rate in rates}
-        panels[0].legend(highest_first.values(), highest_first.keys(), loc="best")
+        panels[1].legend(highest_first.values(), highest_first.keys(), loc="upper left")  # where no curve comes
         for axes in panels:
             axes.grid(axis="y")
     figure.drawn = table
