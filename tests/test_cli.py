@@ -89,3 +89,9 @@ def test_doctor_predicts_memory(recipe):
     assert "Traceback" not in said.stderr
     assert "works" in said.stdout
     assert "predicted: base, NF4" in said.stdout
+
+
+def test_markup_in_a_name_is_text(tmp_path):
+    (tmp_path / "[").mkdir()
+    (tmp_path / "[" / "red].md").write_text("### New Query\nWhy?\n\n### Critic\nNo.\n")
+    assert "1 examples" in command("inspect", "[/red].md", cwd=tmp_path).stdout

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from test_interrupted import RATES, TRAIN, check_equal, leftovers, nursery, whole  # noqa: F401
 
+from mini_symposium import InputError, trainer
 from mini_symposium.base_files import local_directory
 from mini_symposium.dataset import load_examples
 from mini_symposium.finetune import as_rows
@@ -138,3 +140,17 @@ def test_memory_that_runs_out_while_answering_is_said_in_one_line():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1, done.stderr
     assert "mini-symposium: memory ran out" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_first_checkpoint_that_is_cut_short_is_named_when_movement_is_proved(nursery, whole, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    os.truncate(RunDirectory(run).checkpoints(RATES[0])[0] / "adapter_model.safetensors", 100)
+    code, said = train(nursery, run)
+    assert code == 1 and "epoch-0000/adapter_model.safetensors: cannot be read" in said, nursery.said
+
+
+def test_moments_that_would_have_to_be_executed_are_not(tmp_path):
+    (tmp_path / "optimizer.pt").write_bytes(pickle.dumps(print))
+    with pytest.raises(InputError, match=r"optimizer\.pt: not what this kit wrote"):
+        trainer._load(tmp_path / "optimizer.pt")

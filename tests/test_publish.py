@@ -71,3 +71,23 @@ def test_committed_notebooks_are_clean_and_say_their_scale(path):
 def test_nothing_to_publish_is_said(tmp_path):
     with pytest.raises(InputError, match="no executed notebooks"):
         publish(RunDirectory(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{"])
+def test_a_copy_that_is_no_notebook_is_named(text, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.notebooks.mkdir(parents=True)
+    (run.notebooks / "01_dataset.ipynb").write_text(text)
+    with pytest.raises(InputError, match=r"01_dataset\.ipynb: no notebook"):
+        publish(run, tmp_path / "root")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("results.json", '{"02_finetune": 3}'), ("figures/survival.csv", ""), ("figures/recitation.csv", "a\n1\n")],
+)
+def test_a_run_with_a_damaged_file_is_not_drawn_but_named(name, text, tmp_path):
+    shutil.copytree(ROOT / "figures" / "proxy", tmp_path / "proxy")
+    (tmp_path / "proxy" / name).write_text(text)
+    done = command("figures", tmp_path / "proxy", check=False)
+    assert done.returncode == 2 and "cannot be drawn again" in done.stderr and "Traceback" not in done.stderr
