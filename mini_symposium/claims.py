@@ -14,7 +14,7 @@ import numpy as np
 
 from mini_symposium import InputError
 from mini_symposium.evidence import Evidence
-from mini_symposium.readings import (
+from mini_symposium.ledger_metrics import (
     EPOCHS_HIGH,
     EPOCHS_LOW,
     SATURATED,

@@ -81,15 +81,21 @@ class Evidence:
 
     def save(self, folder: Path) -> None:
         """Write it as one file, FILE: a line for each experiment, so that a change shows where it is; without the
-        answers' texts, which the ledger does not read and the run directories keep."""
+        answers' texts, how they ended, and recitation from a heading or an opening, which the ledger does not read and
+        the run directories keep."""
         found = asdict(self)
         for evaluation in (found["base"], *(e for each in found["trained"] for e in each["evaluations"].values())):
             for line in chain(*(evaluation.get(key, ()) for key in ("answers", "roles", "perspectives"))):
-                line.pop("answer", None)
-        trained = ",\n".join(json.dumps(each, ensure_ascii=False) for each in found.pop("trained"))
-        head = json.dumps(found, ensure_ascii=False)
+                for key in ("answer", "tokens", "stop_reason"):
+                    line.pop(key, None)
+            for line in chain(*(evaluation.get(key, ()) for key in ("recitation", "twins"))):
+                for key in [key for key in line if key.startswith(("heading_", "opening_"))]:
+                    del line[key]
+        compact = {"ensure_ascii": False, "separators": (",", ":")}
+        trained = ",\n".join(json.dumps(each, **compact) for each in found.pop("trained"))
+        head = json.dumps(found, **compact)
         with written_whole(folder / FILE) as temporary:
-            temporary.write_text(f'{head[:-1]}, "trained": [\n{trained}\n]}}\n', encoding="utf-8")
+            temporary.write_text(f'{head[:-1]},"trained":[\n{trained}\n]}}\n', encoding="utf-8")
 
 
 def load(path: str | Path) -> Evidence:

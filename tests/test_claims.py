@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from conftest import command
 
-from mini_symposium import InputError, claims, readings
+from mini_symposium import InputError, claims, ledger_metrics
 from mini_symposium.claims import CLAIMS, ledger
 from mini_symposium.evidence import FILE, Evidence, Trained, load
 from mini_symposium.recipe import load_recipe
@@ -234,7 +234,7 @@ def test_a_kind_of_prompt_that_was_not_asked_leaves_its_claim_open():
 
 
 def test_averages_are_over_epochs_rows_and_seeds():
-    found = readings.by_row(*readings.alike(ranks(0.9, 0.3), "rank-64-alpha-128"))
+    found = ledger_metrics.by_row(*ledger_metrics.alike(ranks(0.9, 0.3), "rank-64-alpha-128"))
     assert found.shape == (13, 3)
     assert found[0].tolist() == pytest.approx([0.9] * 3)
     assert np.ptp(found[:, 0]) > 0
@@ -306,7 +306,7 @@ def test_the_worst_format_needs_room_below_it():
 )
 def test_perspectives_differ_and_come_before_a_conclusion(headings, distance, counts):
     some = {"perspectives": [{"headings": headings, "distance": distance}]}
-    assert readings.several_views(some).tolist() == [counts]
+    assert ledger_metrics.several_views(some).tolist() == [counts]
 
 
 def test_one_rate_alone_is_not_taken_for_an_end_of_the_contrast(tmp_path):
@@ -377,7 +377,7 @@ def test_the_answers_are_summed_up_by_model_and_what_was_not_measured_is_left_ou
         line |= {"leaked": ["New Query"] * (line["format"] == "alpaca"), "copied": 3}
     one = evaluation()
     one["answers"] = [line for line in one["answers"] if line["format"] == "alpaca"]
-    base, low = readings.behaviour(evidence(trained("low", evaluations={600: told}), base=one))
+    base, low = ledger_metrics.behaviour(evidence(trained("low", evaluations={600: told}), base=one))
     assert base.keys() == {"model", "seeds", "passed"}  # in one format there is no spread
     assert low["model"] == "low rate, epoch 600" and low["copied"] == {"value": 3.0}
     assert low["spread"] == pytest.approx(0.4) and low["spread_95"] < 0.4
