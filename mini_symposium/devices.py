@@ -1,5 +1,6 @@
 """The device that computes: which it is, in what it trains, how much memory it has, and how it says that it is full."""
 
+import ctypes
 import resource
 import sys
 
@@ -40,3 +41,16 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what this process frees, up to its peak, for its next use.
+
+    A step frees what the next one needs again, tens of MiB. By default glibc gives them back to the system, whose
+    fresh pages, cleared and mapped one by one, then cost up to a twelfth of a step. Elsewhere nothing is changed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**25)  # the most that glibc takes

@@ -4,6 +4,7 @@ PEFT keeps the adapters and transformers the base; this module only computes the
 
 - the 4-bit weights never change, so where memory allows they are dequantised once (the same numbers);
 - q, k and v read the same input, and so do gate and up: each set is one product, their adapters another;
+- an adapter is one vector a layer (`adapter_vectors`), cast and scaled where the layer is computed;
 - on a GPU adapters share every product with the base, a row of the batch for each, and meet nowhere else: the
   gradient of the summed loss is, adapter by adapter, the gradient of its own;
 - on a CPU they share the base's memory and take turns on the cores, each computed by one thread as if it were alone:
@@ -27,13 +28,11 @@ from peft import PeftModel
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
 
-GROUPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-"""Projections of a decoder layer that read the same input."""
+from mini_symposium.adapter_vectors import GROUPS, AdapterVectors, Shapes, shapes_of
+from mini_symposium.devices import keep_freed_memory
+
+OPTIONS = {"cpp_wrapper": True}
+"""Of the compiler: what calls the kernels is compiled too. Python takes a twentieth of a step for it."""
 
 
 def _norm(x, weight, eps):
@@ -46,9 +45,23 @@ def _rotate(x, cos, sin):
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
+def _unpacked(vectors, scalings, shapes: Shapes, dtype):
+    """Of a layer's adapters, (K, length), each group's A, (K, ranks, in), and scaled B, (K, out, ranks).
+
+    The B of a group stand on the diagonal, so that one product serves them all.
+    """
+    rank = vectors.shape[1] // sum(shapes.sizes(1))
+    pieces, scaling = iter(vectors.split(shapes.sizes(rank), 1)), iter(scalings.split(1, 1))
+    for width, outs in zip(shapes.ins, shapes.outs, strict=True):
+        a = next(pieces).view(-1, len(outs) * rank, width).to(dtype)
+        bs = [(next(pieces).view(-1, out, rank) * next(scaling)[..., None]).to(dtype) for out in outs]
+        yield a, torch.cat([F.pad(b, (j * rank, (len(outs) - 1 - j) * rank)) for j, b in enumerate(bs)], 1)
+
+
 def _adapted(x, weight, a, b):  # (K, T, in) -> (K, T, out)
-    base = F.linear(x, weight)
-    return torch.baddbmm(base, torch.bmm(x, a.mT), b.mT)
+    if len(x) == 1:  # as a batch of one, `a` would be copied first, for its stride
+        return F.linear(x, weight) + F.linear(F.linear(x, a[0]), b[0])
+    return F.linear(x, weight) + torch.bmm(torch.bmm(x, a.mT), b.mT)
 
 
 def _attention(q, k, v, mask):  # q (K, heads, T, D); k, v (K, kv heads, T, D) -> (K, heads, T, D)
@@ -63,73 +76,56 @@ def _attention(q, k, v, mask):  # q (K, heads, T, D); k, v (K, kv heads, T, D) -
     return torch.bmm(weights, v.reshape(batch * shared, tokens, size)).view(batch, heads, tokens, size)
 
 
-def decoder_layer(x, cos, sin, mask, norms, weights, a, b, *, heads, kv_heads, head_size, eps):
+def decoder_layer(x, cos, sin, mask, norms, weights, vectors, scalings, *, shapes, head_size, eps):
     """One Llama or Mistral layer with its adapters; (K, T, d) -> (K, T, d).
 
-    `weights`, `a` and `b` hold one tensor for each of GROUPS: (out, in), (K, ranks, in), (K, out, ranks).
+    `weights` holds one tensor for each of GROUPS, (out, in); `vectors` are those of `AdapterVectors`, (K, length).
     """
     rows, tokens, _ = x.shape
-    qkv = _adapted(_norm(x, norms[0], eps), weights[0], a[0], b[0]).view(rows, tokens, -1, head_size).transpose(1, 2)
-    q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+    qkv, o, gate_up, down = _unpacked(vectors, scalings, shapes, x.dtype)
+    mixed = _adapted(_norm(x, norms[0], eps), weights[0], *qkv).view(rows, tokens, -1, head_size).transpose(1, 2)
+    q, k, v = mixed.split([out // head_size for out in shapes.outs[0]], 1)
     attended = _attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, mask)
-    x = x + _adapted(attended.transpose(1, 2).reshape(rows, tokens, -1), weights[1], a[1], b[1])
-    gate, up = _adapted(_norm(x, norms[1], eps), weights[2], a[2], b[2]).chunk(2, -1)
-    return x + _adapted(F.silu(gate) * up, weights[3], a[3], b[3])
+    x = x + _adapted(attended.transpose(1, 2).reshape(rows, tokens, -1), weights[1], *o)
+    gate, up = _adapted(_norm(x, norms[1], eps), weights[2], *gate_up).chunk(2, -1)
+    return x + _adapted(F.silu(gate) * up, weights[3], *down)
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Cross-entropy of each position and its likeliest token, the gradient computed on the way: no logits are kept."""
+    """Cross-entropy of each position and whether its label is likeliest, the gradient on the way: no logits are kept.
+
+    Of equally likely tokens the first is the likeliest, as for `argmax`.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, logits, wide):
-        # (N, d), (V, d), (N,); scratch (block, V), (few, V) -> (N,), (N,)
-        losses, likeliest = torch.empty(len(hidden), device=hidden.device), torch.empty_like(targets)
+    def forward(ctx, hidden, head, targets, logits, few):
+        # (N, d), (V, d), (N,); scratch (block, V); rows at a time -> (N,), (N,)
+        losses, matches = torch.empty(len(hidden), device=hidden.device), torch.empty_like(targets, dtype=torch.bool)
         gradient = torch.empty_like(hidden)
         for start in range(0, len(hidden), len(logits)):
             part = slice(start, start + len(logits))
             block = torch.mm(hidden[part], head.T, out=logits[: len(hidden[part])])
-            for rows, labels, loss, choice in zip(
-                *(t.split(len(wide)) for t in (block, targets[part], losses[part], likeliest[part])), strict=True
+            for rows, labels, loss, match in zip(
+                *(t.split(few) for t in (block, targets[part], losses[part], matches[part])), strict=True
             ):
-                scores, labels = wide[: len(rows)].copy_(rows), labels[:, None]
-                highest, found = scores.max(-1, keepdim=True)
-                at_label = scores.gather(1, labels)
-                choice.copy_(found[:, 0])
-                total = scores.sub_(highest).exp_().sum(-1, keepdim=True)
-                loss.copy_((highest + total.log() - at_label)[:, 0])
-                scores.div_(total).scatter_add_(1, labels, -torch.ones_like(total))
-                rows.copy_(scores)
+                scores, labels = torch.log_softmax(rows, -1, dtype=torch.float32), labels[:, None]
+                own = scores.gather(1, labels)
+                loss.copy_(-own[:, 0])
+                others = scores.scatter_(1, labels, float("-inf")).amax(-1, keepdim=True)
+                match.copy_((own > others)[:, 0])
+                tied = (own == others)[:, 0].nonzero()[:, 0]
+                if len(tied):
+                    match[tied] = labels[tied, 0] < scores[tied].argmax(-1)
+                rows.copy_(scores.exp_().scatter_(1, labels, own.expm1()))
             torch.mm(block, head, out=gradient[part])
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(likeliest)
-        return losses, likeliest
+        ctx.mark_non_differentiable(matches)
+        return losses, matches
 
     @staticmethod
     def backward(ctx, upstream, _):
         (gradient,) = ctx.saved_tensors
         return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None, None
-
-
-class _Gathered(torch.autograd.Function):
-    """The adapters' float32 parameters as the stacks that a layer reads, in its dtype, and the gradients' way back."""
-
-    @staticmethod
-    def forward(ctx, share, *parameters):
-        ctx.share = share
-        torch._foreach_copy_(share.places_a, list(parameters[: len(share.places_a)]))
-        torch._foreach_copy_(
-            share.places_b, torch._foreach_mul(list(parameters[len(share.places_a) :]), share.scalings)
-        )
-        return tuple(stack.detach() for stack in share.stacks)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        share = ctx.share
-        found = [gradients[i][where] for i, where in share.found_at]
-        wide = [torch.empty(g.shape, device=g.device) for g in found]
-        torch._foreach_copy_(wide, found)
-        torch._foreach_mul_(wide[len(share.places_a) :], share.scalings)
-        return None, *wide
 
 
 class _SideBySide(torch.autograd.Function):
@@ -176,9 +172,9 @@ class FusedAdapters:
         self.checkpointing = checkpointing or not resident
         config = base.config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads, "head_size": size}
-        layer = partial(decoder_layer, **shape, eps=config.rms_norm_eps)
-        self.plain, self.compiled = layer, torch.compile(layer, dynamic=False) if compiled else None
+        shapes = shapes_of(self.decoder.layers[0])
+        layer = partial(decoder_layer, shapes=shapes, head_size=size, eps=config.rms_norm_eps)
+        self.plain, self.compiled = layer, torch.compile(layer, dynamic=False, options=OPTIONS) if compiled else None
         self.modules = [[[layer.get_submodule(n) for n in g] for g in GROUPS] for layer in self.decoder.layers]
         self.norms = [
             (layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach())
@@ -187,14 +183,17 @@ class FusedAdapters:
         with torch.no_grad():
             self.weights = [[self._weight(group) for group in layer] for layer in self.modules] if resident else None
         cpu = self.head.device.type == "cpu"
+        if cpu:
+            keep_freed_memory()
         self.shares = [_Share(self, some) for some in ([[name] for name in names] if cpu else [names])]
+        self.adapters = {name: own for share in self.shares for name, own in share.adapters.items()}
         count = min(len(self.shares), torch.get_num_threads())
         self.threads = (
             ThreadPoolExecutor(count, "adapters", torch.set_num_threads, (1,)) if len(self.shares) > 1 else None
         )
         self.warm = False
         # As many logits at a time as make a full product, and of those as many as stay in a CPU's cache.
-        self.block, self.few = (256, 32) if cpu else (2048, 2048)
+        self.block, self.few = (256, 16) if cpu else (2048, 2048)
         self.own = threading.local()
         self.matches: list[torch.Tensor] = []
 
@@ -209,19 +208,17 @@ class FusedAdapters:
         ]
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self.head.dtype)
 
-    def scratch(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def scratch(self) -> torch.Tensor:
         """This thread's, for logits."""
         if not hasattr(self.own, "scratch"):
-            size, new = len(self.head), self.head.new_empty
-            self.own.scratch = new(self.block, size), new(self.few, size).float()
+            self.own.scratch = self.head.new_empty(self.block, len(self.head))
         return self.own.scratch
 
-    def layer(self, number: int, x, cos, sin, mask, stacks):
-        """Output of one decoder layer; `stacks` hold the adapters of all layers."""
+    def layer(self, number: int, x, cos, sin, mask, vectors, scalings):
+        """Output of one decoder layer."""
         with torch.no_grad():
             weights = self.weights[number] if self.weights else [self._weight(g) for g in self.modules[number]]
-        own = stacks[8 * number : 8 * number + 8]
-        inputs = x, cos, sin, mask, self.norms[number], weights, own[0::2], own[1::2]
+        inputs = x, cos, sin, mask, self.norms[number], weights, vectors, scalings
         if self.compiled and torch.is_grad_enabled():  # a probe is too short to compile for
             try:
                 return self.compiled(*inputs)
@@ -269,42 +266,22 @@ class FusedAdapters:
 
 
 class _Share:
-    """Adapters that are computed in one batch, and their places in the stacks."""
+    """Adapters that are computed in one batch."""
 
     def __init__(self, base: FusedAdapters, names: Sequence[str]):
-        self.base, self.names, self.matches = base, names, ()
-        self._lay_out()
-
-    def _lay_out(self) -> None:
-        """Give every parameter its place in the stacks; projections of a group stand on the stack's diagonal."""
-        modules, head = self.base.modules, self.base.head
-        rank = max(group[0].lora_A[name].weight.shape[0] for layer in modules for group in layer for name in self.names)
-        self.stacks, entries = [], {"a": [], "b": []}
-        for layer in modules:
-            for group in layer:
-                outs = [module.get_base_layer().out_features for module in group]
-                ins, device = group[0].get_base_layer().in_features, head.device
-                shapes = (len(self.names), len(group) * rank, ins), (len(self.names), sum(outs), len(group) * rank)
-                a, b = (torch.zeros(shape, dtype=head.dtype, device=device) for shape in shapes)
-                for k, name in enumerate(self.names):
-                    for j, module in enumerate(group):
-                        r, low = module.lora_A[name].weight.shape[0], sum(outs[:j])
-                        ranks = slice(j * rank, j * rank + r)
-                        entries["a"].append((module.lora_A[name].weight, len(self.stacks), (k, ranks)))
-                        where = (k, slice(low, low + outs[j]), ranks)
-                        entries["b"].append(
-                            (module.lora_B[name].weight, len(self.stacks) + 1, where, module.scaling[name])
-                        )
-                self.stacks += [a, b]
-        self.parameters = [entry[0] for part in "ab" for entry in entries[part]]
-        self.found_at = [entry[1:3] for part in "ab" for entry in entries[part]]
-        self.places_a, self.places_b = ([self.stacks[i][where] for _, i, where, *_ in entries[part]] for part in "ab")
-        self.scalings = [entry[3] for entry in entries["b"]]
+        self.base, self.matches, layers = base, (), base.decoder.layers
+        ranks = [p.lora_A[n].weight.shape[0] for ps in base.modules for group in ps for p in group for n in names]
+        self.adapters = {name: AdapterVectors(layers, name, max(ranks)) for name in names}
+        self.parameters = [vector for own in self.adapters.values() for vector in own.vectors]
+        self.scalings = [
+            torch.cat(each) for each in zip(*(own.scalings for own in self.adapters.values()), strict=True)
+        ]
 
     def losses(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """As those of `FusedAdapters`, for these adapters."""
         base, (rows, tokens) = self.base, input_ids.shape
-        stacks = _Gathered.apply(self, *self.parameters)
+        of_layers = zip(*(own.vectors for own in self.adapters.values()), strict=True)
+        vectors = [torch.cat(each) if len(each) > 1 else each[0] for each in of_layers]
         with torch.no_grad():
             x = base.decoder.embed_tokens(input_ids)
             cos, sin = base.decoder.rotary_emb(x, torch.arange(tokens, device=x.device)[None])
@@ -316,15 +293,15 @@ class _Share:
             # as NaN on a CPU (torch 2.13).
             for tensor, dimension in ((x, 1), (cos, 0), (sin, 0), (mask, 0), (mask, 1)):
                 torch._dynamo.maybe_mark_dynamic(tensor, dimension)
-        for number in range(len(base.modules)):
+        for number, own in enumerate(zip(vectors, self.scalings, strict=True)):
             if base.checkpointing:
-                x = checkpoint(base.layer, number, x, cos, sin, mask, stacks, use_reentrant=False)
+                x = checkpoint(base.layer, number, x, cos, sin, mask, *own, use_reentrant=False)
             else:
-                x = base.layer(number, x, cos, sin, mask, stacks)
+                x = base.layer(number, x, cos, sin, mask, *own)
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         supervised = targets != -100
         hidden = _norm(x[supervised], base.decoder.norm.weight.detach(), base.decoder.norm.variance_epsilon)
-        each, likeliest = _TokenLosses.apply(hidden, base.head.detach(), targets[supervised], *base.scratch())
-        self.matches = (likeliest == targets[supervised]).split(supervised.sum(1).tolist())
+        each, matches = _TokenLosses.apply(hidden, base.head.detach(), targets[supervised], base.scratch(), base.few)
+        self.matches = matches.split(supervised.sum(1).tolist())
         owner = torch.arange(rows, device=x.device)[:, None].expand_as(targets)[supervised]
         return torch.zeros(rows, device=x.device).index_add(0, owner, each) / supervised.sum(1)

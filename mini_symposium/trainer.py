@@ -164,7 +164,9 @@ class RecipeTrainer(SFTTrainer):
     def create_optimizer(self, model=None):
         groups = [
             {
-                "params": [p for name, p in self.model.named_parameters() if f".{part.name}." in name],
+                "params": self.fused.adapters[part.name].vectors
+                if self.fused
+                else [p for name, p in self.model.named_parameters() if f".{part.name}." in name],
                 "lr": part.recipe.learning_rate,
                 "weight_decay": part.recipe.weight_decay,
             }
@@ -172,6 +174,8 @@ class RecipeTrainer(SFTTrainer):
         ]
         fused = self.fused is not None or any(part.recipe.optimizer == "adamw_torch_fused" for part in self.parts)
         self.optimizer = torch.optim.AdamW(groups, fused=fused)
+        # The Trainer only clears the gradients of what the model has for parameters.
+        self.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -193,6 +197,8 @@ class RecipeTrainer(SFTTrainer):
             target = part.checkpoints / f"epoch-{epoch:04d}"
             group = state["param_groups"][k]
             moments = [state["state"][index] for index in group["params"]]
+            if self.fused:
+                moments = self.fused.adapters[part.name].split(moments)
             own = {key: [scheduler[key][k]] for key in ("base_lrs", "_last_lr")}
             if target.exists():  # damaged, or left by a pass that was cut off before its other adapters were written
                 discard(target)
@@ -230,10 +236,12 @@ class RecipeTrainer(SFTTrainer):
         folders = self._own(checkpoint)
         kept = [_load(folder / "optimizer.pt") for folder in folders]
         state = self.optimizer.state_dict()
-        for k, own in enumerate(kept):
-            indices = state["param_groups"][k]["params"]
+        for k, (part, own) in enumerate(zip(self.parts, kept, strict=True)):
+            indices, moments = state["param_groups"][k]["params"], own["moments"]
+            if self.fused:
+                moments = self.fused.adapters[part.name].join(moments)
             state["param_groups"][k] = {**own["group"], "params": indices}
-            state["state"] |= dict(zip(indices, own["moments"], strict=True))
+            state["state"] |= dict(zip(indices, moments, strict=True))
         self.optimizer.load_state_dict(state)
         schedules = [_load(folder / "scheduler.pt") for folder in folders]
         joined = {key: [schedule[key][0] for schedule in schedules] for key in ("base_lrs", "_last_lr")}

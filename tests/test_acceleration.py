@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from mini_symposium.acceleration import choose
@@ -43,3 +46,26 @@ def test_a_layer_is_compiled_only_for_a_long_run():
     short, long = (choose(load_recipe("proxy"), 1, 400, steps, free=64 * GIB) for steps in (20, 7800))
     assert not short.compiled
     assert "7800 steps" in str(long)
+
+
+FREED = """
+import resource, sys
+import torch
+from mini_symposium.devices import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for _ in range(10):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(2**18) for _ in range(64)]
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_memory_that_a_step_frees_is_there_for_the_next():
+    pages = {}
+    for how in ("kept", "given back"):
+        done = subprocess.run([sys.executable, "-c", FREED, how], capture_output=True, text=True, check=True)
+        pages[how] = int(done.stdout)
+    assert pages["kept"] < 100 < 10_000 < pages["given back"]

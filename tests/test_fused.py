@@ -9,10 +9,11 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, get_peft_model
 
+from mini_symposium.adapter_vectors import GROUPS, AdapterVectors
 from mini_symposium.base_models import compute_in_float32, load_model
 from mini_symposium.dataset import load_examples, tokenize
 from mini_symposium.devices import training_dtype
-from mini_symposium.fused import GROUPS, FusedAdapters
+from mini_symposium.fused import FusedAdapters, _TokenLosses
 from mini_symposium.run_directory import find
 
 
@@ -42,9 +43,16 @@ def as_in_training():
     return torch.autocast("cpu", torch.bfloat16, enabled=training_dtype() == torch.bfloat16)
 
 
-def gradient(model, name="adapter0"):
-    found = torch.cat([p.grad.flatten() for n, p in model.named_parameters() if f".{name}." in n])
-    model.zero_grad()
+def peft_gradient(model, name="adapter0"):
+    return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if f".{name}." in n])
+
+
+def gradient(fused, name="adapter0"):
+    """As `peft_gradient`, and none from now on."""
+    own = fused.adapters[name]
+    found = torch.cat([piece.flatten() for piece in own.pieces([vector.grad for vector in own.vectors])])
+    for vector in own.vectors:
+        vector.grad = None
     return found
 
 
@@ -68,16 +76,17 @@ def test_loss_and_gradient_are_as_close_to_float32_as_pefts(rows):
     exact = adapted("SmolLM2-135M-Instruct", dtype=torch.float32)
     loss = exact(input_ids=ids, labels=labels).loss
     loss.backward()
-    wanted = gradient(exact)
+    wanted = peft_gradient(exact)
     model = adapted("SmolLM2-135M-Instruct")
     with as_in_training():
         peft = model(input_ids=ids, labels=labels).loss
     peft.backward()
-    theirs = gradient(model)
-    fused = FusedAdapters(model, ["adapter0"]).losses(ids, labels)
-    fused.sum().backward()
-    ours = gradient(model)
-    assert fused.item() == pytest.approx(loss.item(), abs=0.01)
+    theirs = peft_gradient(model)
+    fused = FusedAdapters(model, ["adapter0"])
+    own = fused.losses(ids, labels)
+    own.sum().backward()
+    ours = gradient(fused)
+    assert own.item() == pytest.approx(loss.item(), abs=0.01)
     error, their_error = ((found - wanted).norm() / wanted.norm() for found in (ours, theirs))
     assert error < max(1.1 * their_error, 0.02)
 
@@ -87,9 +96,10 @@ def test_every_residency_gives_the_same_bits():
     ids = torch.randint(5, 30000, (2, 40), generator=torch.Generator().manual_seed(0))
     found = []
     for options in ({}, {"checkpointing": True}, {"resident": False}):
-        losses = FusedAdapters(model, ["adapter0", "adapter1"], **options).losses(ids, ids)
+        fused = FusedAdapters(model, ["adapter0", "adapter1"], **options)
+        losses = fused.losses(ids, ids)
         losses.sum().backward()
-        found.append((losses.detach(), gradient(model)))
+        found.append((losses.detach(), gradient(fused)))
     assert all(torch.equal(losses, found[0][0]) and torch.equal(g, found[0][1]) for losses, g in found[1:])
 
 
@@ -107,17 +117,17 @@ def test_adapters_of_different_ranks_and_rows_do_not_touch_each_other(rows):
     short, long = ([i % 30000 for i in row] for row in sorted(rows, key=len)[:: len(rows) - 1])
     model = adapted("tiny", (8, 2))
     names = ["adapter0", "adapter1"]
-    together = FusedAdapters(model, names).losses(*padded([short, long]))
+    fused = FusedAdapters(model, names)
+    together = fused.losses(*padded([short, long]))
     together.sum().backward()
-    joint = [gradient_of(model, name) for name in names]
-    model.zero_grad()
+    joint = [gradient(fused, name) for name in names]
     for k, row in enumerate((short, long)):
-        alone = FusedAdapters(model, names[k : k + 1]).losses(*padded([row]))
+        solo = FusedAdapters(model, names[k : k + 1])
+        alone = solo.losses(*padded([row]))
         alone.sum().backward()
         assert together[k].item() == pytest.approx(alone.item(), rel=1e-4)
-        own = gradient_of(model, names[k])
+        own = gradient(solo, names[k])
         assert (own - joint[k]).norm() < 0.01 * own.norm()
-        model.zero_grad()
 
 
 def test_adapters_take_turns_on_two_threads_and_each_gets_the_bits_it_gets_alone(rows):
@@ -138,8 +148,7 @@ def test_adapters_take_turns_on_two_threads_and_each_gets_the_bits_it_gets_alone
         with as_in_training():
             losses = together.losses(*padded(some))
         (losses.sum() * 0.5).backward()
-        gradients = [gradient_of(model, name) for name in names]
-        model.zero_grad()
+        gradients = [gradient(together, name) for name in names]
         with torch.no_grad(), as_in_training():
             assert torch.equal(together.losses(*padded(some)), losses)
         torch.set_num_threads(1)
@@ -148,8 +157,7 @@ def test_adapters_take_turns_on_two_threads_and_each_gets_the_bits_it_gets_alone
                 [own] = alone.losses(*padded([some[k]]))
             (own * 0.5).backward()
             assert own == losses[k] and torch.equal(alone.matches[0], together.matches[k])
-            assert torch.equal(gradient_of(model, names[k]), gradients[k])
-            model.zero_grad()
+            assert torch.equal(gradient(alone, names[k]), gradients[k])
         torch.set_num_threads(before)
 
 
@@ -161,13 +169,10 @@ def test_a_compiled_layer_has_the_gradients_of_a_plain_one():
     found = []
     for compiled in (True, False):
         with as_in_training():
-            FusedAdapters(model, ["adapter0"], compiled=compiled).losses(ids, ids).sum().backward()
-        found.append(gradient(model))
+            fused = FusedAdapters(model, ["adapter0"], compiled=compiled)
+            fused.losses(ids, ids).sum().backward()
+        found.append(gradient(fused))
     assert (found[0] - found[1]).norm() < 0.1 * found[1].norm()
-
-
-def gradient_of(model, name):
-    return torch.cat([p.grad.flatten() for n, p in model.named_parameters() if f".{name}." in n])
 
 
 def test_only_supervised_positions_count():
@@ -207,3 +212,52 @@ def test_a_compiled_layer_agrees_and_a_broken_compiler_does_not_stop_a_run(compi
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=own, cwd=find("."))
     assert done.stdout.strip() == said, done.stderr[-2000:]
     assert ("could not be compiled" in done.stderr) == (said == "not compiled")
+
+
+def test_the_first_of_equally_likely_tokens_is_the_likeliest_and_the_gradient_is_torchs():
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randint(-1, 2, (n, 4), generator=generator).float() for n in (50, 30))  # many ties
+    targets = torch.multinomial(((hidden @ head.T) ** 2 + 0.1).pow(4), 1, generator=generator)[:, 0]
+    hidden.requires_grad_()
+    losses, matches = _TokenLosses.apply(hidden, head, targets, torch.empty(16, 30), 8)
+    logits = hidden @ head.T
+    ties = (logits == logits.amax(-1, keepdim=True)).gather(1, targets[:, None])[:, 0]
+    assert torch.equal(matches, logits.argmax(-1) == targets) and 0 < matches.sum() < ties.sum()
+    wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    assert torch.allclose(losses, wanted)
+    weights = torch.rand(50, generator=generator)
+    [found], [theirs] = (torch.autograd.grad((each * weights).sum(), hidden) for each in (losses, wanted))
+    assert torch.allclose(found, theirs, atol=1e-6)
+
+
+def stepped(parameters, gradients, steps=3):
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, fused=True)
+    for _ in range(steps):
+        for parameter, own in zip(parameters, gradients, strict=True):
+            parameter.grad = own.clone()
+        optimizer.step()
+    return [optimizer.state[parameter] for parameter in parameters]
+
+
+def test_a_step_of_the_vectors_is_a_step_of_pefts_parameters_and_its_state_is_theirs():
+    """In a layout for a larger rank too, of which nothing else moves."""
+    model, other = (adapted("tiny", (4,)) for _ in range(2))
+    own = AdapterVectors(model.get_base_model().model.layers, "adapter0", 6)
+    named = [(n, p) for n, p in model.named_parameters() if "lora_" in n]
+    assert [id(p) for _, p in named] == [id(p) for p in own.places]
+    theirs = [p for n, p in other.named_parameters() if "lora_" in n]
+    assert all(torch.equal(p, q) for (_, p), q in zip(named, theirs, strict=True))
+    gradients = [torch.randn(p.shape, generator=torch.Generator().manual_seed(k)) for k, p in enumerate(theirs)]
+    wide = [torch.zeros_like(vector.detach()) for vector in own.vectors]
+    for piece, gradient in zip(own.pieces(wide), gradients, strict=True):
+        piece.copy_(gradient)
+    states, wanted = stepped(own.vectors, wide), stepped(theirs, gradients)
+    assert all(torch.equal(p, q) for (_, p), q in zip(named, theirs, strict=True))
+    split = own.split(states)
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(split, wanted, strict=True) for key in b)
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(own.join(split), states, strict=True) for key in b)
+    moved = sum(vector.count_nonzero() for vector in own.vectors)
+    assert moved <= sum(p.numel() for p in theirs) < sum(vector.numel() for vector in own.vectors)
+    for state in split:
+        state["step"] += 1  # each its own: a resumed run of plain PEFT counts them one by one
+    assert all(state["step"] == 4 for state in split)

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from mini_symposium import acceleration
+from mini_symposium import acceleration, fused
 from mini_symposium import trainer as training
 from mini_symposium.acceleration import choose
 from mini_symposium.base_files import cache_directory, local_directory
@@ -73,6 +73,8 @@ def ours(turn, base, rows, adapters=1, fast=True, profile=False, float32=False, 
     """The kit's own training, its log and all. `forced` overrides what it chose: resident, checkpointing, compiled."""
     if threads:
         torch.set_num_threads(threads)
+    if profile:  # a profiler does not see the products that compiled code calls
+        fused.OPTIONS = {}
     if float32:  # as on a processor without products for bfloat16
         acceleration.training_dtype = training.training_dtype = lambda: torch.float32
     recipe = load_recipe("proxy", base_model=base, sequence_len=max(map(len, rows)), num_epochs=STEPS)
