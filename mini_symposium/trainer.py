@@ -110,9 +110,11 @@ class RecipeTrainer(SFTTrainer):
             options = {key: getattr(acceleration, key) for key in ("resident", "checkpointing", "compiled")}
             self.fused = FusedAdapters(self.model, [part.name for part in parts], **options)
 
-            # Every step the Trainer walks thousands of modules to say again that they train.
+            # Every step the Trainer walks thousands of modules to say again that they train, and to clear gradients
+            # that they do not have.
             set_mode = self.model.train
             self.model.train = lambda mode=True: self.model if self.model.training == mode else set_mode(mode)
+            self.model.zero_grad = lambda set_to_none=True: None
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # nobody reads it, and it walks all parameters at every step
@@ -174,7 +176,7 @@ class RecipeTrainer(SFTTrainer):
         ]
         fused = self.fused is not None or any(part.recipe.optimizer == "adamw_torch_fused" for part in self.parts)
         self.optimizer = torch.optim.AdamW(groups, fused=fused)
-        # The Trainer only clears the gradients of what the model has for parameters.
+        # The Trainer clears only what the model has for parameters, and an adapter's vectors are none.
         self.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
         return self.optimizer
 
