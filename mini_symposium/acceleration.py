@@ -17,7 +17,7 @@ SHARE = 0.8
 """Of the free memory, what training may plan with."""
 
 COMPILE_FROM = 600
-"""Steps, counted for each adapter, from which compiling a layer pays: 10 to 15 s once, for a tenth of each step."""
+"""Steps, counted for each adapter, from which compiling layers pays: half a minute once, then a third of each step."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ PEFT keeps the adapters and transformers the base; this module only computes the
 - on a CPU they share the base's memory and take turns on the cores, each computed by one thread as if it were alone:
   the same bits, and threads that wait for one another once a step; those that share a product wait at its end;
 - the head runs on positions that have a label, and never holds more than a block of its logits;
-- one decoder layer is compiled, not the model: every layer and every row length uses the same code.
+- three decoder layers are compiled, not the model: all layers and every row length use the same code.
 
 Shapes: K adapters (one row each), T tokens, d hidden, V words of the vocabulary.
 """
@@ -89,6 +89,13 @@ def decoder_layer(x, cos, sin, mask, norms, weights, vectors, scalings, *, shape
     x = x + _adapted(attended.transpose(1, 2).reshape(rows, tokens, -1), weights[1], *o)
     gate, up = _adapted(_norm(x, norms[1], eps), weights[2], *gate_up).chunk(2, -1)
     return x + _adapted(F.silu(gate) * up, weights[3], *down)
+
+
+def decoder_layers(x, cos, sin, mask, layers, **shape):
+    """Some layers, one after the other; `layers` holds norms, weights, vectors and scalings of each."""
+    for own in layers:
+        x = decoder_layer(x, cos, sin, mask, *own, **shape)
+    return x
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -173,8 +180,10 @@ class FusedAdapters:
         config = base.config
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shapes = shapes_of(self.decoder.layers[0])
-        layer = partial(decoder_layer, shapes=shapes, head_size=size, eps=config.rms_norm_eps)
-        self.plain, self.compiled = layer, torch.compile(layer, dynamic=False, options=OPTIONS) if compiled else None
+        layers = partial(decoder_layers, shapes=shapes, head_size=size, eps=config.rms_norm_eps)
+        self.plain, self.compiled = layers, torch.compile(layers, dynamic=False, options=OPTIONS) if compiled else None
+        # As one piece of compiled code; what joins two layers is then one kernel. More gain little and compile long.
+        self.stride = next(n for n in ((3, 2, 1) if compiled else (1,)) if len(self.decoder.layers) % n == 0)
         self.modules = [[[layer.get_submodule(n) for n in g] for g in GROUPS] for layer in self.decoder.layers]
         self.norms = [
             (layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach())
@@ -214,11 +223,13 @@ class FusedAdapters:
             self.own.scratch = self.head.new_empty(self.block, len(self.head))
         return self.own.scratch
 
-    def layer(self, number: int, x, cos, sin, mask, vectors, scalings):
-        """Output of one decoder layer."""
+    def layers(self, start: int, x, cos, sin, mask, adapters):
+        """Output of the decoder layers from `start` on for which there are `adapters`: vectors and scalings of each."""
+        numbers = range(start, start + len(adapters))
         with torch.no_grad():
-            weights = self.weights[number] if self.weights else [self._weight(g) for g in self.modules[number]]
-        inputs = x, cos, sin, mask, self.norms[number], weights, vectors, scalings
+            weights = [self.weights[n] if self.weights else [self._weight(g) for g in self.modules[n]] for n in numbers]
+        each = [(self.norms[n], own, *adapter) for n, own, adapter in zip(numbers, weights, adapters, strict=True)]
+        inputs = x, cos, sin, mask, each
         if self.compiled and torch.is_grad_enabled():  # a probe is too short to compile for
             try:
                 return self.compiled(*inputs)
@@ -293,11 +304,10 @@ class _Share:
             # as NaN on a CPU (torch 2.13).
             for tensor, dimension in ((x, 1), (cos, 0), (sin, 0), (mask, 0), (mask, 1)):
                 torch._dynamo.maybe_mark_dynamic(tensor, dimension)
-        for number, own in enumerate(zip(vectors, self.scalings, strict=True)):
-            if base.checkpointing:
-                x = checkpoint(base.layer, number, x, cos, sin, mask, *own, use_reentrant=False)
-            else:
-                x = base.layer(number, x, cos, sin, mask, *own)
+        each = list(zip(vectors, self.scalings, strict=True))
+        for start in range(0, len(each), base.stride):
+            inputs = start, x, cos, sin, mask, each[start : start + base.stride]
+            x = checkpoint(base.layers, *inputs, use_reentrant=False) if base.checkpointing else base.layers(*inputs)
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         supervised = targets != -100
         hidden = _norm(x[supervised], base.decoder.norm.weight.detach(), base.decoder.norm.variance_epsilon)

@@ -30,6 +30,8 @@ from mini_symposium.trainer import build_trainer
 from mini_symposium.training_log import Log, Part
 
 RATE, STEPS = 1e-4, 7800
+THIN = 3 * 16
+"""Ranks that share a product, at most; everything else in a step is larger."""
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -37,7 +39,7 @@ class Turns(TrainerCallback):
     """A turn is one step of a Trainer, with all that the Trainer does between two."""
 
     def __init__(self, turn: Turn, losses, profile: bool = False):
-        self.turn, self.losses, self.profiler = turn, losses, torch.profiler.profile() if profile else None
+        self.turn, self.losses, self.profiler = turn, losses, profiler() if profile else None
 
     def on_step_begin(self, args, state, control, **kwargs):
         measured = {"losses": self.losses(state)} if state.global_step else {}
@@ -47,24 +49,31 @@ class Turns(TrainerCallback):
         if not self.turn.wait(**measured):
             sys.exit()
         if self.profiler and state.global_step:
-            self.profiler = torch.profiler.profile()
+            self.profiler = profiler()
             self.profiler.start()
+
+
+def profiler() -> torch.profiler.profile:
+    return torch.profiler.profile(record_shapes=True)
 
 
 def where_time_goes(profiler) -> dict[str, float]:
     """Milliseconds by kind of work, from a profile's operations."""
     kinds = {
-        "products with the adapters, attention": ("bmm",),
+        "attention's products": ("bmm",),
         "products with the base and the head": ("mm", "mkldnn", "linear"),
         "compiled elementwise work": ("CompiledFxGraph", "graph_", "cpp_fused", "Torch-Compiled", "CompiledFunction"),
         "optimizer and gradient norm": ("adam", "_foreach_norm", "_foreach_mul", "linalg_vector_norm", "clip"),
         "softmax": ("softmax", "exp", "sum", "amax", "div"),
         "copies and casts": ("copy", "_to_copy", "cat", "clone", "fill", "zero"),
     }
-    found = dict.fromkeys([*kinds, "the rest"], 0.0)
-    for event in profiler.key_averages():
+    adapters = "products with the adapters"
+    found = dict.fromkeys([adapters, *kinds, "the rest"], 0.0)
+    for event in profiler.key_averages(group_by_input_shape=True):
         name = event.key.removeprefix("aten::")
         kind = next((kind for kind, marks in kinds.items() if any(mark in name for mark in marks)), "the rest")
+        if name in ("mm", "addmm") and any(size <= THIN for shape in event.input_shapes for size in shape):
+            kind = adapters
         found[kind] += event.self_cpu_time_total / 1000
     return {kind: round(spent, 1) for kind, spent in found.items()}
 

@@ -41,6 +41,9 @@ def bars(found: Mapping) -> list[dict]:
     ]
     if (exact := trajectory.get("in_float32_by")) is not None:
         more.insert(1, ("the same, both in float32", exact, 0.02, "within", ""))
+    if (theirs := trajectory.get("bfloat16_itself_by")) is not None:
+        own = trajectory["from_float32_by"] / theirs
+        more.insert(2, ("what bfloat16 takes them from float32, over PEFT's", own, 1, "at most", " x"))
     if (exact := together.get("losses_differ_from_one_thread_by")) is not None:
         more.append(("the same, solo with one thread", exact, 1e-3, "within", ""))
     if device == "cpu":
