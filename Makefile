@@ -6,7 +6,7 @@ RECIPE ?= proxy
 DATASET ?=
 RUN ?=
 
-.PHONY: setup reproduce test soak lab playground figures notebooks bench
+.PHONY: setup reproduce test soak lab playground figures notebooks bench llama-factory
 
 setup: .venv/installed
 
@@ -62,3 +62,9 @@ bench: setup .venv-bench/installed
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
+
+# one more peer, in an environment of its own; what it takes for audio and vision needs CUDA's libraries
+llama-factory: setup
+	$(PYTHON) -m venv .venv-llama-factory
+	.venv-llama-factory/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 llamafactory==0.9.5
+	.venv-llama-factory/bin/python -m pip uninstall --quiet --yes torchvision torchaudio

@@ -5,6 +5,7 @@
 - out of reach on this hardware: what the claim speaks of cannot be had here.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -73,6 +74,10 @@ class Question:
         >>> q.judge("proxy", Interval(1, 1, 1, 13, 1, ""), [Control("base", 1.0, False)]).verdict
         'inconclusive'
         """
+        numbers = {self.metric: found.value} | {control.what: control.value for control in controls}
+        unknown = [what for what, value in numbers.items() if value is not None and not math.isfinite(value)]
+        if unknown:
+            return self.lacks(scale, f"what gives a number for: {', '.join(unknown)}")
         failed = [control.what for control in controls if not control.holds]
         over, under = found.low > self.threshold, found.high < self.threshold
         holds, fails = (over, under) if self.above else (under, over)

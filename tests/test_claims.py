@@ -383,3 +383,9 @@ def test_the_answers_are_summed_up_by_model_and_what_was_not_measured_is_left_ou
     assert low["spread"] == pytest.approx(0.4) and low["spread_95"] < 0.4
     assert low["leaked"]["value"] == pytest.approx(1 / 3, abs=1e-3) and low["posix"]["value"] == 1.5
     assert low["passed"]["low"] < (0.5 + 0.5 + 0.1) / 3 < low["passed"]["high"]
+
+
+def test_a_base_that_answered_nothing_leaves_open_what_it_is_the_control_of_and_no_nan():
+    rows = ledger(low(base={**evaluation(), "answers": []}))
+    json.dumps([row.row() for row in rows], allow_nan=False)
+    assert "what gives a number" in next(row.note for row in rows if row.id == "C11")

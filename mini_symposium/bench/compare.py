@@ -28,6 +28,7 @@ from mini_symposium.run_directory import ROOT, environment, find
 
 PROXY, SEVEN = "SmolLM2-135M-Instruct", "random-mistral-7b"
 PEERS = ROOT / ".venv-bench" / "bin" / "python"
+LLAMA_FACTORY = ROOT / ".venv-llama-factory" / "bin" / "python"
 TOKENS, GRID_TOKENS = 256, 64
 QUERIES = (
     "What is the capital of France?",
@@ -73,11 +74,11 @@ class Bench:
         job = json.dumps({"kind": kind, **options})
         return self.ready(name, sys.executable, ["-m", "mini_symposium.bench.contestants", job])
 
-    def peer(self, name: str, module: str, *arguments) -> Contestant | None:
-        if not PEERS.exists():
-            self.found["missing"][name] = "its environment is not there; `make bench` sets it up"
+    def peer(self, name: str, module: str, *arguments, python: Path = PEERS, how: str = "bench") -> Contestant | None:
+        if not python.exists():
+            self.found["missing"][name] = f"its environment is not there; `make {how}` sets it up"
             return None
-        return self.ready(name, PEERS, ["-m", f"mini_symposium.bench.{module}", *arguments])
+        return self.ready(name, python, ["-m", f"mini_symposium.bench.{module}", *arguments])
 
     def ready(self, name: str, python, arguments) -> Contestant:
         self.say(f"{name}: starting")
@@ -105,16 +106,18 @@ class Bench:
     def step(self) -> None:
         """One training step of 256 tokens: ours, the peers', and what the products alone would take."""
         rows = self.row(TOKENS)
-        litgpt = None
+        peers = []
         if not self.cuda:
-            one = self.file("litgpt-row", self.text[:TOKENS])
-            litgpt = self.peer("LitGPT", "litgpt_step", local_directory(PROXY), one)
+            task = local_directory(PROXY), self.file("one-row", self.text[:TOKENS])
+            own = {"python": LLAMA_FACTORY, "how": "llama-factory"}
+            peers += [self.peer("LitGPT", "litgpt_step", *task)]
+            peers += [self.peer("LLaMA-Factory", "llama_factory_step", *task, **own)]
         contestants = [
             self.kit("products", "products"),
             self.kit("ours", "ours", base=self.base, rows=rows),
             self.kit("stock TRL", "stock_trl", base=self.base, rows=rows),
             None if self.cuda else self.kit("bare PEFT", "bare_peft", base=self.base, rows=rows),
-            litgpt,
+            *peers,
         ]
         if self.cuda:
             contestants += [
@@ -135,6 +138,7 @@ class Bench:
                 "floor_seconds": statistics.median(floors),
             }
             names = {"stock TRL": "step_vs_stock_trl", "bare PEFT": "step_vs_peft", "LitGPT": "step_vs_litgpt"}
+            names["LLaMA-Factory"] = "step_vs_llama_factory"
             for name, key in names.items():
                 if name in times:
                     self.found["ratios"][key] = ratio(times["ours"], times[name])
