@@ -63,8 +63,12 @@ bench: setup .venv-bench/installed
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-# one more peer, in an environment of its own; what it takes for audio and vision needs CUDA's libraries
-llama-factory: setup
+# one more peer of `make bench`, in an environment of its own
+llama-factory: .venv-llama-factory/installed
+
+# What it takes for audio and vision needs CUDA's libraries, and is not used.
+.venv-llama-factory/installed: mini_symposium/bench/llama_factory_requirements.txt
 	$(PYTHON) -m venv .venv-llama-factory
-	.venv-llama-factory/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 llamafactory==0.9.5
+	.venv-llama-factory/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	.venv-llama-factory/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
+	touch $@

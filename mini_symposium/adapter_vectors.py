@@ -8,10 +8,11 @@ ranks stack; what is left over stays zero, for so is its gradient.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -46,6 +47,19 @@ def shapes_of(layer) -> Shapes:
     return Shapes(
         tuple(group[0].in_features for group in groups), tuple(tuple(p.out_features for p in group) for group in groups)
     )
+
+
+def unpacked(vectors: torch.Tensor, scalings: torch.Tensor, shapes: Shapes, dtype: torch.dtype) -> Iterator[tuple]:
+    """Of a layer's adapters, (K, length), each group's A, (K, ranks, in), and scaled B, (K, out, ranks).
+
+    The B of a group stand on the diagonal, so that one product serves them all.
+    """
+    rank = vectors.shape[1] // sum(shapes.sizes(1))
+    pieces, scaling = iter(vectors.split(shapes.sizes(rank), 1)), iter(scalings.split(1, 1))
+    for width, outs in zip(shapes.ins, shapes.outs, strict=True):
+        a = next(pieces).view(-1, len(outs) * rank, width).to(dtype)
+        bs = [(next(pieces).view(-1, out, rank) * next(scaling)[..., None]).to(dtype) for out in outs]
+        yield a, torch.cat([F.pad(b, (j * rank, (len(outs) - 1 - j) * rank)) for j, b in enumerate(bs)], 1)
 
 
 class AdapterVectors:

@@ -28,7 +28,7 @@ from peft import PeftModel
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
 
-from mini_symposium.adapter_vectors import GROUPS, AdapterVectors, Shapes, shapes_of
+from mini_symposium.adapter_vectors import GROUPS, AdapterVectors, shapes_of, unpacked
 from mini_symposium.devices import keep_freed_memory
 
 OPTIONS = {"cpp_wrapper": True}
@@ -43,19 +43,6 @@ def _norm(x, weight, eps):
 def _rotate(x, cos, sin):
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-
-def _unpacked(vectors, scalings, shapes: Shapes, dtype):
-    """Of a layer's adapters, (K, length), each group's A, (K, ranks, in), and scaled B, (K, out, ranks).
-
-    The B of a group stand on the diagonal, so that one product serves them all.
-    """
-    rank = vectors.shape[1] // sum(shapes.sizes(1))
-    pieces, scaling = iter(vectors.split(shapes.sizes(rank), 1)), iter(scalings.split(1, 1))
-    for width, outs in zip(shapes.ins, shapes.outs, strict=True):
-        a = next(pieces).view(-1, len(outs) * rank, width).to(dtype)
-        bs = [(next(pieces).view(-1, out, rank) * next(scaling)[..., None]).to(dtype) for out in outs]
-        yield a, torch.cat([F.pad(b, (j * rank, (len(outs) - 1 - j) * rank)) for j, b in enumerate(bs)], 1)
 
 
 def _adapted(x, weight, a, b):  # (K, T, in) -> (K, T, out)
@@ -82,7 +69,7 @@ def decoder_layer(x, cos, sin, mask, norms, weights, vectors, scalings, *, shape
     `weights` holds one tensor for each of GROUPS, (out, in); `vectors` are those of `AdapterVectors`, (K, length).
     """
     rows, tokens, _ = x.shape
-    qkv, o, gate_up, down = _unpacked(vectors, scalings, shapes, x.dtype)
+    qkv, o, gate_up, down = unpacked(vectors, scalings, shapes, x.dtype)
     mixed = _adapted(_norm(x, norms[0], eps), weights[0], *qkv).view(rows, tokens, -1, head_size).transpose(1, 2)
     q, k, v = mixed.split([out // head_size for out in shapes.outs[0]], 1)
     attended = _attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, mask)
@@ -162,7 +149,7 @@ class FusedAdapters:
     checkpointing
         Recompute activations in the backward pass.
     compiled
-        Compile the layer. Nothing else changes but the last bits of a sum.
+        Compile the layers, three at a time where their number allows. Only the last bits of a sum change.
     """
 
     def __init__(
@@ -298,15 +285,15 @@ class _Share:
             cos, sin = base.decoder.rotary_emb(x, torch.arange(tokens, device=x.device)[None])
             cos, sin = (half[0, :, : half.shape[-1] // 2].contiguous() for half in (cos, sin))  # (T, D / 2)
             mask = torch.full((tokens, tokens), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
-        x.requires_grad_()  # one compiled layer serves all: the first is to look like the others
+        x.requires_grad_()  # compiled code serves all layers: the first are to look like the others
         if base.compiled:
             # Not for speed alone: compiled for 256 tokens and no other number, bfloat16 gradients of q and k come out
             # as NaN on a CPU (torch 2.13).
             for tensor, dimension in ((x, 1), (cos, 0), (sin, 0), (mask, 0), (mask, 1)):
                 torch._dynamo.maybe_mark_dynamic(tensor, dimension)
-        each = list(zip(vectors, self.scalings, strict=True))
-        for start in range(0, len(each), base.stride):
-            inputs = start, x, cos, sin, mask, each[start : start + base.stride]
+        adapters = list(zip(vectors, self.scalings, strict=True))
+        for start in range(0, len(adapters), base.stride):
+            inputs = start, x, cos, sin, mask, adapters[start : start + base.stride]
             x = checkpoint(base.layers, *inputs, use_reentrant=False) if base.checkpointing else base.layers(*inputs)
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         supervised = targets != -100

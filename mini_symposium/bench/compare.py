@@ -109,9 +109,10 @@ class Bench:
         peers = []
         if not self.cuda:
             task = local_directory(PROXY), self.file("one-row", self.text[:TOKENS])
-            own = {"python": LLAMA_FACTORY, "how": "llama-factory"}
-            peers += [self.peer("LitGPT", "litgpt_step", *task)]
-            peers += [self.peer("LLaMA-Factory", "llama_factory_step", *task, **own)]
+            peers = [
+                self.peer("LitGPT", "litgpt_step", *task),
+                self.peer("LLaMA-Factory", "llama_factory_step", *task, python=LLAMA_FACTORY, how="llama-factory"),
+            ]
         contestants = [
             self.kit("products", "products"),
             self.kit("ours", "ours", base=self.base, rows=rows),
@@ -137,8 +138,12 @@ class Bench:
                 "gemm_flop_per_second": statistics.median(rates),
                 "floor_seconds": statistics.median(floors),
             }
-            names = {"stock TRL": "step_vs_stock_trl", "bare PEFT": "step_vs_peft", "LitGPT": "step_vs_litgpt"}
-            names["LLaMA-Factory"] = "step_vs_llama_factory"
+            names = {
+                "stock TRL": "step_vs_stock_trl",
+                "bare PEFT": "step_vs_peft",
+                "LitGPT": "step_vs_litgpt",
+                "LLaMA-Factory": "step_vs_llama_factory",
+            }
             for name, key in names.items():
                 if name in times:
                     self.found["ratios"][key] = ratio(times["ours"], times[name])
