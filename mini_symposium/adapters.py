@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.run_directory import RunDirectory, read_object
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import platformdirs
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.model_directory import checked
 from mini_symposium.run_directory import find, written_whole
 from mini_symposium.writing import alone, clear_away

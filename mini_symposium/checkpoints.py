@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.run_directory import checkpoints_in, read_object, whole_lines
 from mini_symposium.writing import write_json
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.evidence import Evidence
 from mini_symposium.ledger_metrics import (
     EPOCHS_HIGH,

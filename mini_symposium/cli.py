@@ -11,9 +11,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from mini_symposium import InputError, RunError, cli_export, cli_sweep
+from mini_symposium import cli_export, cli_sweep
 from mini_symposium.cli_options import Checkpoints, Parameters, RecipeOption, RunOption, console
-from mini_symposium.safe_text import printable
+from mini_symposium.errors import InputError, RunError, printable
 
 app = typer.Typer(
     help="Fine-tune a language model on a dozen handwritten examples, and know what happened.",

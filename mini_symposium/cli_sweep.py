@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from mini_symposium import InputError
 from mini_symposium.cli_options import RecipeOption, console
+from mini_symposium.errors import InputError
 from mini_symposium.experiments import PER_PASS
 
 

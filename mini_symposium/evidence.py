@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run_directory import RunDirectory, find, read_object, written_whole
 

@@ -16,9 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
-from mini_symposium import InputError, RunError
+from mini_symposium.errors import InputError, RunError, without_secrets
 from mini_symposium.run_directory import RunDirectory, written_whole
-from mini_symposium.safe_text import without_secrets
 
 
 class NotebookError(RunError):

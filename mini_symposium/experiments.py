@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.recipe import Recipe
 from mini_symposium.run_directory import RunDirectory
 

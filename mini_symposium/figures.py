@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.picture import (
     COLOUR_MAP,
     COLOURS,

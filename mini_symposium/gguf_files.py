@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import torch
 
-from mini_symposium import RunError
+from mini_symposium.errors import RunError
 from mini_symposium.tensor_files import Tensors
 
 

@@ -7,7 +7,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from mini_symposium import InputError, RunError
+from mini_symposium.errors import InputError, RunError
 
 
 def push(folder: Path, repository: str, really: bool, token: str | None, private: bool = True) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.evidence import Trained
 from mini_symposium.picture import COLOURS, GREY, PALE, Picture, log_axis, name_rows, scientific, styled, titled
 from mini_symposium.verdicts import INCONCLUSIVE, NOT_SUPPORTED, OUT_OF_REACH, SUPPORTED, Claim

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.evidence import Evidence, Trained
 from mini_symposium.statistics import Interval, interval, spread
 from mini_symposium.verdicts import Control

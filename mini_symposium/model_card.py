@@ -4,8 +4,8 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mini_symposium import InputError
 from mini_symposium.dataset import load_examples
+from mini_symposium.errors import InputError
 from mini_symposium.picture import RATES_DO_NOT_TRANSFER, SCALES
 from mini_symposium.prompt_formats import FORMATS
 from mini_symposium.reading import parse_json, read_text

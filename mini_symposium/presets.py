@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.prompt_formats import PromptFormat
 from mini_symposium.run_directory import write_json, written_whole
 

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.reading import parse_json, read_text
 from mini_symposium.run_directory import find, write_json
 

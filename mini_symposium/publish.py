@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.run_directory import ROOT, RunDirectory, written_whole
 
 WIDGET = "application/vnd.jupyter.widget-view+json"

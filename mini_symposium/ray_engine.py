@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mini_symposium import InputError, RunError
+from mini_symposium.errors import InputError, RunError
 
 INSTALL = "pip install -e '.[ray]'"
 

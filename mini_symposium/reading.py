@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 
 DEEPEST = 100
 """Lists and objects within each other."""

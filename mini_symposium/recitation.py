@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mini_symposium import InputError
 from mini_symposium.dataset import Example, Row, tokenize
+from mini_symposium.errors import InputError
 from mini_symposium.generation import generate
 from mini_symposium.memorization import EXTRACTED, GOLDFISH, PREFIXES, extractable, goldfish, overlap
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mini_symposium import InputError
 from mini_symposium.adapters import find_checkpoints, read_adapters
 from mini_symposium.base_files import local_directory
 from mini_symposium.dataset import load_examples, write_axolotl_jsonl
+from mini_symposium.errors import InputError
 from mini_symposium.gguf_files import tensor_types
 from mini_symposium.llama_cpp import FILE_TYPES, QUANTISER, SERVER, lora_to_gguf, quantise, require, to_gguf
 from mini_symposium.merge import check_room, merge

@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from mini_symposium import InputError, __version__
+from mini_symposium import __version__
+from mini_symposium.errors import InputError
 from mini_symposium.reading import parse_json, path_of, read_text
 from mini_symposium.writing import discard, write_json
 from mini_symposium.writing import written_whole as written_whole

@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 
 
 @dataclass(frozen=True)

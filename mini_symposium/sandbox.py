@@ -53,7 +53,7 @@ def passes(code: str, asserts: str) -> bool:
     import tempfile
     import threading
 
-    from mini_symposium import RunError
+    from mini_symposium.errors import RunError
 
     if len(code) > LONGEST:
         return False

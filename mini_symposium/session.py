@@ -13,7 +13,7 @@ from datetime import datetime
 from itertools import chain, count
 from pathlib import Path
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.prompt_formats import PromptFormat, load_preset
 from mini_symposium.run_directory import write_json, written_whole
 

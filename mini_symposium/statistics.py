@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import betaincinv, ndtri, stdtrit
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 
 LEVEL = 0.95
 DRAWS = 4000

@@ -10,9 +10,9 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from transformers import PreTrainedModel
 
-from mini_symposium import InputError, RunError
 from mini_symposium.adapters import Factors
 from mini_symposium.devices import device
+from mini_symposium.errors import InputError, RunError
 from mini_symposium.gguf_files import read_gguf, tensor_types
 from mini_symposium.llama_cpp import FILE_TYPES, INSTALL, QUANTISER, installed, quantise, to_gguf
 from mini_symposium.merge import stochastic

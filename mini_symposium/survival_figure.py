@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.picture import COLOURS, GREY, HALO, PALE, Picture, as_written, name_rows, styled, titled
 
 VERDICTS = {"kept": COLOURS[2], "blurred": COLOURS[1], "lost": COLOURS[0]}

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from mini_symposium import InputError, RunError, evaluation
+from mini_symposium import evaluation
 from mini_symposium.base_models import load_tokenizer
 from mini_symposium.dataset import Example, load_examples
+from mini_symposium.errors import InputError, RunError
 from mini_symposium.experiments import Experiment, grid, once
 from mini_symposium.finetune import PATIENCE, Job, as_rows, claim, held, train_together
 from mini_symposium.generation import folded, load_with_adapters

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2028\u2029\u2060-\u2069\ufeff]")
 _MARKS = {"Ġ": "·", "▁": "·", "Ċ": "⏎", "<0x0A>": "⏎"}  # how byte-level BPE and SentencePiece write space and newline

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 
 TYPES = {
     "F64": torch.float64,

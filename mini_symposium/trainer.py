@@ -20,11 +20,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from mini_symposium import InputError, RunError, checkpoints, processes
+from mini_symposium import checkpoints, processes
 from mini_symposium.acceleration import Acceleration
 from mini_symposium.base_models import compute_in_float32, load_model, load_tokenizer
 from mini_symposium.dataset import Row
 from mini_symposium.devices import device, training_dtype
+from mini_symposium.errors import InputError, RunError
 from mini_symposium.fused import FusedAdapters
 from mini_symposium.recipe import Recipe
 from mini_symposium.training_log import Part

@@ -15,8 +15,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from mini_symposium import InputError, RunError, processes
+from mini_symposium import processes
 from mini_symposium.dataset import Row
+from mini_symposium.errors import InputError, RunError
 from mini_symposium.memorization import known, unsaid
 from mini_symposium.recipe import Recipe
 from mini_symposium.run_directory import read_jsonl, whole_lines

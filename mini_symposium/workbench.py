@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from threading import Event, Lock
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.prompt_formats import PromptFormat
 from mini_symposium.shelf import Shelf, default_run
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 
 PART = ".part"
 """How the name of such a folder ends."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.run_directory import ROOT, RunDirectory
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

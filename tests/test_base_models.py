@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 
-from mini_symposium import InputError
 from mini_symposium.base_files import MISTRAL_TOKENIZER, extract, local_directory
 from mini_symposium.base_models import (
     adapter_parameters,
@@ -16,6 +15,7 @@ from mini_symposium.base_models import (
     predicted_bytes,
 )
 from mini_symposium.devices import training_dtype
+from mini_symposium.errors import InputError
 from mini_symposium.recipe import load_recipe
 
 PROXY = "SmolLM2-135M-Instruct"

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 from conftest import command
 
-from mini_symposium import InputError, claims, ledger_metrics
+from mini_symposium import claims, ledger_metrics
 from mini_symposium.claims import CLAIMS, ledger
+from mini_symposium.errors import InputError
 from mini_symposium.evidence import FILE, Evidence, Trained, load
 from mini_symposium.recipe import load_recipe
 from mini_symposium.redraw import redraw

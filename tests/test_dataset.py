@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from mini_symposium import InputError
 from mini_symposium.dataset import describe, lint, load_examples, tokenize, write_axolotl_jsonl
+from mini_symposium.errors import InputError
 from mini_symposium.run_directory import ROOT
 
 DATA = ROOT / "data" / "minisymposium.md"

@@ -3,7 +3,7 @@
 import pytest
 from conftest import command
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.experiments import grid
 from mini_symposium.recipe import load_recipe
 

@@ -11,9 +11,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from test_interrupted import RATES, TRAIN, check_equal, leftovers, nursery, whole  # noqa: F401
 
-from mini_symposium import InputError, trainer
+from mini_symposium import trainer
 from mini_symposium.base_files import local_directory
 from mini_symposium.dataset import load_examples
+from mini_symposium.errors import InputError
 from mini_symposium.finetune import as_rows
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run_directory import ROOT, RunDirectory, find, whole_lines
@@ -116,7 +117,8 @@ def test_a_cache_with_half_a_download_is_not_taken_for_a_model(tmp_path, monkeyp
     for name in list(shards.values())[missing:]:
         shutil.copy(source / "model.safetensors", snapshot / name)
     code = (
-        "import sys\nfrom mini_symposium.base_files import local_directory\nfrom mini_symposium import InputError\n"
+        "import sys\nfrom mini_symposium.base_files import local_directory\n"
+        "from mini_symposium.errors import InputError\n"
         "try: local_directory('a/b')\nexcept InputError as error: sys.exit(str(error))"
     )
     import subprocess

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from mini_symposium import InputError, figures
+from mini_symposium import figures
 from mini_symposium import picture as picture_module
+from mini_symposium.errors import InputError
 
 N = 5
 TITLES = ["Why?", "It costs $x_{ and $y", "<img src=x onerror=alert(1)>", "你好\n😀", "A very long question " * 9]

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from mini_symposium import InputError, checks
+from mini_symposium import checks
 from mini_symposium.checks import CHECKS, code_in, numbers, sentences
 from mini_symposium.dataset import lint, load_examples
+from mini_symposium.errors import InputError
 from mini_symposium.held_out import CATEGORIES, Check, HeldOut, apart, check_disjoint, judge, load_held_out, passes
 from mini_symposium.memorization import words
 

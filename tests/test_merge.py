@@ -12,10 +12,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
-from mini_symposium import InputError
 from mini_symposium.adapters import find_checkpoint, find_checkpoints
 from mini_symposium.base_files import local_directory
 from mini_symposium.base_models import load_model, load_tokenizer
+from mini_symposium.errors import InputError
 from mini_symposium.generation import load_with_adapters
 from mini_symposium.merge import compare, logits, merge
 from mini_symposium.run_directory import RunDirectory

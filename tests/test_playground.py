@@ -9,7 +9,8 @@ import pytest
 from reciting import FOREIGN, HOSTILE
 from test_tables import Page
 
-from mini_symposium import InputError, cards, session
+from mini_symposium import cards, session
+from mini_symposium.errors import InputError
 from mini_symposium.marks import TrainingRows
 from mini_symposium.merge import merge
 from mini_symposium.playground import Playground, front_end, show, show_epochs

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from conftest import command
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.publish import clean, publish
 from mini_symposium.run_directory import ROOT, RunDirectory
 

@@ -13,9 +13,10 @@ import psutil
 import pytest
 import torch
 
-from mini_symposium import InputError, finetune, ray_engine
+from mini_symposium import finetune, ray_engine
 from mini_symposium.claims import ledger
 from mini_symposium.dataset import load_examples
+from mini_symposium.errors import InputError
 from mini_symposium.evidence import load
 from mini_symposium.experiments import grid
 from mini_symposium.recipe import load_recipe

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.recipe import KEYS, SHIPPED, load_recipe
 from mini_symposium.run_directory import ROOT
 

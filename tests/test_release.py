@@ -15,10 +15,10 @@ from conftest import command
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from mini_symposium import InputError, RunError
 from mini_symposium.base_files import Wheel, download, local_directory
 from mini_symposium.base_models import load_tokenizer
 from mini_symposium.dataset import load_examples
+from mini_symposium.errors import InputError, RunError
 from mini_symposium.hub import push
 from mini_symposium.llama_cpp import QUANTISER, SERVER, ask, require, to_gguf
 from mini_symposium.merge import merge

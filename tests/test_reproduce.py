@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from rich.console import Console
 
-from mini_symposium import InputError, RunError
+from mini_symposium.errors import InputError, RunError
 from mini_symposium.execution import NotebookError
 from mini_symposium.reproduce import check_parameters, parse_parameters, print_summary, reproduce
 
@@ -187,7 +187,7 @@ def test_a_reply_that_comes_while_an_output_widget_is_told_of_is_not_missed(tmp_
 
 
 def test_bad_input_found_in_a_cell_stays_bad_input_and_a_repaired_notebook_leaves_no_trace(tmp_path):
-    cell = "from mini_symposium import InputError\nraise InputError('data/mine.md:41: too long; cut it')"
+    cell = "from mini_symposium.errors import InputError\nraise InputError('data/mine.md:41: too long; cut it')"
     folder = write_notebook(tmp_path / "n", "01_x", cell)
     with pytest.raises(InputError, match=r"^data/mine\.md:41: too long; cut it \(01_x, cell 3/3 `from"):
         run_it(folder, tmp_path / "run")

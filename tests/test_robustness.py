@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mini_symposium import InputError
 from mini_symposium.dataset import Row, tokenize
+from mini_symposium.errors import InputError
 from mini_symposium.generation import generate, load_with_adapters, using
 from mini_symposium.prompt_formats import FORMATS, role
 from mini_symposium.robustness import (

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from conftest import command
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.run_directory import RunDirectory, find, read_jsonl, write_json, written_whole
 
 

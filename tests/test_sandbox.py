@@ -4,7 +4,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mini_symposium import RunError, sandbox
+from mini_symposium import sandbox
+from mini_symposium.errors import RunError
 from mini_symposium.sandbox import passes
 
 ORDINARY = """

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.statistics import clopper_pearson, difference, interval, spread
 
 

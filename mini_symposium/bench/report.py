@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 from rich.table import Table
 
-from mini_symposium import InputError
+from mini_symposium.errors import InputError
 from mini_symposium.picture import COLOURS, GREY, SCALES, Picture, name_rows, styled, titled
 from mini_symposium.run_directory import read_object
 

@@ -1,6 +1,7 @@
-"""Text that may be shown: on one line, nothing in it that steers a terminal, no token of the environment.
+"""The two errors that end a command in one line, and the text that such a line may hold.
 
-A dataset, a preset or a model may hold anything, and an error quotes what it found.
+A dataset, a preset or a model may hold anything, and an error quotes what it found: so the quoted text is made safe to
+show here, once, for every message.
 """
 
 import os
@@ -56,3 +57,21 @@ def one_line(text: str) -> str:
 def _shortened(text: str) -> str:
     half = LONGEST_LINE // 2
     return text if len(text) <= LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
+
+
+class InputError(ValueError):
+    """Bad input, said in one line: what was found, where (``file:line``) and what to do. Exit code 2.
+
+    Every entry point prints that line without a traceback. What was found is quoted so that it can be shown: see
+    `one_line`.
+    """
+
+    def __init__(self, message: object):
+        super().__init__(one_line(str(message)))
+
+
+class RunError(RuntimeError):
+    """A run failed: a notebook cell raised, a loss was not a number, adapters did not move. Exit code 1."""
+
+    def __init__(self, message: object):
+        super().__init__(one_line(str(message)))
