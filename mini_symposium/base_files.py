@@ -20,9 +20,9 @@ from pathlib import Path
 import platformdirs
 
 from mini_symposium.errors import InputError
+from mini_symposium.files.writing import alone, clear_away, written_whole
 from mini_symposium.model_directory import checked
-from mini_symposium.run_directory import find, written_whole
-from mini_symposium.writing import alone, clear_away
+from mini_symposium.run_directory import find
 
 
 @dataclass(frozen=True)

@@ -194,8 +194,9 @@ def survival(
     as_json: Annotated[str, typer.Option("--json", metavar="FILE", help="RUN/lr-R/survival/epoch-N.json")] = "",
 ):
     """Measure what of a fine-tune is left in each way of storing it: in the weights, and in what the model does."""
+    from mini_symposium.files.writing import write_json
     from mini_symposium.recipe import load_recipe
-    from mini_symposium.run_directory import RunDirectory, write_json
+    from mini_symposium.run_directory import RunDirectory
 
     directory = RunDirectory(run)
     recipe = load_recipe(directory.recipe_file)
@@ -233,8 +234,9 @@ def claims(
     """Judge the card's twelve claims by what a run or a sweep has measured; writes claims.json into it."""
     from mini_symposium.claims import ledger
     from mini_symposium.evidence import load
+    from mini_symposium.files.writing import write_json
     from mini_symposium.redraw import redraw
-    from mini_symposium.run_directory import RunDirectory, write_json
+    from mini_symposium.run_directory import RunDirectory
 
     evidence = load(run)
     rows = ledger(evidence)
@@ -336,7 +338,8 @@ def bench(
     if on not in ("", device().type):
         raise InputError(f"--device {on}: this machine has {device().type}")
     from mini_symposium.bench import compare, report
-    from mini_symposium.run_directory import ROOT, read_object, write_json
+    from mini_symposium.files.writing import write_json
+    from mini_symposium.run_directory import ROOT, read_object
 
     parts = [part.strip() for part in only.split(",") if part.strip()] or compare.PARTS
     unknown = [part for part in parts if part not in compare.PARTS]

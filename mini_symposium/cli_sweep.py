@@ -46,9 +46,9 @@ def sweep(
     from mini_symposium.claims import ledger
     from mini_symposium.dataset import load_examples
     from mini_symposium.evidence import load
+    from mini_symposium.files.writing import alone, write_json
     from mini_symposium.held_out import check_disjoint, load_held_out
     from mini_symposium.sweep import Sweep, check_engine
-    from mini_symposium.writing import alone, write_json
 
     check_engine(engine)
     whole = Sweep(chosen, RunDirectory(out or f"runs/{chosen.name}-sweep").path, numbers, passes)

@@ -23,8 +23,9 @@ from pathlib import Path
 from rapidfuzz import fuzz
 
 from mini_symposium.errors import InputError
-from mini_symposium.reading import parse_json, read_text
-from mini_symposium.run_directory import ROOT, find, written_whole
+from mini_symposium.files.reading import parse_json, read_text
+from mini_symposium.files.writing import written_whole
+from mini_symposium.run_directory import ROOT, find
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mini_symposium.base_models import predicted_bytes
 from mini_symposium.dataset import Example, fingerprint
+from mini_symposium.files.writing import write_json
 from mini_symposium.generation import answer_grid, generate
 from mini_symposium.held_out import HeldOut, passes
 from mini_symposium.memorization import intrusion
@@ -21,7 +22,7 @@ from mini_symposium.prompt_formats import FORMATS, PromptFormat, role
 from mini_symposium.recipe import load_recipe
 from mini_symposium.recitation import PROBES, recite
 from mini_symposium.robustness import han_mass, posix
-from mini_symposium.run_directory import read_object, write_json
+from mini_symposium.run_directory import read_object
 from mini_symposium.text_signs import assistant_phrases, han_share, leaked, mean_distance, perspectives
 
 ENGINEER = role("### Software Engineer")

@@ -14,8 +14,9 @@ from itertools import chain
 from pathlib import Path
 
 from mini_symposium.errors import InputError
+from mini_symposium.files.writing import written_whole
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run_directory import RunDirectory, find, read_object, written_whole
+from mini_symposium.run_directory import RunDirectory, find, read_object
 
 FILE = "evidence.json"
 RECALL = {"prompt_recall": (int, float)}

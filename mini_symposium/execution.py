@@ -17,7 +17,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Column
 
 from mini_symposium.errors import InputError, RunError, without_secrets
-from mini_symposium.run_directory import RunDirectory, written_whole
+from mini_symposium.files.writing import written_whole
+from mini_symposium.run_directory import RunDirectory
 
 
 class NotebookError(RunError):

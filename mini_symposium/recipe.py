@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from mini_symposium.errors import InputError
-from mini_symposium.reading import parse_yaml, path_of, read_text
+from mini_symposium.files.reading import parse_yaml, path_of, read_text
 
 SHIPPED = {"tiny": "tiny.yml", "proxy": "proxy.yml", "paper": "MiniSymposium_axolotl_demo.yml"}
 """Names that stand for a recipe file of the package."""

@@ -12,6 +12,7 @@ from mini_symposium.adapters import find_checkpoints, read_adapters
 from mini_symposium.base_files import local_directory
 from mini_symposium.dataset import load_examples, write_axolotl_jsonl
 from mini_symposium.errors import InputError
+from mini_symposium.files.writing import write_json, written_whole
 from mini_symposium.gguf_files import tensor_types
 from mini_symposium.llama_cpp import FILE_TYPES, QUANTISER, SERVER, lora_to_gguf, quantise, require, to_gguf
 from mini_symposium.merge import check_room, merge
@@ -20,7 +21,7 @@ from mini_symposium.presets import modelfile
 from mini_symposium.prompt_formats import PromptFormat
 from mini_symposium.proof import in_words, prove
 from mini_symposium.recipe import Recipe, load_recipe
-from mini_symposium.run_directory import RunDirectory, write_json, written_whole
+from mini_symposium.run_directory import RunDirectory
 
 KINDS = ("f32", "f16", "bf16", *FILE_TYPES)
 """Of GGUF files: the first three as llama.cpp's converter writes them, the others by its quantiser."""

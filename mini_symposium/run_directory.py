@@ -15,9 +15,8 @@ from pathlib import Path
 
 from mini_symposium import __version__
 from mini_symposium.errors import InputError
-from mini_symposium.reading import parse_json, path_of, read_text
-from mini_symposium.writing import discard, write_json
-from mini_symposium.writing import written_whole as written_whole
+from mini_symposium.files.reading import parse_json, path_of, read_text
+from mini_symposium.files.writing import discard, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout: `data/`, `notebooks/` and `figures/` lie beside the package."""

@@ -14,8 +14,8 @@ from itertools import chain, count
 from pathlib import Path
 
 from mini_symposium.errors import InputError
+from mini_symposium.files.writing import write_json, written_whole
 from mini_symposium.prompt_formats import PromptFormat, load_preset
-from mini_symposium.run_directory import write_json, written_whole
 
 LARGEST_PRESET = 256 * 1024
 """Bytes; SillyTavern's own are about one KiB."""

@@ -23,12 +23,12 @@ from mini_symposium.base_models import load_tokenizer
 from mini_symposium.dataset import Example, load_examples
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.experiments import Experiment, grid, once
+from mini_symposium.files.writing import alone, write_json, written_whole
 from mini_symposium.finetune import PATIENCE, Job, as_rows, claim, held, train_together
 from mini_symposium.generation import folded, load_with_adapters
 from mini_symposium.held_out import HeldOut
 from mini_symposium.recipe import Recipe, load_recipe
 from mini_symposium.run_directory import RunDirectory
-from mini_symposium.writing import alone, write_json, written_whole
 
 SEEDS = (42, 43, 44)
 EPOCHS_LOW, EPOCHS_HIGH = 600, 60

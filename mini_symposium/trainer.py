@@ -26,10 +26,10 @@ from mini_symposium.base_models import compute_in_float32, load_model, load_toke
 from mini_symposium.dataset import Row
 from mini_symposium.devices import device, training_dtype
 from mini_symposium.errors import InputError, RunError
+from mini_symposium.files.writing import discard, written_whole
 from mini_symposium.fused import FusedAdapters
 from mini_symposium.recipe import Recipe
 from mini_symposium.training_log import Part
-from mini_symposium.writing import discard, written_whole
 
 
 class EpochOrder(torch.utils.data.Sampler):

@@ -18,10 +18,10 @@ from transformers import TrainerCallback
 from mini_symposium import processes
 from mini_symposium.dataset import Row
 from mini_symposium.errors import InputError, RunError
+from mini_symposium.files.writing import written_whole
 from mini_symposium.memorization import known, unsaid
 from mini_symposium.recipe import Recipe
 from mini_symposium.run_directory import read_jsonl, whole_lines
-from mini_symposium.writing import written_whole
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import SHORT
 
+from mini_symposium.files.writing import alone, being_written, clear_away, discard, written_whole
 from mini_symposium.run_directory import ROOT, RunDirectory
-from mini_symposium.writing import alone, being_written, clear_away, discard, written_whole
 
 RATES = (1e-2, 1e-3)
 TRAIN = """
@@ -246,7 +246,7 @@ def test_what_a_killed_writer_left_is_cleared_away_and_what_is_being_written_is_
 
 def test_a_lock_may_be_taken_again_by_its_own_process(tmp_path):
     with alone(tmp_path), alone(tmp_path), alone(tmp_path, ".other"):
-        code = "import sys, pathlib, mini_symposium.writing as w\nwith w.alone(pathlib.Path(sys.argv[1])): pass"
+        code = "import sys, pathlib, mini_symposium.files.writing as w\nwith w.alone(pathlib.Path(sys.argv[1])): pass"
         other = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
         assert "another process works here" in other.stderr
     assert subprocess.run([sys.executable, "-c", code, tmp_path]).returncode == 0

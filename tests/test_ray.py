@@ -195,7 +195,7 @@ def test_a_successor_waits_for_one_that_only_seems_dead(tmp_path, monkeypatch):
     (some,) = grid(recipe, [1e-3], [2], epochs=1)
     monkeypatch.setattr(finetune, "PATIENCE", 0.0)
     run = tmp_path / some[0].folder
-    hold = "import sys, time, pathlib\nfrom mini_symposium.writing import alone\n"
+    hold = "import sys, time, pathlib\nfrom mini_symposium.files.writing import alone\n"
     hold += (
         "with alone(pathlib.Path(sys.argv[1]), '.training.lock'):\n    print('held', flush=True)\n    time.sleep(3)\n"
     )

@@ -23,9 +23,9 @@ from mini_symposium.base_models import load_model, load_tokenizer, nf4
 from mini_symposium.bench.turns import Turn
 from mini_symposium.dataset import Row
 from mini_symposium.devices import device
+from mini_symposium.files.writing import written_whole
 from mini_symposium.generation import generate, load_with_adapters
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run_directory import written_whole
 from mini_symposium.trainer import build_trainer
 from mini_symposium.training_log import Log, Part
 
