@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mini_symposium.errors import InputError
-from mini_symposium.run_directory import RunDirectory, read_object
+from mini_symposium.run import RunDirectory, read_object
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """{weight name in the base: (A (R, in), B (out, R))}; B A is what is added to it."""

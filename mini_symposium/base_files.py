@@ -22,7 +22,7 @@ import platformdirs
 from mini_symposium.errors import InputError
 from mini_symposium.files.writing import alone, clear_away, written_whole
 from mini_symposium.model_directory import checked
-from mini_symposium.run_directory import find
+from mini_symposium.run import find
 
 
 @dataclass(frozen=True)

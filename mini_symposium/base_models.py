@@ -22,7 +22,7 @@ from mini_symposium.base_files import local_directory, reason
 from mini_symposium.devices import device, out_of_memory, training_dtype
 from mini_symposium.errors import InputError
 from mini_symposium.recipe import Recipe
-from mini_symposium.run_directory import find
+from mini_symposium.run import find
 
 # Loading takes seconds; its progress bars and advice would bury what the notebooks say.
 transformers.utils.logging.disable_progress_bar()

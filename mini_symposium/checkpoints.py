@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mini_symposium.errors import InputError
 from mini_symposium.files.writing import write_json
-from mini_symposium.run_directory import checkpoints_in, read_object, whole_lines
+from mini_symposium.run import checkpoints_in, read_object, whole_lines
 
 ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json"}
 RESUME_FILES = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "checksums.json"}

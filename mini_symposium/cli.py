@@ -125,7 +125,7 @@ def ask(
     """Ask one query in several prompt formats, and show the answers side by side."""
     from mini_symposium.prompt_formats import prompt_format
     from mini_symposium.recipe import SHIPPED, load_recipe
-    from mini_symposium.run_directory import RunDirectory
+    from mini_symposium.run import RunDirectory
 
     formats = [prompt_format(name) for name in format or ["new-query", "alpaca", "chatml", "bare"]]
     checkpoints, four_bit = {}, True
@@ -162,7 +162,7 @@ def merge(
 ):
     """Add adapters into their base and write a model, tensor by tensor; several are averaged, or weighted."""
     from mini_symposium.recipe import load_recipe
-    from mini_symposium.run_directory import RunDirectory
+    from mini_symposium.run import RunDirectory
 
     directory = RunDirectory(run)
     recipe = load_recipe(directory.recipe_file)
@@ -196,7 +196,7 @@ def survival(
     """Measure what of a fine-tune is left in each way of storing it: in the weights, and in what the model does."""
     from mini_symposium.files.writing import write_json
     from mini_symposium.recipe import load_recipe
-    from mini_symposium.run_directory import RunDirectory
+    from mini_symposium.run import RunDirectory
 
     directory = RunDirectory(run)
     recipe = load_recipe(directory.recipe_file)
@@ -236,7 +236,7 @@ def claims(
     from mini_symposium.evidence import load
     from mini_symposium.files.writing import write_json
     from mini_symposium.redraw import redraw
-    from mini_symposium.run_directory import RunDirectory
+    from mini_symposium.run import RunDirectory
 
     evidence = load(run)
     rows = ledger(evidence)
@@ -276,7 +276,7 @@ def figures(
     """Draw a run's figures again from its metrics and csv files; needs no model and no torch."""
     from mini_symposium.bench import report
     from mini_symposium.redraw import redraw
-    from mini_symposium.run_directory import RunDirectory
+    from mini_symposium.run import RunDirectory
 
     for run in runs:
         for path in [report.redraw(Path(run))] if run.endswith(".json") else redraw(RunDirectory(run)):
@@ -287,7 +287,7 @@ def figures(
 def publish(run: Annotated[str, typer.Argument(help="a finished run directory")]):
     """Put a run's outputs into notebooks/, cleaned, and its metrics, results and figures into figures/NAME."""
     from mini_symposium.publish import publish as put
-    from mini_symposium.run_directory import RunDirectory
+    from mini_symposium.run import RunDirectory
 
     for path in put(RunDirectory(run)):
         console.print(path, soft_wrap=True)
@@ -301,7 +301,7 @@ def doctor(recipe: RecipeOption = "proxy"):
     chosen = load_recipe(recipe)
     from mini_symposium.base_models import four_bit_works, predicted_bytes
     from mini_symposium.devices import device, memory
-    from mini_symposium.run_directory import environment
+    from mini_symposium.run import environment
 
     found = environment()
     table = Table("what", "found", title=escape(printable(f"recipe {chosen.name}: {chosen.base_model}")))
@@ -339,7 +339,7 @@ def bench(
         raise InputError(f"--device {on}: this machine has {device().type}")
     from mini_symposium.bench import compare, report
     from mini_symposium.files.writing import write_json
-    from mini_symposium.run_directory import ROOT, read_object
+    from mini_symposium.run import ROOT, read_object
 
     parts = [part.strip() for part in only.split(",") if part.strip()] or compare.PARTS
     unknown = [part for part in parts if part not in compare.PARTS]

@@ -108,7 +108,7 @@ def axolotl(
 ):
     """The recipe as Axolotl's YAML, and its dataset as JSONL."""
     from mini_symposium.recipe import SHIPPED, load_recipe
-    from mini_symposium.run_directory import RunDirectory
+    from mini_symposium.run import RunDirectory
 
     run = RunDirectory(run_or_recipe)
     of_run = run_or_recipe not in SHIPPED and run.recipe_file.exists()
@@ -128,7 +128,7 @@ def card(
     license: Annotated[str, typer.Option(help="the hub's name of one; the base model's, where it is known")] = "",
 ):
     """A model card from what the run recorded; `out` may hold a model already."""
-    from mini_symposium.run_directory import RunDirectory
+    from mini_symposium.run import RunDirectory
 
     directory = RunDirectory(run)
     from mini_symposium.adapters import find_checkpoint

@@ -30,7 +30,7 @@ def sweep(
     """Train and measure what the twelve claims need, or a grid of your own; interrupted, it goes on where it was."""
     from mini_symposium.experiments import grid, once, parse_numbers, parse_ranks
     from mini_symposium.recipe import load_recipe
-    from mini_symposium.run_directory import RunDirectory
+    from mini_symposium.run import RunDirectory
 
     chosen = load_recipe(recipe)
     numbers = parse_numbers("seeds", seeds) or [chosen.seed]

@@ -25,7 +25,7 @@ from rapidfuzz import fuzz
 from mini_symposium.errors import InputError
 from mini_symposium.files.reading import parse_json, read_text
 from mini_symposium.files.writing import written_whole
-from mini_symposium.run_directory import ROOT, find
+from mini_symposium.run import ROOT, find
 
 
 @dataclass(frozen=True)

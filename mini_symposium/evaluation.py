@@ -22,7 +22,7 @@ from mini_symposium.prompt_formats import FORMATS, PromptFormat, role
 from mini_symposium.recipe import load_recipe
 from mini_symposium.recitation import PROBES, recite
 from mini_symposium.robustness import han_mass, posix
-from mini_symposium.run_directory import read_object
+from mini_symposium.run import read_object
 from mini_symposium.text_signs import assistant_phrases, han_share, leaked, mean_distance, perspectives
 
 ENGINEER = role("### Software Engineer")

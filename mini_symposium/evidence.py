@@ -16,7 +16,7 @@ from pathlib import Path
 from mini_symposium.errors import InputError
 from mini_symposium.files.writing import written_whole
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run_directory import RunDirectory, find, read_object
+from mini_symposium.run import RunDirectory, find, read_object
 
 FILE = "evidence.json"
 RECALL = {"prompt_recall": (int, float)}

@@ -18,7 +18,7 @@ from rich.table import Column
 
 from mini_symposium.errors import InputError, RunError, without_secrets
 from mini_symposium.files.writing import written_whole
-from mini_symposium.run_directory import RunDirectory
+from mini_symposium.run import RunDirectory
 
 
 class NotebookError(RunError):

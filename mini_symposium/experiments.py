@@ -9,7 +9,7 @@ from itertools import product
 
 from mini_symposium.errors import InputError
 from mini_symposium.recipe import Recipe
-from mini_symposium.run_directory import RunDirectory
+from mini_symposium.run import RunDirectory
 
 PER_PASS = 8
 """Adapters of a grid that share a pass over the base: more save more of its cost, fewer leave more to run at once."""

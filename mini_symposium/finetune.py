@@ -32,7 +32,7 @@ from mini_symposium.devices import device, out_of_memory, peak_memory
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.files.writing import alone, clear_away, write_json, written_whole
 from mini_symposium.recipe import KEYS, Recipe, load_recipe
-from mini_symposium.run_directory import RunDirectory, environment, said_already
+from mini_symposium.run import RunDirectory, environment, said_already
 from mini_symposium.trainer import build_trainer, check_batches, save_adapter
 from mini_symposium.training_log import Log, Part
 

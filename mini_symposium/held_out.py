@@ -18,7 +18,7 @@ from mini_symposium.dataset import Example
 from mini_symposium.errors import InputError
 from mini_symposium.files.reading import check_tokens, read_text, refuse_repeated
 from mini_symposium.memorization import overlap, words
-from mini_symposium.run_directory import ROOT, find
+from mini_symposium.run import ROOT, find
 
 CATEGORIES = (
     *("fact", "arithmetic", "code", "format", "explanation"),

@@ -11,7 +11,7 @@ from mini_symposium.files.writing import written_whole
 from mini_symposium.picture import RATES_DO_NOT_TRANSFER, SCALES
 from mini_symposium.prompt_formats import FORMATS
 from mini_symposium.recipe import Recipe, load_recipe
-from mini_symposium.run_directory import RunDirectory, read_object
+from mini_symposium.run import RunDirectory, read_object
 
 HUB_IDS = {"SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """What the hub calls a base model that the kit takes from elsewhere."""

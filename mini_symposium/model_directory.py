@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mini_symposium.errors import InputError
-from mini_symposium.run_directory import read_object
+from mini_symposium.run import read_object
 from mini_symposium.tensor_files import read_header
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

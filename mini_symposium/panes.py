@@ -12,7 +12,7 @@ from ipywidgets import HTML, Box, Button, Dropdown, GridBox, HBox, Layout, Selec
 
 from mini_symposium import cards, session
 from mini_symposium.errors import InputError
-from mini_symposium.run_directory import ROOT
+from mini_symposium.run import ROOT
 
 WIDE = {"description_width": "initial"}
 GRID = {

@@ -29,7 +29,7 @@ from pathlib import Path
 from mini_symposium.errors import InputError
 from mini_symposium.files.reading import parse_json, read_text
 from mini_symposium.files.writing import write_json
-from mini_symposium.run_directory import find
+from mini_symposium.run import find
 
 SPACE = "\t\n\v\f\r \xa0\u1680\u2028\u2029\u202f\u205f\u3000\ufeff" + "".join(map(chr, range(0x2000, 0x200B)))
 """What JavaScript's `trim` removes, which is not quite what Python's `strip` does."""

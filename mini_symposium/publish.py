@@ -12,7 +12,7 @@ import nbformat
 
 from mini_symposium.errors import InputError
 from mini_symposium.files.writing import written_whole
-from mini_symposium.run_directory import ROOT, RunDirectory
+from mini_symposium.run import ROOT, RunDirectory
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}

@@ -9,7 +9,7 @@ from mini_symposium.dataset import load_examples
 from mini_symposium.errors import InputError
 from mini_symposium.picture import Picture
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run_directory import RunDirectory
+from mini_symposium.run import RunDirectory
 
 
 def redraw(run: RunDirectory) -> list[Path]:

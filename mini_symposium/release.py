@@ -21,7 +21,7 @@ from mini_symposium.presets import modelfile
 from mini_symposium.prompt_formats import PromptFormat
 from mini_symposium.proof import in_words, prove
 from mini_symposium.recipe import Recipe, load_recipe
-from mini_symposium.run_directory import RunDirectory
+from mini_symposium.run import RunDirectory
 
 KINDS = ("f32", "f16", "bf16", *FILE_TYPES)
 """Of GGUF files: the first three as llama.cpp's converter writes them, the others by its quantiser."""

@@ -26,7 +26,7 @@ from mini_symposium.execution import Notebook, execute, view
 from mini_symposium.files.reading import parse_json, read_text
 from mini_symposium.files.writing import alone, clear_away, write_json
 from mini_symposium.recipe import KEYS, load_recipe
-from mini_symposium.run_directory import ROOT, RunDirectory, said_already
+from mini_symposium.run import ROOT, RunDirectory, said_already
 
 NOTEBOOKS = ROOT / "notebooks"
 

@@ -12,7 +12,7 @@ from mini_symposium.dataset import load_examples
 from mini_symposium.errors import InputError
 from mini_symposium.marks import TrainingRows
 from mini_symposium.recipe import SHIPPED, load_recipe
-from mini_symposium.run_directory import RunDirectory
+from mini_symposium.run import RunDirectory
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from mini_symposium.finetune import PATIENCE, Job, as_rows, claim, held, train_t
 from mini_symposium.generation import folded, load_with_adapters
 from mini_symposium.held_out import HeldOut
 from mini_symposium.recipe import Recipe, load_recipe
-from mini_symposium.run_directory import RunDirectory
+from mini_symposium.run import RunDirectory
 
 SEEDS = (42, 43, 44)
 EPOCHS_LOW, EPOCHS_HIGH = 600, 60

@@ -21,7 +21,7 @@ from mini_symposium.errors import InputError, RunError
 from mini_symposium.files.writing import written_whole
 from mini_symposium.memorization import known, unsaid
 from mini_symposium.recipe import Recipe
-from mini_symposium.run_directory import read_jsonl, whole_lines
+from mini_symposium.run import read_jsonl, whole_lines
 
 
 @dataclass(frozen=True)

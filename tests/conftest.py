@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from mini_symposium.errors import InputError
-from mini_symposium.run_directory import ROOT, RunDirectory
+from mini_symposium.run import ROOT, RunDirectory
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -199,7 +199,7 @@ def overfitted_run(tmp_path_factory):
     from mini_symposium import finetune
     from mini_symposium.dataset import load_examples
     from mini_symposium.recipe import load_recipe
-    from mini_symposium.run_directory import find
+    from mini_symposium.run import find
 
     row, twin = (load_examples(find(f"data/{name}.md"))[6] for name in ("minisymposium", "twins"))
     run, recipe = RunDirectory(tmp_path_factory.mktemp("overfitted")), load_recipe("proxy", num_epochs=14)
@@ -224,7 +224,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     from mini_symposium.dataset import load_examples
     from mini_symposium.finetune import train
     from mini_symposium.recipe import load_recipe
-    from mini_symposium.run_directory import find
+    from mini_symposium.run import find
 
     run = RunDirectory(tmp_path_factory.mktemp("tiny-run"))
     train(load_recipe("tiny", num_epochs=6), load_examples(find("data/minisymposium.md")), run, [1e-3])
@@ -237,7 +237,7 @@ def proxy_checkpoint(tmp_path_factory) -> Path:
     from mini_symposium.dataset import load_examples
     from mini_symposium.finetune import train
     from mini_symposium.recipe import load_recipe
-    from mini_symposium.run_directory import find
+    from mini_symposium.run import find
 
     run = RunDirectory(tmp_path_factory.mktemp("proxy-run"))
     recipe = load_recipe("proxy", num_epochs=6)

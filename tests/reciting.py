@@ -15,7 +15,7 @@ from mini_symposium.base_files import local_directory
 from mini_symposium.base_models import load_model, load_tokenizer
 from mini_symposium.dataset import load_examples
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run_directory import RunDirectory
+from mini_symposium.run import RunDirectory
 
 HOSTILE = """<img src=x onerror="document.title='owned'"> is what a picture looks like, and $\\alpha$ is a formula."""
 FOREIGN = "天空是蓝色的，因为空气把阳光里的蓝光散射得最多。 That was the answer in another script, as nobody asked."

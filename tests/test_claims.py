@@ -15,7 +15,7 @@ from mini_symposium.errors import InputError
 from mini_symposium.evidence import FILE, Evidence, Trained, load
 from mini_symposium.recipe import load_recipe
 from mini_symposium.redraw import redraw
-from mini_symposium.run_directory import RunDirectory
+from mini_symposium.run import RunDirectory
 
 FORMATS = ("new-query", "alpaca", "character")
 CATEGORIES = ("fact", "code", "character", "false-premise", "explanation", "trade-off")

@@ -6,7 +6,7 @@ import pytest
 from conftest import command
 
 from mini_symposium.base_files import local_directory
-from mini_symposium.run_directory import ROOT
+from mini_symposium.run import ROOT
 
 DATA = ROOT / "data" / "minisymposium.md"
 

@@ -5,7 +5,7 @@ import pytest
 
 from mini_symposium.dataset import describe, lint, load_examples, tokenize, write_axolotl_jsonl
 from mini_symposium.errors import InputError
-from mini_symposium.run_directory import ROOT
+from mini_symposium.run import ROOT
 
 DATA = ROOT / "data" / "minisymposium.md"
 ONE = "### New Query\nWhy?\n\n### Critic\nNo.\n\n### Complete Response\nBecause it is so.\n"

@@ -17,7 +17,7 @@ from mini_symposium.dataset import load_examples
 from mini_symposium.errors import InputError
 from mini_symposium.finetune import as_rows
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run_directory import ROOT, RunDirectory, find, whole_lines
+from mini_symposium.run import ROOT, RunDirectory, find, whole_lines
 from mini_symposium.trainer import EpochOrder
 
 ONE_LINE = """

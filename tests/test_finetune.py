@@ -22,7 +22,7 @@ from mini_symposium.dataset import load_examples, tokenize
 from mini_symposium.devices import training_dtype
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run_directory import RunDirectory, find, read_jsonl
+from mini_symposium.run import RunDirectory, find, read_jsonl
 from mini_symposium.training_log import Log, Part
 
 DATA = find("data/minisymposium.md")

@@ -14,7 +14,7 @@ from mini_symposium.base_models import compute_in_float32, load_model
 from mini_symposium.dataset import load_examples, tokenize
 from mini_symposium.devices import training_dtype
 from mini_symposium.fused import FusedAdapters, _TokenLosses
-from mini_symposium.run_directory import find
+from mini_symposium.run import find
 
 
 def adapted(base, ranks=(8,), **options):

@@ -21,7 +21,7 @@ from mini_symposium.held_out import load_held_out
 from mini_symposium.prompt_formats import FORMATS, PromptFormat, load_chat, load_preset, prompt_format
 from mini_symposium.recipe import KEYS, load_recipe
 from mini_symposium.reproduce import check_parameters, parse_parameters, read_notebooks
-from mini_symposium.run_directory import ROOT, RunDirectory, find, read_jsonl
+from mini_symposium.run import ROOT, RunDirectory, find, read_jsonl
 
 MALFORMED = ROOT / "tests" / "data" / "malformed"
 EXPECTED = json.loads((MALFORMED / "expected.json").read_text())

@@ -15,14 +15,14 @@ import torch
 from conftest import SHORT
 
 from mini_symposium.files.writing import alone, being_written, clear_away, discard, written_whole
-from mini_symposium.run_directory import ROOT, RunDirectory
+from mini_symposium.run import ROOT, RunDirectory
 
 RATES = (1e-2, 1e-3)
 TRAIN = """
 from mini_symposium.dataset import load_examples
 from mini_symposium.finetune import train
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run_directory import RunDirectory, find
+from mini_symposium.run import RunDirectory, find
 examples = load_examples(find("data/minisymposium.md"))
 recipe = load_recipe("tiny", num_epochs=5, lora_r=2, lora_dropout=0.0)
 train(recipe, examples[:3], RunDirectory({run!r}), {rates}, [1, 2, 3, 4], held_out=examples[3:4])

@@ -14,7 +14,7 @@ from mini_symposium.memorization import (
     repetition,
     words,
 )
-from mini_symposium.run_directory import find
+from mini_symposium.run import find
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from mini_symposium.base_models import load_model, load_tokenizer
 from mini_symposium.errors import InputError
 from mini_symposium.generation import load_with_adapters
 from mini_symposium.merge import compare, logits, merge
-from mini_symposium.run_directory import RunDirectory
+from mini_symposium.run import RunDirectory
 
 TEXTS = ["### New Query\nHow deep is a well?\n\n### Complete Response\nDrop a stone and count.", "Paris, 巴黎"]
 

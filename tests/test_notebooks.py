@@ -10,7 +10,7 @@ import torch
 from conftest import SECRET, SHORT, command
 from safetensors.torch import load_file
 
-from mini_symposium.run_directory import ROOT
+from mini_symposium.run import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 

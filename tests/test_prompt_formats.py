@@ -9,7 +9,7 @@ from conftest import command
 from mini_symposium.dataset import load_examples
 from mini_symposium.errors import InputError
 from mini_symposium.prompt_formats import FORMATS, PromptFormat, load_chat, load_preset, prompt_format
-from mini_symposium.run_directory import ROOT
+from mini_symposium.run import ROOT
 
 FIXTURES = sorted((ROOT / "tests" / "data" / "sillytavern").glob("*.json"))
 

@@ -9,7 +9,7 @@ from conftest import command
 
 from mini_symposium.errors import InputError
 from mini_symposium.publish import clean, publish
-from mini_symposium.run_directory import ROOT, RunDirectory
+from mini_symposium.run import ROOT, RunDirectory
 
 
 def test_a_published_run_is_clean_and_redraws_the_same(tiny_run, tmp_path):

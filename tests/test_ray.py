@@ -20,7 +20,7 @@ from mini_symposium.errors import InputError
 from mini_symposium.evidence import load
 from mini_symposium.experiments import grid
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run_directory import RunDirectory, find
+from mini_symposium.run import RunDirectory, find
 from mini_symposium.sweep import run_grid, train_pass
 
 os.environ |= {

@@ -3,7 +3,7 @@ import yaml
 
 from mini_symposium.errors import InputError
 from mini_symposium.recipe import KEYS, SHIPPED, load_recipe
-from mini_symposium.run_directory import ROOT
+from mini_symposium.run import ROOT
 
 RECIPES = ROOT / "mini_symposium" / "recipes"
 GOOD = """\

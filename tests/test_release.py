@@ -27,7 +27,7 @@ from mini_symposium.presets import context_preset, modelfile, ollama_template, w
 from mini_symposium.prompt_formats import FORMATS, PromptFormat, load_preset
 from mini_symposium.recipe import load_recipe
 from mini_symposium.release import gguf, ollama, source
-from mini_symposium.run_directory import ROOT, RunDirectory
+from mini_symposium.run import ROOT, RunDirectory
 
 AXOLOTL = Wheel("axolotl==0.19.0", "f28eb3ad3709975eec4adfe13307dd980c7e7917cc43cb03f2c6f26c007135cc", "")
 CHAT = [{"role": role, "content": f"{role} says {i}"} for i, role in enumerate(("system", "user", "assistant", "user"))]

@@ -15,7 +15,7 @@ from mini_symposium.execution import NotebookError
 from mini_symposium.reproduce import check_parameters, parse_parameters, print_summary, reproduce
 
 SETTINGS = 'RECIPE = "proxy"\nRUN = ""\nDATASET = ""\nNUM_EPOCHS = 3  # passes\nRATES = []'
-RECORD = "from mini_symposium.run_directory import RunDirectory"
+RECORD = "from mini_symposium.run import RunDirectory"
 GIVEN = "{'given': [RECIPE, NUM_EPOCHS, RATES], 'python': sys.executable, 'ipython': os.environ['IPYTHONDIR']}"
 FIRST = "# What we were given\nimport os, sys", f"{RECORD}\nRunDirectory(RUN).record('01_a', {GIVEN})"
 

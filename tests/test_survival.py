@@ -14,7 +14,7 @@ from mini_symposium.errors import InputError
 from mini_symposium.gguf_files import read_gguf, tensor_types
 from mini_symposium.llama_cpp import quantise, to_gguf
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run_directory import RunDirectory
+from mini_symposium.run import RunDirectory
 from mini_symposium.storages import STORAGES, possible, read_model, read_names
 from mini_symposium.survival import sentence, survival, verdict
 from mini_symposium.survival_figure import of_table

@@ -13,7 +13,7 @@ from mini_symposium.evidence import load
 from mini_symposium.held_out import load_held_out
 from mini_symposium.prompt_formats import FORMATS
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run_directory import RunDirectory, find
+from mini_symposium.run import RunDirectory, find
 from mini_symposium.sweep import Sweep, plan
 
 

@@ -24,7 +24,7 @@ from mini_symposium.dataset import load_examples
 from mini_symposium.devices import device, training_dtype
 from mini_symposium.llama_cpp import to_gguf
 from mini_symposium.prompt_formats import FORMATS
-from mini_symposium.run_directory import ROOT, environment, find
+from mini_symposium.run import ROOT, environment, find
 
 PROXY, SEVEN = "SmolLM2-135M-Instruct", "random-mistral-7b"
 PEERS = ROOT / ".venv-bench" / "bin" / "python"

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from mini_symposium.errors import InputError
 from mini_symposium.picture import COLOURS, GREY, SCALES, Picture, name_rows, styled, titled
-from mini_symposium.run_directory import read_object
+from mini_symposium.run import read_object
 
 CPU_BARS = (
     ("training step, 256 tokens, against stock TRL QLoRA", "step_vs_stock_trl", 0.33),

@@ -6,7 +6,7 @@ from conftest import command
 
 from mini_symposium.errors import InputError
 from mini_symposium.files.writing import write_json, written_whole
-from mini_symposium.run_directory import RunDirectory, find, read_jsonl
+from mini_symposium.run import RunDirectory, find, read_jsonl
 
 
 @pytest.mark.parametrize("rate", [1e-7, 1e-5, 2.5e-5, 0.001, 1.0, 3.3333333333e-6])
