@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mini_symposium.dataset import Row
+from mini_symposium.data.dataset import Row
+from mini_symposium.data.prompt_formats import FORMATS
 from mini_symposium.generation import generate
 from mini_symposium.merge import logits
-from mini_symposium.prompt_formats import FORMATS
 
 QUERIES = (
     "Why does the moon look larger near the horizon?",

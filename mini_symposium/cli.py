@@ -57,7 +57,7 @@ def train(
 
     given = check_parameters(parse_parameters(parameter or []), "02_finetune")
     from mini_symposium import processes
-    from mini_symposium.dataset import load_examples
+    from mini_symposium.data.dataset import load_examples
     from mini_symposium.finetune import prepare
     from mini_symposium.finetune import train as run_training
 
@@ -94,7 +94,7 @@ def inspect(
     axolotl: Annotated[str, typer.Option(metavar="OUT.jsonl", help="also write the rows as JSONL for Axolotl")] = "",
 ):
     """Validate and describe a dataset."""
-    from mini_symposium.dataset import describe, lint, load_examples, write_axolotl_jsonl
+    from mini_symposium.data.dataset import describe, lint, load_examples, write_axolotl_jsonl
 
     examples = load_examples(file)
     description, warnings = describe(examples), lint(examples)
@@ -123,7 +123,7 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
 ):
     """Ask one query in several prompt formats, and show the answers side by side."""
-    from mini_symposium.prompt_formats import prompt_format
+    from mini_symposium.data.prompt_formats import prompt_format
     from mini_symposium.recipe import SHIPPED, load_recipe
     from mini_symposium.run import RunDirectory
 
@@ -259,7 +259,7 @@ def render(
     chat: Annotated[str, typer.Argument(metavar="CHAT.json")],
 ):
     """Print the prompt and the stop strings that a SillyTavern preset makes of a chat, as JSON."""
-    from mini_symposium.prompt_formats import load_chat, load_preset
+    from mini_symposium.data.prompt_formats import load_chat, load_preset
 
     form, talk = load_preset(preset), load_chat(chat)
     prompt = form.render_chat(talk["messages"], talk["user"], talk["char"])

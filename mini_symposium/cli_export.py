@@ -71,7 +71,7 @@ def ollama(
     check: Check = True,
 ):
     """A GGUF file and a Modelfile with the prompt format's template and stop strings."""
-    from mini_symposium.prompt_formats import prompt_format
+    from mini_symposium.data.prompt_formats import prompt_format
     from mini_symposium.release import ollama as write
     from mini_symposium.release import source
 
@@ -93,8 +93,8 @@ def sillytavern(
     ] = None,
 ):
     """Instruct and context presets; first the one that names {{user}} and {{char}}, as the card advises."""
+    from mini_symposium.data.prompt_formats import FORMATS, prompt_format
     from mini_symposium.presets import write_sillytavern
-    from mini_symposium.prompt_formats import FORMATS, prompt_format
 
     names = format or sorted(FORMATS, key=lambda name: name != "character")
     for path in write_sillytavern([prompt_format(name) for name in names], Path(out)):

@@ -44,10 +44,10 @@ def sweep(
     elif epochs is not None:
         raise InputError("--epochs: is for a grid; give --learning-rates, --ranks or --schedules too")
     from mini_symposium.claims import ledger
-    from mini_symposium.dataset import load_examples
+    from mini_symposium.data.dataset import load_examples
+    from mini_symposium.data.held_out import check_disjoint, load_held_out
     from mini_symposium.evidence import load
     from mini_symposium.files.writing import alone, write_json
-    from mini_symposium.held_out import check_disjoint, load_held_out
     from mini_symposium.sweep import Sweep, check_engine
 
     check_engine(engine)

@@ -24,9 +24,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer as DecoderLa
 
 from mini_symposium.base_files import local_directory
 from mini_symposium.base_models import load_model
+from mini_symposium.data.prompt_formats import PromptFormat
 from mini_symposium.devices import device, memory, out_of_memory
 from mini_symposium.errors import InputError
-from mini_symposium.prompt_formats import PromptFormat
 from mini_symposium.sampling import Choice, Sampling
 
 SHARE = 0.5

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import regex
 
-from mini_symposium.memorization import words
+from mini_symposium.data.text_overlap import words
 
 LEAST = 8
 """Words in a row, as `memorization.words` counts them, from which on a stretch is recited."""

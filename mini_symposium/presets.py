@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mini_symposium.data.prompt_formats import PromptFormat
 from mini_symposium.errors import InputError
 from mini_symposium.files.writing import write_json, written_whole
-from mini_symposium.prompt_formats import PromptFormat
 
 PARTS = ("anchorBefore", "system", "wiBefore", "description", "personality", "scenario", "wiAfter", "persona")
 STORY = "".join(f"{{{{#if {part}}}}}{{{{{part}}}}}\n{{{{/if}}}}" for part in (*PARTS, "anchorAfter"))
@@ -22,7 +22,7 @@ HOLE = "\0"
 def around(form: PromptFormat, role: str, user: str = "User", char: str = "Assistant") -> tuple[str, str]:
     """What a format puts before and after what `role` (system, user, assistant) says.
 
-    >>> from mini_symposium.prompt_formats import FORMATS
+    >>> from mini_symposium.data.prompt_formats import FORMATS
     >>> around(FORMATS["new-query"], "user")
     ('### New Query\\n', '\\n\\n')
     """

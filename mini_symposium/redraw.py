@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from mini_symposium import claims, evidence, figures, ledger_figures, survival_figure
-from mini_symposium.dataset import load_examples
+from mini_symposium.data.dataset import load_examples
 from mini_symposium.errors import InputError
 from mini_symposium.picture import Picture
 from mini_symposium.recipe import load_recipe

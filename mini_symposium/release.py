@@ -10,7 +10,8 @@ from pathlib import Path
 
 from mini_symposium.adapters import find_checkpoints, read_adapters
 from mini_symposium.base_files import local_directory
-from mini_symposium.dataset import load_examples, write_axolotl_jsonl
+from mini_symposium.data.dataset import load_examples, write_axolotl_jsonl
+from mini_symposium.data.prompt_formats import PromptFormat
 from mini_symposium.errors import InputError
 from mini_symposium.files.writing import write_json, written_whole
 from mini_symposium.gguf_files import tensor_types
@@ -18,7 +19,6 @@ from mini_symposium.llama_cpp import FILE_TYPES, QUANTISER, SERVER, lora_to_gguf
 from mini_symposium.merge import check_room, merge
 from mini_symposium.model_card import HUB_IDS
 from mini_symposium.presets import modelfile
-from mini_symposium.prompt_formats import PromptFormat
 from mini_symposium.proof import in_words, prove
 from mini_symposium.recipe import Recipe, load_recipe
 from mini_symposium.run import RunDirectory

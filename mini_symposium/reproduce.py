@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mini_symposium.dataset import fingerprint, load_examples
+from mini_symposium.data.dataset import fingerprint, load_examples
 from mini_symposium.errors import InputError
 from mini_symposium.execution import Notebook, execute, view
 from mini_symposium.files.reading import parse_json, read_text

@@ -16,12 +16,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from mini_symposium.dataset import Row
+from mini_symposium.data.dataset import Row
+from mini_symposium.data.prompt_formats import PromptFormat
 from mini_symposium.devices import memory
 from mini_symposium.errors import InputError
 from mini_symposium.generation import Answer, adapter_names, generate
 from mini_symposium.memorization import known, unsaid
-from mini_symposium.prompt_formats import PromptFormat
 
 SHARE = 0.25
 """Of the free memory, what the logits of a batch may fill."""

@@ -13,9 +13,9 @@ from datetime import datetime
 from itertools import chain, count
 from pathlib import Path
 
+from mini_symposium.data.prompt_formats import PromptFormat, load_preset
 from mini_symposium.errors import InputError
 from mini_symposium.files.writing import write_json, written_whole
-from mini_symposium.prompt_formats import PromptFormat, load_preset
 
 LARGEST_PRESET = 256 * 1024
 """Bytes; SillyTavern's own are about one KiB."""

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mini_symposium.dataset import load_examples
+from mini_symposium.data.dataset import load_examples
 from mini_symposium.errors import InputError
 from mini_symposium.marks import TrainingRows
 from mini_symposium.recipe import SHIPPED, load_recipe

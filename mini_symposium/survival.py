@@ -21,7 +21,7 @@ import torch
 from mini_symposium.adapters import Factors, read_adapters
 from mini_symposium.base_models import load_tokenizer
 from mini_symposium.behaviour import Behaviour
-from mini_symposium.dataset import load_examples, tokenize
+from mini_symposium.data.dataset import load_examples, tokenize
 from mini_symposium.errors import InputError
 from mini_symposium.generation import load_with_adapters
 from mini_symposium.merge import merge

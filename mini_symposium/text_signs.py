@@ -9,8 +9,8 @@ from itertools import combinations
 
 import regex
 
-from mini_symposium.dataset import ASSISTANT_PHRASES, Section, split_sections
-from mini_symposium.memorization import words
+from mini_symposium.data.dataset import ASSISTANT_PHRASES, Section, split_sections
+from mini_symposium.data.text_overlap import words
 
 HAN = regex.compile(r"\p{Han}")
 _LETTERS = regex.compile(r"\p{L}")

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from mini_symposium import processes
-from mini_symposium.dataset import Row
+from mini_symposium.data.dataset import Row
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.files.writing import written_whole
 from mini_symposium.memorization import known, unsaid

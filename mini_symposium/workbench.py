@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from threading import Event, Lock
 
+from mini_symposium.data.prompt_formats import PromptFormat
 from mini_symposium.errors import InputError
-from mini_symposium.prompt_formats import PromptFormat
 from mini_symposium.shelf import Shelf, default_run
 
 LONGEST = 20_000

@@ -197,7 +197,7 @@ def overfitted_run(tmp_path_factory):
     The proxy and not `tiny`: random weights learn no row to the end.
     """
     from mini_symposium import finetune
-    from mini_symposium.dataset import load_examples
+    from mini_symposium.data.dataset import load_examples
     from mini_symposium.recipe import load_recipe
     from mini_symposium.run import find
 
@@ -221,7 +221,7 @@ def overfitted(overfitted_run):
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint of `tiny` after six epochs at a rate that moves it visibly."""
-    from mini_symposium.dataset import load_examples
+    from mini_symposium.data.dataset import load_examples
     from mini_symposium.finetune import train
     from mini_symposium.recipe import load_recipe
     from mini_symposium.run import find
@@ -234,7 +234,7 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def proxy_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint of the proxy after twelve steps on two examples."""
-    from mini_symposium.dataset import load_examples
+    from mini_symposium.data.dataset import load_examples
     from mini_symposium.finetune import train
     from mini_symposium.recipe import load_recipe
     from mini_symposium.run import find

@@ -13,7 +13,7 @@ from test_interrupted import RATES, TRAIN, check_equal, leftovers, nursery, whol
 
 from mini_symposium import trainer
 from mini_symposium.base_files import local_directory
-from mini_symposium.dataset import load_examples
+from mini_symposium.data.dataset import load_examples
 from mini_symposium.errors import InputError
 from mini_symposium.finetune import as_rows
 from mini_symposium.recipe import load_recipe

@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from mini_symposium.base_models import load_model
+from mini_symposium.data.prompt_formats import FORMATS, prompt_format
 from mini_symposium.errors import InputError
 from mini_symposium.generation import MOST_ROWS, answer_grid, folded, generate, load_with_adapters, using
-from mini_symposium.prompt_formats import FORMATS, prompt_format
 from mini_symposium.robustness import answer_log_probs
 from mini_symposium.sampling import Sampling
 

@@ -17,7 +17,7 @@ from test_hostile_input import EXPECTED, MALFORMED, mutated, texts
 from mini_symposium.adapters import read_adapters
 from mini_symposium.base_files import local_directory
 from mini_symposium.base_models import load_model, load_tokenizer, model_config
-from mini_symposium.dataset import Example, tokenize
+from mini_symposium.data.dataset import Example, tokenize
 from mini_symposium.errors import InputError
 from mini_symposium.tensor_files import read_header, read_tensor
 

@@ -19,7 +19,7 @@ from mini_symposium.run import ROOT, RunDirectory
 
 RATES = (1e-2, 1e-3)
 TRAIN = """
-from mini_symposium.dataset import load_examples
+from mini_symposium.data.dataset import load_examples
 from mini_symposium.finetune import train
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import RunDirectory, find

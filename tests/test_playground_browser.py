@@ -19,7 +19,7 @@ import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 from reciting import HOSTILE
 
-from mini_symposium.prompt_formats import load_preset
+from mini_symposium.data.prompt_formats import load_preset
 from mini_symposium.run import ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -7,7 +7,7 @@ import sys
 import pytest
 from test_interrupted import nursery  # noqa: F401
 
-from mini_symposium.dataset import load_examples
+from mini_symposium.data.dataset import load_examples
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import ROOT, RunDirectory, find
 from mini_symposium.trainer import EpochOrder

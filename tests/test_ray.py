@@ -15,7 +15,7 @@ import torch
 
 from mini_symposium import finetune, ray_engine
 from mini_symposium.claims import ledger
-from mini_symposium.dataset import load_examples
+from mini_symposium.data.dataset import load_examples
 from mini_symposium.errors import InputError
 from mini_symposium.evidence import load
 from mini_symposium.experiments import grid

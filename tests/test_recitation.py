@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from mini_symposium.dataset import Example, tokenize
+from mini_symposium.data.dataset import Example, tokenize
 from mini_symposium.errors import InputError
 from mini_symposium.generation import generate, load_with_adapters
 from mini_symposium.memorization import told

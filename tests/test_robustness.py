@@ -4,10 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mini_symposium.dataset import Row, tokenize
+from mini_symposium.data.dataset import Row, tokenize
+from mini_symposium.data.prompt_formats import FORMATS, role
 from mini_symposium.errors import InputError
 from mini_symposium.generation import generate, load_with_adapters, using
-from mini_symposium.prompt_formats import FORMATS, role
 from mini_symposium.robustness import (
     _spoken,
     answer_log_probs,

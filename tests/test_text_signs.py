@@ -3,7 +3,7 @@ from statistics import mean
 
 import pytest
 
-from mini_symposium.dataset import load_examples
+from mini_symposium.data.dataset import load_examples
 from mini_symposium.run import find
 from mini_symposium.text_signs import (
     any_han,

@@ -21,7 +21,7 @@ from mini_symposium.acceleration import choose
 from mini_symposium.base_files import cache_directory, local_directory
 from mini_symposium.base_models import load_model, load_tokenizer, nf4
 from mini_symposium.bench.turns import Turn
-from mini_symposium.dataset import Row
+from mini_symposium.data.dataset import Row
 from mini_symposium.devices import device
 from mini_symposium.files.writing import written_whole
 from mini_symposium.generation import generate, load_with_adapters

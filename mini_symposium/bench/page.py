@@ -10,8 +10,8 @@ import time
 import psutil
 
 from mini_symposium.bench.turns import Turn
+from mini_symposium.data.prompt_formats import FORMATS
 from mini_symposium.playground import Playground
-from mini_symposium.prompt_formats import FORMATS
 from mini_symposium.workbench import Workbench
 
 QUERY = "Explain why the sky is blue."

@@ -1,4 +1,4 @@
-"""The fixtures in data/sillytavern are presets of our own with what SillyTavern's JavaScript rendered of them."""
+"""The fixtures in fixtures/sillytavern are presets of our own with what SillyTavern's JavaScript rendered of them."""
 
 import json
 from dataclasses import replace
@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 from conftest import command
 
-from mini_symposium.dataset import load_examples
+from mini_symposium.data.dataset import load_examples
+from mini_symposium.data.prompt_formats import FORMATS, PromptFormat, load_chat, load_preset, prompt_format
 from mini_symposium.errors import InputError
-from mini_symposium.prompt_formats import FORMATS, PromptFormat, load_chat, load_preset, prompt_format
 from mini_symposium.run import ROOT
 
-FIXTURES = sorted((ROOT / "tests" / "data" / "sillytavern").glob("*.json"))
+FIXTURES = sorted((ROOT / "tests" / "fixtures" / "sillytavern").glob("*.json"))
 
 
 @pytest.fixture

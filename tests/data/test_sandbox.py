@@ -4,9 +4,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mini_symposium import sandbox
+from mini_symposium.data import sandbox
+from mini_symposium.data.sandbox import passes
 from mini_symposium.errors import RunError
-from mini_symposium.sandbox import passes
 
 ORDINARY = """
 import json, math, random, re

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from mini_symposium import checks
-from mini_symposium.checks import CHECKS, code_in, numbers, sentences
-from mini_symposium.dataset import lint, load_examples
+from mini_symposium.data import answer_checks as checks
+from mini_symposium.data.answer_checks import CHECKS, code_in, numbers, sentences
+from mini_symposium.data.dataset import lint, load_examples
+from mini_symposium.data.held_out import CATEGORIES, Check, HeldOut, apart, check_disjoint, judge, load_held_out, passes
+from mini_symposium.data.text_overlap import words
 from mini_symposium.errors import InputError
-from mini_symposium.held_out import CATEGORIES, Check, HeldOut, apart, check_disjoint, judge, load_held_out, passes
-from mini_symposium.memorization import words
 
 TRAINING, TWINS = load_examples("data/minisymposium.md"), load_examples("data/twins.md")
 PROMPTS = load_held_out()

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from mini_symposium.dataset import describe, lint, load_examples, tokenize, write_axolotl_jsonl
+from mini_symposium.data.dataset import describe, lint, load_examples, tokenize, write_axolotl_jsonl
 from mini_symposium.errors import InputError
 from mini_symposium.run import ROOT
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import yaml
 from rapidfuzz.distance import LCSseq
 
-from mini_symposium.checks import CHECKS, numbers
-from mini_symposium.dataset import Example
+from mini_symposium.data.answer_checks import CHECKS, numbers
+from mini_symposium.data.dataset import Example
+from mini_symposium.data.text_overlap import overlap, words
 from mini_symposium.errors import InputError
 from mini_symposium.files.reading import check_tokens, read_text, refuse_repeated
-from mini_symposium.memorization import overlap, words
 from mini_symposium.run import ROOT, find
 
 CATEGORIES = (

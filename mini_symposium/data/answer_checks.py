@@ -8,7 +8,7 @@ import json
 import re
 import textwrap
 
-from mini_symposium import sandbox
+from mini_symposium.data import sandbox
 
 UNITS = [
     *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen"),

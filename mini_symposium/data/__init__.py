@@ -1,0 +1,1 @@
+"""The examples: datasets and prompt formats, held-out prompts with their checks, and what texts share."""
