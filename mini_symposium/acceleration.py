@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mini_symposium.base_models import NF4_BYTES, model_config, predicted_bytes
-from mini_symposium.devices import device, memory, training_dtype
+from mini_symposium.models.base_models import NF4_BYTES, model_config, predicted_bytes
+from mini_symposium.models.devices import device, memory, training_dtype
 from mini_symposium.recipe import Recipe
 
 SHARE = 0.8

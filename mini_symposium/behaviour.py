@@ -7,8 +7,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mini_symposium.data.dataset import Row
 from mini_symposium.data.prompt_formats import FORMATS
-from mini_symposium.generation import generate
-from mini_symposium.merge import logits
+from mini_symposium.models.generation import generate
+from mini_symposium.models.merge import logits
 
 QUERIES = (
     "Why does the moon look larger near the horizon?",

@@ -138,8 +138,9 @@ def ask(
         base, four_bit = str(run.path), False
     else:
         raise InputError(f"{model_or_run}: neither a run nor a model directory, nor one of {', '.join(SHIPPED)}")
-    from mini_symposium.base_models import load_tokenizer
-    from mini_symposium.generation import answer_grid, load_with_adapters
+    from mini_symposium.models.adapters import load_with_adapters
+    from mini_symposium.models.base_models import load_tokenizer
+    from mini_symposium.models.generation import answer_grid
 
     model, tokenizer = load_with_adapters(base, checkpoints, four_bit), load_tokenizer(base)
     for cell in answer_grid(model, tokenizer, ["base", *checkpoints], formats, [query], max_new_tokens):
@@ -166,8 +167,8 @@ def merge(
 
     directory = RunDirectory(run)
     recipe = load_recipe(directory.recipe_file)
-    from mini_symposium.adapters import find_checkpoints
-    from mini_symposium.merge import merge as write
+    from mini_symposium.models.adapters import find_checkpoints
+    from mini_symposium.models.merge import merge as write
 
     weights = find_checkpoints(directory, checkpoint or [], learning_rate)
     if not out and len(weights) > 1:
@@ -200,7 +201,7 @@ def survival(
 
     directory = RunDirectory(run)
     recipe = load_recipe(directory.recipe_file)
-    from mini_symposium.adapters import find_checkpoint
+    from mini_symposium.models.adapters import find_checkpoint
     from mini_symposium.storages import STORAGES
     from mini_symposium.survival import survival as measure
 
@@ -299,8 +300,8 @@ def doctor(recipe: RecipeOption = "proxy"):
     from mini_symposium.recipe import load_recipe
 
     chosen = load_recipe(recipe)
-    from mini_symposium.base_models import four_bit_works, predicted_bytes
-    from mini_symposium.devices import device, memory
+    from mini_symposium.models.base_models import four_bit_works, predicted_bytes
+    from mini_symposium.models.devices import device, memory
     from mini_symposium.run import environment
 
     found = environment()
@@ -333,7 +334,7 @@ def bench(
     ] = "",
 ):
     """Measure speed and memory against the peers, the machine's own products, and the kit itself."""
-    from mini_symposium.devices import device
+    from mini_symposium.models.devices import device
 
     if on not in ("", device().type):
         raise InputError(f"--device {on}: this machine has {device().type}")
@@ -384,7 +385,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"mini-symposium: {where}: {error.strerror}; free some space or choose another --run", file=sys.stderr
             )
             sys.exit(2)
-        from mini_symposium.devices import out_of_memory
+        from mini_symposium.models.devices import out_of_memory
 
         if not out_of_memory(error) and getattr(error, "errno", None) != errno.ENOMEM:
             raise

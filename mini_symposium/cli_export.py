@@ -131,8 +131,8 @@ def card(
     from mini_symposium.run import RunDirectory
 
     directory = RunDirectory(run)
-    from mini_symposium.adapters import find_checkpoint
     from mini_symposium.model_card import write_card
+    from mini_symposium.models.adapters import find_checkpoint
 
     found = find_checkpoint(directory, checkpoint, learning_rate)
     for path in write_card(directory, Path(out), found, license):

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mini_symposium.base_models import predicted_bytes
 from mini_symposium.data.dataset import Example, fingerprint
 from mini_symposium.data.held_out import HeldOut, passes
 from mini_symposium.data.prompt_formats import FORMATS, PromptFormat, role
 from mini_symposium.data.text_overlap import intrusion
 from mini_symposium.files.writing import write_json
-from mini_symposium.generation import answer_grid, generate
+from mini_symposium.models.base_models import predicted_bytes
+from mini_symposium.models.generation import answer_grid, generate
 from mini_symposium.recipe import load_recipe
 from mini_symposium.recitation import PROBES, recite
 from mini_symposium.robustness import han_mass, posix

@@ -26,11 +26,11 @@ from transformers import PrinterCallback
 
 from mini_symposium import checkpoints, processes
 from mini_symposium.acceleration import Acceleration, choose
-from mini_symposium.base_models import load_tokenizer
 from mini_symposium.data.dataset import Example, Row, fingerprint, load_examples, tokenize
-from mini_symposium.devices import device, out_of_memory, peak_memory
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.files.writing import alone, clear_away, write_json, written_whole
+from mini_symposium.models.base_models import load_tokenizer
+from mini_symposium.models.devices import device, out_of_memory, peak_memory
 from mini_symposium.recipe import KEYS, Recipe, load_recipe
 from mini_symposium.run import RunDirectory, environment, said_already
 from mini_symposium.trainer import build_trainer, check_batches, save_adapter

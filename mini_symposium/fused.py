@@ -29,7 +29,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
 
 from mini_symposium.adapter_vectors import GROUPS, AdapterVectors, shapes_of, unpacked
-from mini_symposium.devices import keep_freed_memory
+from mini_symposium.models.devices import keep_freed_memory
 
 OPTIONS = {"cpp_wrapper": True}
 """Of the compiler: what calls the kernels is compiled too. Python takes a twentieth of a step for it."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from mini_symposium.errors import RunError
-from mini_symposium.tensor_files import Tensors
+from mini_symposium.models.safetensors_files import Tensors
 
 
 class _Reader(gguf.GGUFReader):

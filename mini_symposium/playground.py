@@ -223,7 +223,7 @@ class Playground:
 
     def ask(self, cells: Sequence[Mapping], draw: Callable[..., None]) -> list[dict]:
         """Within a job: answer cells under the page's settings, drawing what has come a few times a second."""
-        from mini_symposium.sampling import Sampling
+        from mini_symposium.models.generation import Sampling
 
         sampling = Sampling(**{name: field.value for name, field in self.sampling.items()})
         started, drawn, count = monotonic(), 0.0, 0

@@ -7,8 +7,8 @@ import os
 
 import torch.distributed as dist
 
-from mini_symposium.devices import device
 from mini_symposium.errors import InputError
+from mini_symposium.models.devices import device
 
 
 def count() -> int:

@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from mini_symposium.adapters import Factors
-from mini_symposium.base_models import load_model, load_tokenizer
 from mini_symposium.behaviour import QUERIES
 from mini_symposium.data.prompt_formats import FORMATS, PromptFormat
 from mini_symposium.errors import RunError
-from mini_symposium.generation import generate
 from mini_symposium.gguf_files import read_gguf
 from mini_symposium.llama_cpp import ask
+from mini_symposium.models.adapters import Factors
+from mini_symposium.models.base_models import load_model, load_tokenizer
+from mini_symposium.models.generation import generate
 from mini_symposium.storages import plus, read_names, take
 
 ALLOWED = {"f32": 0.001, "f16": 0.01}

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mini_symposium.data.dataset import Example, Row, tokenize
 from mini_symposium.data.text_overlap import overlap
 from mini_symposium.errors import InputError
-from mini_symposium.generation import generate
 from mini_symposium.memorization import EXTRACTED, GOLDFISH, PREFIXES, extractable, goldfish
+from mini_symposium.models.generation import generate
 
 EXTRACTABLE = {f"extractable_{k}": k for k in PREFIXES}
 PROBES = ("heading", "opening", "prompt", *EXTRACTABLE, "goldfish")

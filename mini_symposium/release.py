@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mini_symposium.adapters import find_checkpoints, read_adapters
-from mini_symposium.base_files import local_directory
 from mini_symposium.data.dataset import load_examples, write_axolotl_jsonl
 from mini_symposium.data.prompt_formats import PromptFormat
 from mini_symposium.errors import InputError
 from mini_symposium.files.writing import write_json, written_whole
 from mini_symposium.gguf_files import tensor_types
 from mini_symposium.llama_cpp import FILE_TYPES, QUANTISER, SERVER, lora_to_gguf, quantise, require, to_gguf
-from mini_symposium.merge import check_room, merge
 from mini_symposium.model_card import HUB_IDS
+from mini_symposium.models.adapters import find_checkpoints, read_adapters
+from mini_symposium.models.base_files import local_directory
+from mini_symposium.models.merge import check_room, merge
 from mini_symposium.presets import modelfile
 from mini_symposium.proof import in_words, prove
 from mini_symposium.recipe import Recipe, load_recipe

@@ -10,13 +10,13 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from transformers import PreTrainedModel
 
-from mini_symposium.adapters import Factors
-from mini_symposium.devices import device
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.gguf_files import read_gguf, tensor_types
 from mini_symposium.llama_cpp import FILE_TYPES, INSTALL, QUANTISER, installed, quantise, to_gguf
-from mini_symposium.merge import stochastic
-from mini_symposium.tensor_files import Tensors, read_header, read_tensor
+from mini_symposium.models.adapters import Factors
+from mini_symposium.models.devices import device
+from mini_symposium.models.merge import stochastic
+from mini_symposium.models.safetensors_files import Tensors, read_header, read_tensor
 
 CASTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STOCHASTIC = "bf16, stochastic"

@@ -18,16 +18,15 @@ from pathlib import Path
 
 import torch
 
-from mini_symposium.adapters import Factors, read_adapters
-from mini_symposium.base_models import load_tokenizer
 from mini_symposium.behaviour import Behaviour
 from mini_symposium.data.dataset import load_examples, tokenize
 from mini_symposium.errors import InputError
-from mini_symposium.generation import load_with_adapters
-from mini_symposium.merge import merge
+from mini_symposium.models.adapters import Factors, load_with_adapters, read_adapters
+from mini_symposium.models.base_models import load_tokenizer
+from mini_symposium.models.merge import merge
+from mini_symposium.models.safetensors_files import read_header, write_tensors
 from mini_symposium.recipe import Recipe
 from mini_symposium.storages import STORAGES, plus, possible, read_model, stored, take
-from mini_symposium.tensor_files import read_header, write_tensors
 
 GAIN_KEPT, GAIN_LOST, KL_KEPT = 0.9, 0.5, 0.5
 """The rule. `gain` is the share that is left of the fine-tune's effect on its own rows: by how much the file's loss on

@@ -131,22 +131,21 @@ class Workbench:
 
     @staticmethod
     def _import() -> None:
-        import mini_symposium.generation  # noqa: F401
+        import mini_symposium.models.generation  # noqa: F401
 
     def _load_tokenizer(self) -> None:
-        from mini_symposium.base_models import load_tokenizer
+        from mini_symposium.models.base_models import load_tokenizer
 
         self.tokenizer = load_tokenizer(self.shelf.base_model)
 
     def _load_base(self) -> None:
-        from mini_symposium.generation import load_with_adapters
+        from mini_symposium.models.adapters import load_with_adapters
 
         self._base = load_with_adapters(self.shelf.base_model, {}, self.shelf.four_bit)
 
     def _add_adapter(self, name: str) -> None:
-        from mini_symposium.adapters import check_trained_on
-        from mini_symposium.base_files import local_directory
-        from mini_symposium.generation import add_adapter
+        from mini_symposium.models.adapters import add_adapter, check_trained_on
+        from mini_symposium.models.base_files import local_directory
 
         path, base = self.shelf.models[name].path, self.shelf.base_model
         for file in ("adapter_config.json", "adapter_model.safetensors"):
@@ -167,7 +166,7 @@ class Workbench:
         if not model.merged:
             return self._base
         if self._merged[0] != name:
-            from mini_symposium.generation import load_with_adapters
+            from mini_symposium.models.adapters import load_with_adapters
 
             self._merged = (None, None)  # one at a time is enough memory
             self._merged = (name, load_with_adapters(str(model.path), {}, load_in_4bit=False))
@@ -232,7 +231,7 @@ class Workbench:
         Parameters
         ----------
         sampling
-            A `sampling.Sampling`; None for greedy, as the other notebooks decode.
+            A `generation.Sampling`; None for greedy, as the other notebooks decode.
         on_text
             Called after each token with the text of every cell so far.
         stop
@@ -247,7 +246,7 @@ class Workbench:
         texts, found = [""] * len(cells), [None] * len(cells)
         with self._alone():
             self._load([cell["model"] for cell in cells], on_step or (lambda what, done, of: None))
-            from mini_symposium.generation import generate
+            from mini_symposium.models.generation import generate
 
             merged = [c["model"] if self.shelf.models[c["model"]].merged else None for c in cells]
             for weights in dict.fromkeys(merged):

@@ -27,14 +27,25 @@ def command(*arguments: object, check: bool = True, **kwargs) -> subprocess.Comp
     return done
 
 
-RUNS = ("test_notebooks", "test_playground_browser", "test_publish", "test_cli", "test_generation")
-TOGETHER = dict.fromkeys(RUNS, "runs") | dict.fromkeys(("test_recitation", "test_robustness"), "overfitted")
-"""Files that share what takes minutes to make: `proxy_run` and `tiny_run`; `overfitted`."""
+RUNS = (
+    "test_notebooks",
+    "test_playground_browser",
+    "reproduce/test_publish",
+    "cli/test_main",
+    "models/test_generation",
+)
+OVERFITTED = ("evaluation/test_memorization", "evaluation/test_log_probs")
+TOGETHER = dict.fromkeys(RUNS, "runs") | dict.fromkeys(OVERFITTED, "overfitted")
+"""Files below tests/ that share what takes minutes to make: `proxy_run` and `tiny_run`; `overfitted`."""
+
+
+def _test_file(nodeid: str) -> str:
+    return nodeid.partition("::")[0].removeprefix("tests/").removesuffix(".py")
 
 
 def pytest_collection_modifyitems(items):
     """What takes longest begins first."""
-    items.sort(key=lambda item: item.path.stem not in TOGETHER)
+    items.sort(key=lambda item: _test_file(item.nodeid) not in TOGETHER)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -44,22 +55,21 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return TOGETHER.get(Path(file).stem, file)
+            return TOGETHER.get(_test_file(nodeid), super()._split_scope(nodeid))
 
     return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
 def mistral_tokenizer():
-    from mini_symposium.base_models import load_tokenizer
+    from mini_symposium.models.base_models import load_tokenizer
 
     return load_tokenizer("tiny")
 
 
 @pytest.fixture(scope="session")
 def proxy_tokenizer():
-    from mini_symposium.base_models import load_tokenizer
+    from mini_symposium.models.base_models import load_tokenizer
 
     return load_tokenizer("SmolLM2-135M-Instruct")
 
@@ -210,8 +220,8 @@ def overfitted_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def overfitted(overfitted_run):
     """The model of `overfitted_run` with its adapter, "knows"; the tokenizer; the row and its twin."""
-    from mini_symposium.base_models import load_tokenizer
-    from mini_symposium.generation import load_with_adapters
+    from mini_symposium.models.adapters import load_with_adapters
+    from mini_symposium.models.base_models import load_tokenizer
 
     run, rows = overfitted_run
     base = "SmolLM2-135M-Instruct"

@@ -11,9 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from mini_symposium.base_files import local_directory
-from mini_symposium.base_models import load_model, load_tokenizer
 from mini_symposium.data.dataset import load_examples
+from mini_symposium.models.base_files import local_directory
+from mini_symposium.models.base_models import load_model, load_tokenizer
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import RunDirectory
 

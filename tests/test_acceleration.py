@@ -4,8 +4,8 @@ import sys
 import pytest
 
 from mini_symposium.acceleration import choose
-from mini_symposium.base_models import NF4_BYTES, predicted_bytes
-from mini_symposium.devices import training_dtype
+from mini_symposium.models.base_models import NF4_BYTES, predicted_bytes
+from mini_symposium.models.devices import training_dtype
 from mini_symposium.recipe import load_recipe
 
 GIB = 2**30
@@ -50,7 +50,7 @@ def test_a_layer_is_compiled_only_for_a_long_run():
 
 FREED = """
 import ctypes, resource, sys
-from mini_symposium.devices import keep_freed_memory
+from mini_symposium.models.devices import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 libc, size = ctypes.CDLL(None), 2**20

@@ -5,7 +5,7 @@ import sys
 import pytest
 from conftest import command
 
-from mini_symposium.base_files import local_directory
+from mini_symposium.models.base_files import local_directory
 from mini_symposium.run import ROOT
 
 DATA = ROOT / "data" / "minisymposium.md"

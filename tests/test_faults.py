@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from test_interrupted import RATES, TRAIN, check_equal, leftovers, nursery, whole  # noqa: F401
 
 from mini_symposium import trainer
-from mini_symposium.base_files import local_directory
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.errors import InputError
 from mini_symposium.finetune import as_rows
+from mini_symposium.models.base_files import local_directory
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import ROOT, RunDirectory, find, whole_lines
 from mini_symposium.trainer import EpochOrder
@@ -117,7 +117,7 @@ def test_a_cache_with_half_a_download_is_not_taken_for_a_model(tmp_path, monkeyp
     for name in list(shards.values())[missing:]:
         shutil.copy(source / "model.safetensors", snapshot / name)
     code = (
-        "import sys\nfrom mini_symposium.base_files import local_directory\n"
+        "import sys\nfrom mini_symposium.models.base_files import local_directory\n"
         "from mini_symposium.errors import InputError\n"
         "try: local_directory('a/b')\nexcept InputError as error: sys.exit(str(error))"
     )
@@ -133,7 +133,7 @@ def test_a_cache_with_half_a_download_is_not_taken_for_a_model(tmp_path, monkeyp
 
 def test_memory_that_runs_out_while_answering_is_said_in_one_line():
     code = (
-        "import resource, sys, peft, torch, mini_symposium.generation\n"
+        "import resource, sys, peft, torch, mini_symposium.models.generation\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 40 * 2**20, resource.RLIM_INFINITY))\n"
         "from mini_symposium.cli import main\n"

@@ -15,12 +15,12 @@ from trl import SFTConfig, SFTTrainer
 
 from mini_symposium import acceleration, checkpoints, finetune, trainer
 from mini_symposium.acceleration import choose
-from mini_symposium.base_files import local_directory
-from mini_symposium.base_models import load_model, load_tokenizer
 from mini_symposium.checkpoints import ADAPTER_FILES, RESUMABLE, RESUME_FILES
 from mini_symposium.data.dataset import load_examples, tokenize
-from mini_symposium.devices import training_dtype
 from mini_symposium.errors import InputError, RunError
+from mini_symposium.models.base_files import local_directory
+from mini_symposium.models.base_models import load_model, load_tokenizer
+from mini_symposium.models.devices import training_dtype
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import RunDirectory, find, read_jsonl
 from mini_symposium.training_log import Log, Part

@@ -10,10 +10,10 @@ from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, get_peft_model
 
 from mini_symposium.adapter_vectors import GROUPS, AdapterVectors
-from mini_symposium.base_models import compute_in_float32, load_model
 from mini_symposium.data.dataset import load_examples, tokenize
-from mini_symposium.devices import training_dtype
 from mini_symposium.fused import FusedAdapters, _TokenLosses
+from mini_symposium.models.base_models import compute_in_float32, load_model
+from mini_symposium.models.devices import training_dtype
 from mini_symposium.run import find
 
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_hostile_input import EXPECTED, MALFORMED, mutated, texts
 
-from mini_symposium.adapters import read_adapters
-from mini_symposium.base_files import local_directory
-from mini_symposium.base_models import load_model, load_tokenizer, model_config
 from mini_symposium.data.dataset import Example, tokenize
 from mini_symposium.errors import InputError
-from mini_symposium.tensor_files import read_header, read_tensor
+from mini_symposium.models.adapters import read_adapters
+from mini_symposium.models.base_files import local_directory
+from mini_symposium.models.base_models import load_model, load_tokenizer, model_config
+from mini_symposium.models.safetensors_files import read_header, read_tensor
 
 HEADERS = sorted(name for name in EXPECTED if name.startswith("safetensors/"))
 

@@ -190,7 +190,7 @@ def test_a_second_process_on_a_run_is_refused(nursery, tmp_path):
 
 MERGE = """
 from pathlib import Path
-from mini_symposium.merge import merge
+from mini_symposium.models.merge import merge
 merge(Path({checkpoint!r}), "tiny", Path({out!r}))
 """
 

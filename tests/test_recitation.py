@@ -5,8 +5,9 @@ import pytest
 
 from mini_symposium.data.dataset import Example, tokenize
 from mini_symposium.errors import InputError
-from mini_symposium.generation import generate, load_with_adapters
 from mini_symposium.memorization import told
+from mini_symposium.models.adapters import load_with_adapters
+from mini_symposium.models.generation import generate
 from mini_symposium.recitation import recite
 from mini_symposium.robustness import teacher_forced
 

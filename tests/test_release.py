@@ -15,15 +15,15 @@ from conftest import command
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from mini_symposium.base_files import Wheel, download, local_directory
-from mini_symposium.base_models import load_tokenizer
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.data.prompt_formats import FORMATS, PromptFormat, load_preset
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.hub import push
 from mini_symposium.llama_cpp import QUANTISER, SERVER, ask, require, to_gguf
-from mini_symposium.merge import merge
 from mini_symposium.model_card import render_card
+from mini_symposium.models.base_files import Wheel, download, local_directory
+from mini_symposium.models.base_models import load_tokenizer
+from mini_symposium.models.merge import merge
 from mini_symposium.presets import context_preset, modelfile, ollama_template, write_sillytavern
 from mini_symposium.recipe import load_recipe
 from mini_symposium.release import gguf, ollama, source

@@ -7,7 +7,8 @@ import torch
 from mini_symposium.data.dataset import Row, tokenize
 from mini_symposium.data.prompt_formats import FORMATS, role
 from mini_symposium.errors import InputError
-from mini_symposium.generation import generate, load_with_adapters, using
+from mini_symposium.models.adapters import load_with_adapters, using
+from mini_symposium.models.generation import generate
 from mini_symposium.robustness import (
     _spoken,
     answer_log_probs,

@@ -9,10 +9,10 @@ import torch
 from conftest import command
 from safetensors.torch import load_file, save_file
 
-from mini_symposium.base_files import local_directory
 from mini_symposium.errors import InputError
 from mini_symposium.gguf_files import read_gguf, tensor_types
 from mini_symposium.llama_cpp import quantise, to_gguf
+from mini_symposium.models.base_files import local_directory
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import RunDirectory
 from mini_symposium.storages import STORAGES, possible, read_model, read_names

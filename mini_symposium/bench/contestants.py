@@ -18,13 +18,14 @@ from trl import SFTConfig, SFTTrainer
 from mini_symposium import acceleration, fused
 from mini_symposium import trainer as training
 from mini_symposium.acceleration import choose
-from mini_symposium.base_files import cache_directory, local_directory
-from mini_symposium.base_models import load_model, load_tokenizer, nf4
 from mini_symposium.bench.turns import Turn
 from mini_symposium.data.dataset import Row
-from mini_symposium.devices import device
 from mini_symposium.files.writing import written_whole
-from mini_symposium.generation import generate, load_with_adapters
+from mini_symposium.models.adapters import load_with_adapters
+from mini_symposium.models.base_files import cache_directory, local_directory
+from mini_symposium.models.base_models import load_model, load_tokenizer, nf4
+from mini_symposium.models.devices import device
+from mini_symposium.models.generation import generate
 from mini_symposium.recipe import load_recipe
 from mini_symposium.trainer import build_trainer
 from mini_symposium.training_log import Log, Part

@@ -13,8 +13,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import MistralConfig, MistralForCausalLM
 
-from mini_symposium.merge import merge
-from mini_symposium.tensor_files import write_tensors
+from mini_symposium.models.merge import merge
+from mini_symposium.models.safetensors_files import write_tensors
 
 RANK, SHARD = 16, 2**29
 

@@ -35,7 +35,7 @@ def main(job: str) -> None:
     page.compare._draw = watch
 
     def bare() -> dict:
-        from mini_symposium.generation import generate
+        from mini_symposium.models.generation import generate
 
         cells = page.bench.cells(QUERY, page.chosen_formats(), ["base"])
         asked = [[cell[key] for cell in cells] for key in ("prompt", "stops")]

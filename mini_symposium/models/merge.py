@@ -26,12 +26,12 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from mini_symposium import __version__
-from mini_symposium.adapters import Factors, check_trained_on, read_adapters
-from mini_symposium.base_files import local_directory
-from mini_symposium.devices import device
 from mini_symposium.errors import InputError
 from mini_symposium.files.writing import being_written, clear_away, write_json, written_whole
-from mini_symposium.tensor_files import Entry, read_header, read_tensor, write_tensors
+from mini_symposium.models.adapters import Factors, check_trained_on, read_adapters
+from mini_symposium.models.base_files import local_directory
+from mini_symposium.models.devices import device
+from mini_symposium.models.safetensors_files import Entry, read_header, read_tensor, write_tensors
 
 if TYPE_CHECKING:  # to merge takes seconds, and so would importing this
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

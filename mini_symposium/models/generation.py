@@ -4,30 +4,91 @@ On a CPU answers are computed in float32, where a batch gives every row the toke
 which a GPU uses, the shape of a batch changes the rounding, and where two tokens are nearly tied the other may win.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Event
 from time import monotonic
 
 import torch
-from peft import PeftModel
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer as DecoderLayer
 
-from mini_symposium.base_files import local_directory
-from mini_symposium.base_models import load_model
 from mini_symposium.data.prompt_formats import PromptFormat
-from mini_symposium.devices import device, memory, out_of_memory
 from mini_symposium.errors import InputError
-from mini_symposium.sampling import Choice, Sampling
+from mini_symposium.models.adapters import adapter_names
+from mini_symposium.models.devices import memory, out_of_memory
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How each next token is chosen, in the names and the order that transformers uses; by default the likeliest.
+
+    Raises
+    ------
+    InputError
+        If a value is out of its range.
+    """
+
+    temperature: float = 0.0
+    """0 is greedy; then `top_k`, `top_p` and `seed` mean nothing."""
+    top_k: int = 0
+    """Only among the k likeliest; 0: among all."""
+    top_p: float = 1.0
+    """Only among the likeliest whose probabilities reach p together."""
+    repetition_penalty: float = 1.0
+    """Divides the score of each token that has been there, prompt included (Keskar et al. 2019); 1: none."""
+    seed: int = 0
+    """A row draws the same with the same seed, whatever else is in its batch."""
+
+    def __post_init__(self):
+        for name, holds, range_ in (
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        ):
+            if not holds:
+                raise InputError(f"{name}: {getattr(self, name)} must be {range_}")
+
+
+class Choice(LogitsProcessor):
+    """Makes the likeliest token the one that `sampling` draws: row by row, so that a row draws what it draws alone.
+
+    Each row has random numbers of its own, and its padding is no token that has been there. The largest of scores
+    plus Gumbel noise is a draw from their softmax (Maddison et al. 2014, "A* Sampling").
+    """
+
+    def __init__(self, sampling: Sampling, padding: Sequence[int]):
+        self.padding, self.draws = padding, sampling.temperature > 0
+        self.generators = [torch.Generator().manual_seed(sampling.seed) for _ in padding]
+        steps = [RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
+        if self.draws:
+            steps += [TemperatureLogitsWarper(sampling.temperature)]
+            steps += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+            steps += [TopPLogitsWarper(sampling.top_p)]
+        self.steps = LogitsProcessorList(steps)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for ids, row, padding, generator in zip(input_ids, scores, self.padding, self.generators, strict=True):
+            row = self.steps(ids[None, padding:], row[None])
+            if self.draws:
+                row = row - torch.empty(row.shape).exponential_(generator=generator).log().to(row)
+            rows.append(row)
+        return torch.cat(rows)
+
 
 SHARE = 0.5
 """Of the free memory, what a batch may fill with keys and values."""
@@ -264,74 +325,6 @@ def _answer(
         text, reason = text[: min(found)], "stop string"
         ids = [i for i in ids if i != tokenizer.pad_token_id]
     return Answer(text.strip(), len(ids), reason, tuple(ids), seconds)
-
-
-def adapter_names(model: PreTrainedModel, adapters: Sequence[str] | None) -> dict[str, list[str]]:
-    """What `model` is called with for each row of a batch to go through its own adapter, "base" for none."""
-    if adapters is None or not isinstance(model, PeftModel):
-        return {}
-    return {"adapter_names": ["__base__" if name == "base" else _in_peft(name) for name in adapters]}
-
-
-def _in_peft(name: str) -> str:
-    """An adapter's name where PEFT keeps it: as that of a module, which can hold no dot, as 2.5e-05 does."""
-    return name.replace(".", ",")
-
-
-def load_with_adapters(
-    base_model: str,
-    checkpoints: Mapping[str, Path],
-    load_in_4bit: bool = True,
-    dtype: torch.dtype | None = None,
-) -> PreTrainedModel:
-    """One base with any number of named adapters on it, float32 as they were trained; choose with `using`.
-
-    Without a `dtype` it computes in float32 on a CPU with memory for it, else in bfloat16.
-
-    Raises
-    ------
-    InputError
-        If a checkpoint is not there, is damaged, or belongs to a base of another shape.
-    """
-    cpu = device().type == "cpu"
-    if dtype is None:
-        stored = sum(file.stat().st_size for file in local_directory(base_model).glob("*.safetensors"))
-        dtype = torch.float32 if cpu and 2 * stored < memory() / 2 else torch.bfloat16
-    model = load_model(base_model, load_in_4bit, dtype, dequantize=cpu)
-    if cpu:
-        model.set_attn_implementation("eager")  # two thirds of the time that "sdpa" takes for a token of 32 rows
-    for name, checkpoint in checkpoints.items():
-        model = add_adapter(model, name, checkpoint, base_model)
-    return model.eval()
-
-
-def folded(model: PreTrainedModel) -> PreTrainedModel:
-    """`model` with its only adapter added into float32 weights: the same predictions but for the last bits, in less
-    time than one product with each matrix and two with its adapter take. Other weights would round it: left as it is.
-    """
-    return model.merge_and_unload() if isinstance(model, PeftModel) and model.dtype == torch.float32 else model
-
-
-def add_adapter(model: PreTrainedModel, name: str, checkpoint: Path, base_model: str) -> PreTrainedModel:
-    """`model` with one more named adapter. If that fails, with an InputError, it may be left half changed."""
-    try:
-        if isinstance(model, PeftModel):
-            model.load_adapter(checkpoint, adapter_name=_in_peft(name))
-        else:
-            model = PeftModel.from_pretrained(model, checkpoint, adapter_name=_in_peft(name))
-    except Exception as error:  # peft, safetensors and torch raise anything from KeyError to RuntimeError
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{checkpoint}: not an adapter for {base_model} ({reason})") from error
-    return model
-
-
-@contextmanager
-def using(model: PreTrainedModel, name: str):
-    """Within the block, `model` answers with the adapter `name`; with "base", without any."""
-    if isinstance(model, PeftModel) and name != "base":
-        model.set_adapter(_in_peft(name))
-    with model.disable_adapter() if isinstance(model, PeftModel) and name == "base" else nullcontext():
-        yield model
 
 
 def answer_grid(

@@ -12,12 +12,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
-from mini_symposium.adapters import find_checkpoint, find_checkpoints
-from mini_symposium.base_files import local_directory
-from mini_symposium.base_models import load_model, load_tokenizer
 from mini_symposium.errors import InputError
-from mini_symposium.generation import load_with_adapters
-from mini_symposium.merge import compare, logits, merge
+from mini_symposium.models.adapters import find_checkpoint, find_checkpoints, load_with_adapters
+from mini_symposium.models.base_files import local_directory
+from mini_symposium.models.base_models import load_model, load_tokenizer
+from mini_symposium.models.merge import compare, logits, merge
 from mini_symposium.run import RunDirectory
 
 TEXTS = ["### New Query\nHow deep is a well?\n\n### Complete Response\nDrop a stone and count.", "Paris, 巴黎"]
@@ -67,7 +66,7 @@ def test_bfloat16_loses_a_small_delta_that_float32_keeps(checkpoint, tmp_path):
 
 
 def test_bfloat16_rounded_by_chance_keeps_the_mean_of_what_nearest_drops(tmp_path):
-    from mini_symposium.merge import stochastic
+    from mini_symposium.models.merge import stochastic
 
     whole, change = torch.full((1000, 1000), 0.02).bfloat16().float(), 1e-6
     assert torch.equal((whole + change).bfloat16().float(), whole)
@@ -160,7 +159,7 @@ def test_a_sharded_merge_needs_the_memory_of_one_tensor_not_of_a_shard(sharded, 
 import sys
 from pathlib import Path
 import psutil
-from mini_symposium.merge import merge
+from mini_symposium.models.merge import merge
 little, folder, out = map(Path, sys.argv[1:])
 merge(little / "adapter", str(little / "base"), out / "small", "nf4", "float32")  # loads what torch loads at first use
 held = psutil.Process().memory_info().rss
@@ -190,7 +189,7 @@ def test_a_disk_that_fills_leaves_the_target_untouched(sharded, tmp_path):
     code = """
 import resource, sys
 from pathlib import Path
-from mini_symposium.merge import merge
+from mini_symposium.models.merge import merge
 resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7))
 merge(Path(sys.argv[1]) / "adapter", sys.argv[1] + "/base", Path(sys.argv[2]) / "merged")
 """

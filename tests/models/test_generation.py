@@ -6,12 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from mini_symposium.base_models import load_model
 from mini_symposium.data.prompt_formats import FORMATS, prompt_format
 from mini_symposium.errors import InputError
-from mini_symposium.generation import MOST_ROWS, answer_grid, folded, generate, load_with_adapters, using
+from mini_symposium.models.adapters import folded, load_with_adapters, using
+from mini_symposium.models.base_models import load_model
+from mini_symposium.models.generation import MOST_ROWS, Sampling, answer_grid, generate
 from mini_symposium.robustness import answer_log_probs
-from mini_symposium.sampling import Sampling
 
 PROXY = "SmolLM2-135M-Instruct"
 QUERY = "What is the capital of France?"
@@ -204,7 +204,7 @@ def test_a_row_draws_the_same_alone_and_in_a_batch_and_another_seed_draws_anothe
 
 
 def test_draws_follow_the_softmax():
-    from mini_symposium.sampling import Choice
+    from mini_symposium.models.generation import Choice
 
     scores = torch.tensor([[2.0, 1.0, 0.0]])
     drawn = [
