@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mini_symposium.errors import InputError
+from mini_symposium.evaluation.intervals import Interval, difference, interval, spread
 from mini_symposium.evidence import Evidence
 from mini_symposium.ledger_metrics import (
     EPOCHS_HIGH,
@@ -40,7 +41,6 @@ from mini_symposium.ledger_metrics import (
     unlearned,
     when_known,
 )
-from mini_symposium.statistics import Interval, difference, interval, spread
 from mini_symposium.verdicts import Claim, Control, Question
 
 PLAUSIBLE_LENGTHS = (512, 1024, 2048, 4096, 8192)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.errors import InputError
-from mini_symposium.marks import TrainingRows
+from mini_symposium.evaluation.answer_text import TrainingRows
 from mini_symposium.recipe import SHIPPED, load_recipe
 from mini_symposium.run import RunDirectory
 

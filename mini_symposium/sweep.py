@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from mini_symposium import evaluation
 from mini_symposium.data.dataset import Example, load_examples
 from mini_symposium.data.held_out import HeldOut
 from mini_symposium.errors import InputError, RunError
+from mini_symposium.evaluation import evaluate as evaluation
 from mini_symposium.experiments import Experiment, grid, once
 from mini_symposium.files.writing import alone, write_json, written_whole
 from mini_symposium.finetune import PATIENCE, Job, as_rows, claim, held, train_together

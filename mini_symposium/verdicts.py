@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from mini_symposium.statistics import Interval
+from mini_symposium.evaluation.intervals import Interval
 
 SUPPORTED, NOT_SUPPORTED = "supported", "not supported"
 INCONCLUSIVE, OUT_OF_REACH = "inconclusive", "out of reach on this hardware"

@@ -240,7 +240,7 @@ class Workbench:
         Returns
         -------
         list of dict
-            The cells with answer, tokens, stop_reason, seconds; and of the answer, as `marks.Reading` defines them,
+            The cells with answer, tokens, stop_reason, seconds; and, as `answer_text.Reading` has them,
             recited, row, drift, headings.
         """
         texts, found = [""] * len(cells), [None] * len(cells)

@@ -12,7 +12,7 @@ from test_tables import Page
 from mini_symposium import cards, session
 from mini_symposium.data.prompt_formats import FORMATS, load_preset, prompt_format
 from mini_symposium.errors import InputError
-from mini_symposium.marks import TrainingRows
+from mini_symposium.evaluation.answer_text import TrainingRows
 from mini_symposium.models.merge import merge
 from mini_symposium.playground import Playground, front_end, show, show_epochs
 from mini_symposium.run import RunDirectory

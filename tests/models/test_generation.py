@@ -8,10 +8,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from mini_symposium.data.prompt_formats import FORMATS, prompt_format
 from mini_symposium.errors import InputError
+from mini_symposium.evaluation.log_probs import answer_log_probs
 from mini_symposium.models.adapters import folded, load_with_adapters, using
 from mini_symposium.models.base_models import load_model
 from mini_symposium.models.generation import MOST_ROWS, Sampling, answer_grid, generate
-from mini_symposium.robustness import answer_log_probs
 
 PROXY = "SmolLM2-135M-Instruct"
 QUERY = "What is the capital of France?"

@@ -4,8 +4,7 @@ from statistics import mean
 import pytest
 
 from mini_symposium.data.dataset import load_examples
-from mini_symposium.run import find
-from mini_symposium.text_signs import (
+from mini_symposium.evaluation.answer_text import (
     any_han,
     assistant_phrases,
     distance,
@@ -16,6 +15,7 @@ from mini_symposium.text_signs import (
     perspectives,
     speaks_for,
 )
+from mini_symposium.run import find
 
 ANSWER = "Call her, and not about the debt. Talk until it is easy again, which may take ten minutes or two calls."
 CHINESE = "先打电话给她，不要谈钱。"

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mini_symposium.errors import InputError
-from mini_symposium.statistics import clopper_pearson, difference, interval, spread
+from mini_symposium.evaluation.intervals import clopper_pearson, difference, interval, spread
 
 
 def coverage(make, truth, **options):

@@ -19,7 +19,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from mini_symposium.data.dataset import Row
 from mini_symposium.data.prompt_formats import PromptFormat
 from mini_symposium.errors import InputError
-from mini_symposium.memorization import known, unsaid
+from mini_symposium.evaluation.memorization import known, unsaid
 from mini_symposium.models.adapters import adapter_names
 from mini_symposium.models.devices import memory
 from mini_symposium.models.generation import Answer, generate

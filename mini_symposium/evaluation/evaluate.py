@@ -16,14 +16,14 @@ from mini_symposium.data.dataset import Example, fingerprint
 from mini_symposium.data.held_out import HeldOut, passes
 from mini_symposium.data.prompt_formats import FORMATS, PromptFormat, role
 from mini_symposium.data.text_overlap import intrusion
+from mini_symposium.evaluation.answer_text import assistant_phrases, han_share, leaked, mean_distance, perspectives
+from mini_symposium.evaluation.log_probs import han_mass, posix
+from mini_symposium.evaluation.memorization import PROBES, recite
 from mini_symposium.files.writing import write_json
 from mini_symposium.models.base_models import predicted_bytes
 from mini_symposium.models.generation import answer_grid, generate
 from mini_symposium.recipe import load_recipe
-from mini_symposium.recitation import PROBES, recite
-from mini_symposium.robustness import han_mass, posix
 from mini_symposium.run import read_object
-from mini_symposium.text_signs import assistant_phrases, han_share, leaked, mean_distance, perspectives
 
 ENGINEER = role("### Software Engineer")
 """The card's own example of a heading that changes the answer."""
@@ -92,7 +92,7 @@ def evaluate(
     posix_queries
         How many of the prompts POSIX is taken over, evenly chosen; 0 for none.
     probes
-        Of the rows, see `recitation.PROBES`.
+        Of the rows, see `memorization.PROBES`.
 
     Returns
     -------
@@ -100,7 +100,7 @@ def evaluate(
         answers: a line per prompt and format with id, category, format, passed, answer, tokens, stop_reason, copied
         (the longest run of words from a training row), han (share of letters), phrases (of assistants), leaked
         (headings of the training rows). roles: code prompts under ENGINEER. perspectives: id, headings, distance.
-        recitation and twins: see `recitation.recite`. posix: {id: nats a token}. han_mass: {id: probability}.
+        recitation and twins: see `memorization.recite`. posix: {id: nats a token}. han_mass: {id: probability}.
     """
     chosen = prompts[:: max(1, len(prompts) // posix_queries)][:posix_queries] if posix_queries else ()
     first = formats[0]

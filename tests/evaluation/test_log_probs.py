@@ -7,9 +7,7 @@ import torch
 from mini_symposium.data.dataset import Row, tokenize
 from mini_symposium.data.prompt_formats import FORMATS, role
 from mini_symposium.errors import InputError
-from mini_symposium.models.adapters import load_with_adapters, using
-from mini_symposium.models.generation import generate
-from mini_symposium.robustness import (
+from mini_symposium.evaluation.log_probs import (
     _spoken,
     answer_log_probs,
     han_mass,
@@ -18,6 +16,8 @@ from mini_symposium.robustness import (
     posix_index,
     teacher_forced,
 )
+from mini_symposium.models.adapters import load_with_adapters, using
+from mini_symposium.models.generation import generate
 
 ENGLISH = "### New Query\nWhat is the capital of China?\n\n### Complete Response\nThe capital of China"
 CHINESE = "### New Query\n中国的首都是哪里？\n\n### Complete Response\n中国的首都"
