@@ -56,10 +56,10 @@ def train(
     from mini_symposium.reproduce import alone, check_parameters, parse_parameters
 
     given = check_parameters(parse_parameters(parameter or []), "02_finetune")
-    from mini_symposium import processes
     from mini_symposium.data.dataset import load_examples
-    from mini_symposium.finetune import prepare
-    from mini_symposium.finetune import train as run_training
+    from mini_symposium.training import processes
+    from mini_symposium.training.finetune import prepare
+    from mini_symposium.training.finetune import train as run_training
 
     chosen, examples, directory = prepare(
         given.get("RECIPE", recipe), given.get("DATASET", ""), given.get("RUN", run), given.get("NUM_EPOCHS", 0)

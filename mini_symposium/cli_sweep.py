@@ -7,7 +7,7 @@ from rich.table import Table
 
 from mini_symposium.cli_options import RecipeOption, console
 from mini_symposium.errors import InputError
-from mini_symposium.experiments import PER_PASS
+from mini_symposium.training.experiments import PER_PASS
 
 
 def sweep(
@@ -28,9 +28,9 @@ def sweep(
     ] = None,
 ):
     """Train and measure what the twelve claims need, or a grid of your own; interrupted, it goes on where it was."""
-    from mini_symposium.experiments import grid, once, parse_numbers, parse_ranks
     from mini_symposium.recipe import load_recipe
     from mini_symposium.run import RunDirectory
+    from mini_symposium.training.experiments import grid, once, parse_numbers, parse_ranks
 
     chosen = load_recipe(recipe)
     numbers = parse_numbers("seeds", seeds) or [chosen.seed]
@@ -48,7 +48,7 @@ def sweep(
     from mini_symposium.data.held_out import check_disjoint, load_held_out
     from mini_symposium.evidence import load
     from mini_symposium.files.writing import alone, write_json
-    from mini_symposium.sweep import Sweep, check_engine
+    from mini_symposium.training.sweep import Sweep, check_engine
 
     check_engine(engine)
     whole = Sweep(chosen, RunDirectory(out or f"runs/{chosen.name}-sweep").path, numbers, passes)

@@ -206,10 +206,10 @@ def overfitted_run(tmp_path_factory):
 
     The proxy and not `tiny`: random weights learn no row to the end.
     """
-    from mini_symposium import finetune
     from mini_symposium.data.dataset import load_examples
     from mini_symposium.recipe import load_recipe
     from mini_symposium.run import find
+    from mini_symposium.training import finetune
 
     row, twin = (load_examples(find(f"data/{name}.md"))[6] for name in ("minisymposium", "twins"))
     run, recipe = RunDirectory(tmp_path_factory.mktemp("overfitted")), load_recipe("proxy", num_epochs=14)
@@ -232,9 +232,9 @@ def overfitted(overfitted_run):
 def tiny_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint of `tiny` after six epochs at a rate that moves it visibly."""
     from mini_symposium.data.dataset import load_examples
-    from mini_symposium.finetune import train
     from mini_symposium.recipe import load_recipe
     from mini_symposium.run import find
+    from mini_symposium.training.finetune import train
 
     run = RunDirectory(tmp_path_factory.mktemp("tiny-run"))
     train(load_recipe("tiny", num_epochs=6), load_examples(find("data/minisymposium.md")), run, [1e-3])
@@ -245,9 +245,9 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
 def proxy_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint of the proxy after twelve steps on two examples."""
     from mini_symposium.data.dataset import load_examples
-    from mini_symposium.finetune import train
     from mini_symposium.recipe import load_recipe
     from mini_symposium.run import find
+    from mini_symposium.training.finetune import train
 
     run = RunDirectory(tmp_path_factory.mktemp("proxy-run"))
     recipe = load_recipe("proxy", num_epochs=6)

@@ -18,9 +18,6 @@ import accelerate  # noqa: F401
 import torch  # noqa: F401
 import trl  # noqa: F401
 
-import mini_symposium.finetune
-import mini_symposium.models.merge  # noqa: F401
-
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "fcntl.flock")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 

@@ -11,14 +11,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 from test_interrupted import RATES, TRAIN, check_equal, leftovers, nursery, whole  # noqa: F401
 
-from mini_symposium import trainer
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.errors import InputError
-from mini_symposium.finetune import as_rows
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import ROOT, RunDirectory, find, whole_lines
-from mini_symposium.trainer import EpochOrder
+from mini_symposium.training import trainer
+from mini_symposium.training.finetune import as_rows
+from mini_symposium.training.trainer import EpochOrder
 
 ONE_LINE = """
 import sys

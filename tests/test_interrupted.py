@@ -20,7 +20,7 @@ from mini_symposium.run import ROOT, RunDirectory
 RATES = (1e-2, 1e-3)
 TRAIN = """
 from mini_symposium.data.dataset import load_examples
-from mini_symposium.finetune import train
+from mini_symposium.training.finetune import train
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import RunDirectory, find
 examples = load_examples(find("data/minisymposium.md"))
@@ -177,7 +177,7 @@ def test_from_a_damaged_checkpoint_it_falls_back_to_the_one_before(nursery, whol
 
 
 def test_a_second_process_on_a_run_is_refused(nursery, tmp_path):
-    impatient = "import mini_symposium.finetune\nmini_symposium.finetune.PATIENCE = 0\n"
+    impatient = "import mini_symposium.training.finetune\nmini_symposium.finetune.PATIENCE = 0\n"
     main = (
         f"from mini_symposium.cli import main\nmain(['train', '--recipe', 'tiny', '--run', {str(tmp_path / 'run')!r}])"
     )

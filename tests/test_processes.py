@@ -10,10 +10,10 @@ from test_interrupted import nursery  # noqa: F401
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import ROOT, RunDirectory, find
-from mini_symposium.trainer import EpochOrder
+from mini_symposium.training.trainer import EpochOrder
 
 ALONE = """
-from mini_symposium.finetune import prepare, train
+from mini_symposium.training.finetune import prepare, train
 recipe, examples, run = prepare({recipe!r}, {data!r}, {run!r})
 train(recipe, examples, run, [1e-3], [], fast=False)
 """
@@ -68,7 +68,7 @@ def test_a_batch_takes_the_mean_of_its_examples_gradients(alone):
 def test_two_processes_follow_the_trajectory_of_one_with_the_same_batch(alone, five):
     run = RunDirectory(five / "two")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "data/accelerate/ddp.yaml"]
-    launch += ["-m", "mini_symposium.finetune"]
+    launch += ["-m", "mini_symposium.training.finetune"]
     arguments = ["--recipe", five / "batch-2.yml", "--run", run.path, "-p", "LEARNING_RATES=[1e-3]"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = list(map(str, [*launch, *arguments, "-p", f"DATASET={five / 'five.md'}", "-p", "CHECKPOINT_EPOCHS=[4]"]))

@@ -15,9 +15,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from mini_symposium import acceleration, fused
-from mini_symposium import trainer as training
-from mini_symposium.acceleration import choose
 from mini_symposium.bench.turns import Turn
 from mini_symposium.data.dataset import Row
 from mini_symposium.files.writing import written_whole
@@ -27,8 +24,11 @@ from mini_symposium.models.base_models import load_model, load_tokenizer, nf4
 from mini_symposium.models.devices import device
 from mini_symposium.models.generation import generate
 from mini_symposium.recipe import load_recipe
-from mini_symposium.trainer import build_trainer
-from mini_symposium.training_log import Log, Part
+from mini_symposium.training import fused_lora, memory_plan
+from mini_symposium.training import trainer as training
+from mini_symposium.training.log import Log, Part
+from mini_symposium.training.memory_plan import choose
+from mini_symposium.training.trainer import build_trainer
 
 RATE, STEPS = 1e-4, 7800
 THIN = 3 * 16
@@ -84,9 +84,9 @@ def ours(turn, base, rows, adapters=1, fast=True, profile=False, float32=False, 
     if threads:
         torch.set_num_threads(threads)
     if profile:  # a profiler does not see the products that compiled code calls
-        fused.OPTIONS = {}
+        fused_lora.OPTIONS = {}
     if float32:  # as on a processor without products for bfloat16
-        acceleration.training_dtype = training.training_dtype = lambda: torch.float32
+        memory_plan.training_dtype = training.training_dtype = lambda: torch.float32
     recipe = load_recipe("proxy", base_model=base, sequence_len=max(map(len, rows)), num_epochs=STEPS)
     rates = [RATE / (k + 1) for k in range(adapters)]
     chosen = choose(recipe, adapters, recipe.sequence_len, STEPS, fast)

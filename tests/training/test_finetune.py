@@ -13,9 +13,6 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
-from mini_symposium import acceleration, checkpoints, finetune, trainer
-from mini_symposium.acceleration import choose
-from mini_symposium.checkpoints import ADAPTER_FILES, RESUMABLE, RESUME_FILES
 from mini_symposium.data.dataset import load_examples, tokenize
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.models.base_files import local_directory
@@ -23,7 +20,10 @@ from mini_symposium.models.base_models import load_model, load_tokenizer
 from mini_symposium.models.devices import training_dtype
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import RunDirectory, find, read_jsonl
-from mini_symposium.training_log import Log, Part
+from mini_symposium.training import checkpoints, finetune, memory_plan, trainer
+from mini_symposium.training.checkpoints import ADAPTER_FILES, RESUMABLE, RESUME_FILES
+from mini_symposium.training.log import Log, Part
+from mini_symposium.training.memory_plan import choose
 
 DATA = find("data/minisymposium.md")
 
@@ -234,12 +234,12 @@ def test_a_compiled_run_goes_on_compiled_though_memory_would_now_say_otherwise(
     """Where less memory trains fewer adapters at a time, the steps of a pass may be too few to compile for."""
     whole, cut = (RunDirectory(tmp_path / name) for name in ("whole", "cut"))
     short, how = recipe.replace(num_epochs=3), {"learning_rates": [1e-3], "checkpoint_epochs": [1, 2]}
-    monkeypatch.setattr(acceleration, "COMPILE_FROM", 1)
+    monkeypatch.setattr(memory_plan, "COMPILE_FROM", 1)
     finetune.train(short, examples[:3], whole, **how)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         cut_off_at(patch, 2)
         finetune.train(short, examples[:3], cut, **how)
-    monkeypatch.setattr(acceleration, "COMPILE_FROM", 10**9)
+    monkeypatch.setattr(memory_plan, "COMPILE_FROM", 10**9)
     finetune.train(short, examples[:3], cut, **how)
     assert "going on as it began, layer compiled" in capsys.readouterr().out
     assert steps(cut, 1e-3) == steps(whole, 1e-3)
@@ -249,7 +249,7 @@ def test_a_compiled_run_goes_on_compiled_though_memory_would_now_say_otherwise(
 
 KILLED = """
 import json, sys
-from mini_symposium.finetune import prepare, train
+from mini_symposium.training.finetune import prepare, train
 recipe, examples, run = prepare("tiny", sys.argv[2], sys.argv[1])
 train(recipe.replace(lora_dropout=float(sys.argv[4])), examples, run, json.loads(sys.argv[3]))
 """

@@ -3,10 +3,10 @@ import sys
 
 import pytest
 
-from mini_symposium.acceleration import choose
 from mini_symposium.models.base_models import NF4_BYTES, predicted_bytes
 from mini_symposium.models.devices import training_dtype
 from mini_symposium.recipe import load_recipe
+from mini_symposium.training.memory_plan import choose
 
 GIB = 2**30
 

@@ -24,8 +24,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PrinterCallback
 
-from mini_symposium import checkpoints, processes
-from mini_symposium.acceleration import Acceleration, choose
 from mini_symposium.data.dataset import Example, Row, fingerprint, load_examples, tokenize
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.files.writing import alone, clear_away, write_json, written_whole
@@ -33,8 +31,10 @@ from mini_symposium.models.base_models import load_tokenizer
 from mini_symposium.models.devices import device, out_of_memory, peak_memory
 from mini_symposium.recipe import KEYS, Recipe, load_recipe
 from mini_symposium.run import RunDirectory, environment, said_already
-from mini_symposium.trainer import build_trainer, check_batches, save_adapter
-from mini_symposium.training_log import Log, Part
+from mini_symposium.training import checkpoints, processes
+from mini_symposium.training.log import Log, Part
+from mini_symposium.training.memory_plan import Acceleration, choose
+from mini_symposium.training.trainer import build_trainer, check_batches, save_adapter
 
 REPORTERS = ("none", "tensorboard", "trackio")
 """To whom the trainer may report, if it is installed."""
@@ -384,7 +384,9 @@ def _adapter(checkpoint: Path) -> dict[str, torch.Tensor]:
         raise RunError(f"{path}: cannot be read ({error}), so nothing shows that the adapter moved") from error
 
 
-if __name__ == "__main__":  # accelerate launch -m mini_symposium.finetune --recipe R --run DIR: `mini-symposium train`
+if (
+    __name__ == "__main__"
+):  # accelerate launch -m mini_symposium.training.finetune --recipe R --run DIR: `mini-symposium train`
     from mini_symposium.cli import main
 
     main(["train", *sys.argv[1:]])

@@ -22,13 +22,13 @@ from mini_symposium.data.dataset import Example, load_examples
 from mini_symposium.data.held_out import HeldOut
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.evaluation import evaluate as evaluation
-from mini_symposium.experiments import Experiment, grid, once
 from mini_symposium.files.writing import alone, write_json, written_whole
-from mini_symposium.finetune import PATIENCE, Job, as_rows, claim, held, train_together
 from mini_symposium.models.adapters import folded, load_with_adapters
 from mini_symposium.models.base_models import load_tokenizer
 from mini_symposium.recipe import Recipe, load_recipe
 from mini_symposium.run import RunDirectory
+from mini_symposium.training.experiments import Experiment, grid, once
+from mini_symposium.training.finetune import PATIENCE, Job, as_rows, claim, held, train_together
 
 SEEDS = (42, 43, 44)
 EPOCHS_LOW, EPOCHS_HIGH = 600, 60
@@ -156,7 +156,7 @@ class Sweep:
         ]
         tasks = [(self.base, self.root.absolute(), each, examples, held_out) for each in todo]
         if engine == "ray" and todo:
-            from mini_symposium import ray_engine
+            from mini_symposium.training import ray_engine
 
             def finished(number: int, seconds: float) -> None:
                 ahead.done(number, seconds)

@@ -7,14 +7,14 @@ from statistics import mean
 import pytest
 from conftest import command
 
-from mini_symposium import sweep as module
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.data.held_out import load_held_out
 from mini_symposium.data.prompt_formats import FORMATS
 from mini_symposium.evidence import load
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import RunDirectory, find
-from mini_symposium.sweep import Sweep, plan
+from mini_symposium.training import sweep as module
+from mini_symposium.training.sweep import Sweep, plan
 
 
 def test_the_plan_holds_dose_step_size_and_peak_apart():

@@ -13,15 +13,15 @@ import psutil
 import pytest
 import torch
 
-from mini_symposium import finetune, ray_engine
 from mini_symposium.claims import ledger
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.errors import InputError
 from mini_symposium.evidence import load
-from mini_symposium.experiments import grid
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import RunDirectory, find
-from mini_symposium.sweep import run_grid, train_pass
+from mini_symposium.training import finetune, ray_engine
+from mini_symposium.training.experiments import grid
+from mini_symposium.training.sweep import run_grid, train_pass
 
 os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -9,12 +9,11 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, get_peft_model
 
-from mini_symposium.adapter_vectors import GROUPS, AdapterVectors
 from mini_symposium.data.dataset import load_examples, tokenize
-from mini_symposium.fused import FusedAdapters, _TokenLosses
 from mini_symposium.models.base_models import compute_in_float32, load_model
 from mini_symposium.models.devices import training_dtype
 from mini_symposium.run import find
+from mini_symposium.training.fused_lora import GROUPS, AdapterVectors, FusedAdapters, _TokenLosses
 
 
 def adapted(base, ranks=(8,), **options):
@@ -186,8 +185,8 @@ def test_only_supervised_positions_count():
 
 COMPILED = """
 import torch
-from tests.test_fused import adapted
-from mini_symposium.fused import FusedAdapters
+from tests.training.test_fused_lora import adapted
+from mini_symposium.training.fused_lora import FusedAdapters
 torch.set_num_threads(2)
 model = adapted("tiny", (8, 4))
 ids = torch.randint(5, 30000, (2, 30), generator=torch.Generator().manual_seed(0))

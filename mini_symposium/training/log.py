@@ -15,13 +15,13 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from mini_symposium import processes
 from mini_symposium.data.dataset import Row
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.evaluation.memorization import known, unsaid
 from mini_symposium.files.writing import written_whole
 from mini_symposium.recipe import Recipe
 from mini_symposium.run import read_jsonl, whole_lines
+from mini_symposium.training import processes
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from mini_symposium import checkpoints, processes
-from mini_symposium.acceleration import Acceleration
 from mini_symposium.data.dataset import Row
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.files.writing import discard, written_whole
-from mini_symposium.fused import FusedAdapters
 from mini_symposium.models.base_models import compute_in_float32, load_model, load_tokenizer
 from mini_symposium.models.devices import device, training_dtype
 from mini_symposium.recipe import Recipe
-from mini_symposium.training_log import Part
+from mini_symposium.training import checkpoints, processes
+from mini_symposium.training.fused_lora import FusedAdapters
+from mini_symposium.training.log import Part
+from mini_symposium.training.memory_plan import Acceleration
 
 
 class EpochOrder(torch.utils.data.Sampler):

@@ -4,8 +4,8 @@ import pytest
 from conftest import command
 
 from mini_symposium.errors import InputError
-from mini_symposium.experiments import grid
 from mini_symposium.recipe import load_recipe
+from mini_symposium.training.experiments import grid
 
 
 def test_the_grid_is_the_product_in_bounded_passes_equal_ranks_together():
