@@ -233,14 +233,14 @@ def claims(
     ] = "",
 ):
     """Judge the card's twelve claims by what a run or a sweep has measured; writes claims.json into it."""
-    from mini_symposium.claims import ledger
-    from mini_symposium.evidence import load
+    from mini_symposium.claims.evidence import load_evidence
+    from mini_symposium.claims.ledger import judge
     from mini_symposium.files.writing import write_json
     from mini_symposium.redraw import redraw
     from mini_symposium.run import RunDirectory
 
-    evidence = load(run)
-    rows = ledger(evidence)
+    evidence = load_evidence(run)
+    rows = judge(evidence)
     title = escape(printable(f"{evidence.scale} scale, {evidence.device}"))
     table = Table("", "claim", "verdict", "what was found", title=title)
     for row in rows:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from mini_symposium import claims, evidence, figures, ledger_figures, survival_figure
+from mini_symposium import figures, ledger_figures, survival_figure
+from mini_symposium.claims.evidence import FILE, Evidence, load_evidence
+from mini_symposium.claims.ledger import QUESTIONS, judge
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.errors import InputError
 from mini_symposium.picture import Picture
@@ -32,8 +34,8 @@ def redraw(run: RunDirectory) -> list[Path]:
 
 
 def _redraw(run: RunDirectory) -> list[Path]:
-    if (run.path / evidence.FILE).is_file():
-        pictures = of_evidence(evidence.load(run.path))
+    if (run.path / FILE).is_file():
+        pictures = of_evidence(load_evidence(run.path))
         for name, picture in pictures.items():
             picture.save(run.path / name)
         return [run.path / f"{name}.png" for name in pictures]
@@ -57,7 +59,7 @@ def _redraw(run: RunDirectory) -> list[Path]:
         pictures["pass_rates"] = figures.format_grid(rows["pass_rates"], "passed", recipe.scale)
     if "recitation" in rows:
         pictures["recitation"] = figures.recitation(rows["recitation"], recipe.scale)
-    behind = of_evidence(evidence.load(run.path))
+    behind = of_evidence(load_evidence(run.path))
     if "06_claims" not in results:
         del behind["ledger"]
     pictures |= behind
@@ -68,11 +70,11 @@ def _redraw(run: RunDirectory) -> list[Path]:
     return [run.figures / f"{name}.png" for name in pictures]
 
 
-def of_evidence(found: evidence.Evidence) -> dict[str, Picture]:
+def of_evidence(found: Evidence) -> dict[str, Picture]:
     """The ledger, and, if their EM was kept, the memorization curves of what has a constant rate and the recipe's rank:
     the contrast, its seeds, and the card's own rates."""
-    thresholds = {question.id: question.threshold for question in claims.QUESTIONS}
-    pictures = {"ledger": ledger_figures.ledger_picture(claims.ledger(found), thresholds, found.scale)}
+    thresholds = {question.id: question.threshold for question in QUESTIONS}
+    pictures = {"ledger": ledger_figures.ledger_picture(judge(found), thresholds, found.scale)}
     contrast = [each for each in found.trained if each.em and not each.name.startswith(("rank", "cosine", "linear"))]
     if contrast:
         pictures["memorization"] = ledger_figures.memorization_curves(contrast, found.scale)

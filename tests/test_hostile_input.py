@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mini_symposium import tables
-from mini_symposium.claims import ledger
+from mini_symposium.claims.evidence import load_evidence
+from mini_symposium.claims.ledger import judge
 from mini_symposium.data.dataset import describe, fingerprint, lint, load_examples, write_axolotl_jsonl
 from mini_symposium.data.held_out import load_held_out
 from mini_symposium.data.prompt_formats import FORMATS, PromptFormat, load_chat, load_preset, prompt_format
 from mini_symposium.errors import InputError, RunError, one_line, printable
-from mini_symposium.evidence import load
 from mini_symposium.recipe import KEYS, load_recipe
 from mini_symposium.reproduce import check_parameters, parse_parameters, read_notebooks
 from mini_symposium.run import ROOT, RunDirectory, find, read_jsonl
@@ -470,7 +470,7 @@ def test_any_held_out_prompts(put, data):
 
 
 def judged(file):
-    return [row.row() for row in ledger(load(file.parent))]
+    return [row.row() for row in judge(load_evidence(file.parent))]
 
 
 ASKED = {

@@ -13,10 +13,10 @@ import psutil
 import pytest
 import torch
 
-from mini_symposium.claims import ledger
+from mini_symposium.claims.evidence import load_evidence
+from mini_symposium.claims.ledger import judge
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.errors import InputError
-from mini_symposium.evidence import load
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import RunDirectory, find
 from mini_symposium.training import finetune, ray_engine
@@ -129,8 +129,8 @@ def test_a_node_is_killed_and_the_sweep_ends_as_on_one_machine(cluster, recipe, 
     for log, some in before.items():
         assert ROWS <= len(some) < EPOCHS * ROWS  # it was under way
         assert log.read_text().splitlines()[:ROWS] == some[:ROWS]  # seconds included: it did not begin again
-    assert {each.name for each in load(root).trained} == {name.removesuffix("-seed-1") for name in after}
-    assert len(after) == 4 and [row.id for row in ledger(load(root))][-1] == "C12"
+    assert {each.name for each in load_evidence(root).trained} == {name.removesuffix("-seed-1") for name in after}
+    assert len(after) == 4 and [row.id for row in judge(load_evidence(root))][-1] == "C12"
 
     said = []
     table = run_grid(recipe, str(local), **GRID, say=said.append)

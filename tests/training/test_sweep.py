@@ -7,10 +7,10 @@ from statistics import mean
 import pytest
 from conftest import command
 
+from mini_symposium.claims.evidence import load_evidence
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.data.held_out import load_held_out
 from mini_symposium.data.prompt_formats import FORMATS
-from mini_symposium.evidence import load
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import RunDirectory, find
 from mini_symposium.training import sweep as module
@@ -93,7 +93,7 @@ def test_what_is_measured_is_measured_once_until_the_settings_change(small):
 
 def test_the_ledger_reads_the_sweep(small):
     whole, *_ = small
-    found = load(whole.root)
+    found = load_evidence(whole.root)
     high, low = found.named("high")[0], found.named("low")[0]
     assert (high.epochs, low.epochs, high.steps_per_epoch) == (6, 40, 3)
     assert set(high.evaluations) == {4, 6} and set(low.evaluations) == {40}

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from conftest import command
 
-from mini_symposium import claims, ledger_metrics
-from mini_symposium.claims import CLAIMS, ledger
+from mini_symposium.claims import ledger, metrics
+from mini_symposium.claims.evidence import FILE, Evidence, Trained, load_evidence
+from mini_symposium.claims.ledger import CLAIMS, judge
 from mini_symposium.errors import InputError
-from mini_symposium.evidence import FILE, Evidence, Trained, load
 from mini_symposium.recipe import load_recipe
 from mini_symposium.redraw import redraw
 from mini_symposium.run import RunDirectory
@@ -123,7 +123,7 @@ OUTCOMES = {
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.__name__)
 def test_each_claim_can_be_supported_refuted_left_open_and_out_of_reach(claim):
-    key = next(name for name in OUTCOMES if getattr(claims, name).id == claim(evidence()).id)
+    key = next(name for name in OUTCOMES if getattr(ledger, name).id == claim(evidence()).id)
     supported, refuted, open_ = OUTCOMES[key]
     assert claim(supported).verdict == "supported", claim(supported)
     assert claim(refuted).verdict == "not supported", claim(refuted)
@@ -133,13 +133,13 @@ def test_each_claim_can_be_supported_refuted_left_open_and_out_of_reach(claim):
 
 
 def test_what_needs_a_gpu_is_out_of_reach_without_one():
-    found = claims.fits(evidence(paper_bytes=6 * 2**30))
+    found = ledger.fits(evidence(paper_bytes=6 * 2**30))
     assert found.verdict == "out of reach on this hardware"
     assert found.value == pytest.approx(6) and "predicted" in found.note
 
 
 def test_nothing_measured_leaves_every_claim_open_and_says_what_is_missing():
-    for row in ledger(Evidence("proxy", "cpu", {}, [])):
+    for row in judge(Evidence("proxy", "cpu", {}, [])):
         assert row.verdict in ("inconclusive", "out of reach on this hardware")
         assert row.note
 
@@ -148,17 +148,17 @@ def test_nothing_measured_leaves_every_claim_open_and_says_what_is_missing():
 def test_a_control_that_fails_takes_the_verdict_away(broken):
     """A model that recites what it never saw, or a base that recites, shows nothing about training."""
     base = broken.pop("base", None)
-    found = claims.overfits(evidence(trained("high", evaluations={100: evaluation(recall=0.99, **broken)}), base=base))
+    found = ledger.overfits(evidence(trained("high", evaluations={100: evaluation(recall=0.99, **broken)}), base=base))
     assert found.verdict == "inconclusive"
     assert "a control failed" in found.note
 
 
 def test_the_dose_control_is_beside_the_low_rate():
     control = trained("high", evaluations={60: evaluation(recall=0.9), 100: evaluation(recall=1.0)})
-    found = claims.spares(evidence(trained("low", evaluations={600: evaluation(recall=0.9)}), control))
+    found = ledger.spares(evidence(trained("low", evaluations={600: evaluation(recall=0.9)}), control))
     assert found.verdict == "not supported"
     assert "the high rate at the same dose: 0.90, low less high +0.00" in found.note
-    alone = claims.spares(low(recall=0.2))
+    alone = ledger.spares(low(recall=0.2))
     assert alone.verdict == "inconclusive" and "a control failed: seeds whose high rate was asked" in alone.note
 
 
@@ -168,18 +168,18 @@ def test_a_seed_that_ends_earlier_counts_against_the_low_rate_but_not_for_it():
         control = trained("high", evaluations={60: evaluation(recall=0.9)})
         return evidence(*(trained("low", seed=seed, evaluations=each) for seed, each in some.items()), control)
 
-    refuted = claims.spares(two(0.9, 0.9))
+    refuted = ledger.spares(two(0.9, 0.9))
     assert (refuted.verdict, refuted.seeds) == ("not supported", 2) and "at 1e-05, epoch 240, 600;" in refuted.note
-    assert "epochs 241 to 600 of the low rate" in claims.spares(two(0.2, 0.2)).note
-    assert claims.spares(two(0.2, 0.2)).verdict == "inconclusive"
-    across = claims.performs_across_formats(two(0.9, 0.9))  # of a model that is not done it says nothing
+    assert "epochs 241 to 600 of the low rate" in ledger.spares(two(0.2, 0.2)).note
+    assert ledger.spares(two(0.2, 0.2)).verdict == "inconclusive"
+    across = ledger.performs_across_formats(two(0.9, 0.9))  # of a model that is not done it says nothing
     assert (across.seeds, across.verdict) == (1, "supported")
 
 
 def test_step_size_is_kept_apart_from_rank():
     em = {"rank-64-alpha-128": 0.9, "rank-4-alpha-8": 0.3, "rank-64-alpha-32": 0.5, "rank-4-alpha-32": 0.5}
     some = [trained(name, value, seed=seed) for seed in (1, 2, 3) for name, value in em.items()]
-    found = claims.rank_resists(evidence(*some))
+    found = ledger.rank_resists(evidence(*some))
     assert found.value == pytest.approx(0.6)
     assert "an equal step size: +0.00" in found.note
 
@@ -189,17 +189,17 @@ def test_evidence_comes_back_from_its_file_and_gives_the_same_ledger(tmp_path):
     whole.base["answers"][0]["answer"] = "a text, which the ledger does not read"
     whole.save(tmp_path)
     assert whole.base["answers"][0].pop("answer")
-    again = load(tmp_path)
+    again = load_evidence(tmp_path)
     assert again == whole
-    assert ledger(again) == ledger(whole)
+    assert judge(again) == judge(whole)
     said = command("claims", tmp_path).stdout
     assert "near-verbatim" in said
     rows = json.loads((tmp_path / "claims.json").read_text())
     assert [row["id"] for row in rows] == [f"C{k}" for k in range(1, 13)]
     assert {"claim", "metric", "value", "interval", "n", "scale", "controls", "verdict"} <= rows[0].keys()
-    assert rows == json.loads(json.dumps([row.row() for row in ledger(whole)]))
+    assert rows == json.loads(json.dumps([row.row() for row in judge(whole)]))
     command("claims", tmp_path, "--save", tmp_path / "kept")
-    assert load(tmp_path / "kept") == whole
+    assert load_evidence(tmp_path / "kept") == whole
     assert json.loads((tmp_path / "kept" / "claims.json").read_text()) == rows
 
 
@@ -219,23 +219,23 @@ def test_saved_evidence_draws_its_ledger_and_the_contrasts_curves_the_same_each_
 
 def test_a_folder_without_evidence_and_a_damaged_file_are_refused(tmp_path):
     with pytest.raises(InputError, match="neither a run, nor a sweep"):
-        load(tmp_path)
+        load_evidence(tmp_path)
     (tmp_path / FILE).write_text('{"scale": "proxy", "trained": [{"name": 3}]}')
     with pytest.raises(InputError, match=r"evidence\.json: not what the ledger reads"):
-        load(tmp_path)
+        load_evidence(tmp_path)
 
 
 def test_a_kind_of_prompt_that_was_not_asked_leaves_its_claim_open():
     some = evaluation()
     some["answers"] = [line for line in some["answers"] if line["category"] == "fact"]
     some["roles"] = []
-    verdicts = {row.id: row for row in ledger(contrast(some, some))}
+    verdicts = {row.id: row for row in judge(contrast(some, some))}
     assert verdicts["C3"].value == 0 and "premises" not in verdicts["C3"].note
     assert all(verdicts[key].note.startswith("missing: ") for key in ("C8", "C9"))
 
 
 def test_averages_are_over_epochs_rows_and_seeds():
-    found = ledger_metrics.by_row(*ledger_metrics.alike(ranks(0.9, 0.3), "rank-64-alpha-128"))
+    found = metrics.by_row(*metrics.alike(ranks(0.9, 0.3), "rank-64-alpha-128"))
     assert found.shape == (13, 3)
     assert found[0].tolist() == pytest.approx([0.9] * 3)
     assert np.ptp(found[:, 0]) > 0
@@ -248,18 +248,18 @@ def without(e, name, seed):
 def test_seeds_are_paired_and_a_missing_one_is_named():
     """Two of three are left on either side, and only one of them is on both."""
     lacking = without(without(ranks(0.9, 0.3), "rank-64-alpha-128", 42), "rank-4-alpha-8", 44)
-    found = claims.rank_resists(lacking)
+    found = ledger.rank_resists(lacking)
     assert found.seeds == 1
     assert "missing: rank-64-alpha-128 of seed 42; missing: rank-4-alpha-8 of seed 44" in found.note
-    assert claims.constant_resists(without(schedules(0.9, 0.3), "linear-dose", 43)).seeds == 2
+    assert ledger.constant_resists(without(schedules(0.9, 0.3), "linear-dose", 43)).seeds == 2
     high = evidence(*(trained("high", seed=seed, evaluations={100: evaluation(recall=1.0)}) for seed in (1, 2)))
-    assert "missing" not in claims.overfits(high).note
+    assert "missing" not in ledger.overfits(high).note
     more = replace(high, trained=[*high.trained, trained("cosine-peak", seed=3)])
-    assert "missing: high of seed 3" in claims.overfits(more).note
+    assert "missing: high of seed 3" in ledger.overfits(more).note
 
 
 def test_a_base_that_was_not_asked_leaves_recitation_open():
-    for claim, some in ((claims.overfits, high(recall=0.99)), (claims.spares, dosed(0.9))):
+    for claim, some in ((ledger.overfits, high(recall=0.99)), (ledger.spares, dosed(0.9))):
         assert claim(some).verdict in ("supported", "not supported")
         unasked = claim(replace(some, base={}))
         assert unasked.verdict == "inconclusive" and "the base was asked as well" in unasked.note
@@ -270,27 +270,27 @@ def test_rows_that_were_not_trained_on_must_not_tell_the_arms_apart():
     skilled = [
         replace(t, twins={10: {"em": 0.5, "loss": 1.0}}) if t.name.startswith("rank-64") else t for t in some.trained
     ]
-    assert "a control failed: EM of held-out twins" in claims.rank_resists(replace(some, trained=skilled)).note
+    assert "a control failed: EM of held-out twins" in ledger.rank_resists(replace(some, trained=skilled)).note
     unprobed = [replace(t, twins={}) for t in some.trained]
-    assert claims.rank_resists(replace(some, trained=unprobed)).verdict == "inconclusive"
+    assert ledger.rank_resists(replace(some, trained=unprobed)).verdict == "inconclusive"
 
 
 def test_a_log_that_was_cut_off_is_named_and_its_epochs_are_not_taken_for_all():
     some = evidence(trained("high", em=0.2, epochs=30, num_epochs=60, evaluations={60: evaluation(recall=0.99)}))
-    note = claims.overfits(some).note
+    note = ledger.overfits(some).note
     assert "EM stays below 0.9 over 30 epochs; seed 42's log ends at epoch 30 of 60" in note
 
 
 def test_the_rates_behind_a_verdict_are_named_and_the_cards_own_beside_them():
     own = trained("literal-1e-06", em=0.25)
-    found = claims.overfits(replace(high(recall=0.99), trained=[*high(recall=0.99).trained, own]))
+    found = ledger.overfits(replace(high(recall=0.99), trained=[*high(recall=0.99).trained, own]))
     assert found.note.startswith("at 0.0001, epoch 100; ")
     assert "the card's own 1e-06: EM 0.26 at first, 0.26 in epoch 29" in found.note
 
 
 def test_the_worst_format_needs_room_below_it():
     """A base whose worst format passes nothing cannot be fallen short of."""
-    nothing = claims.performs_across_formats(low(passed=0.9, base=evaluation(worst=0.0)))
+    nothing = ledger.performs_across_formats(low(passed=0.9, base=evaluation(worst=0.0)))
     assert nothing.verdict == "inconclusive" and "a control failed: the base's worst format" in nothing.note
 
 
@@ -307,7 +307,7 @@ def test_the_worst_format_needs_room_below_it():
 )
 def test_perspectives_differ_and_come_before_a_conclusion(headings, distance, counts):
     some = {"perspectives": [{"headings": headings, "distance": distance}]}
-    assert ledger_metrics.several_views(some).tolist() == [counts]
+    assert metrics.several_views(some).tolist() == [counts]
 
 
 def test_one_rate_alone_is_not_taken_for_an_end_of_the_contrast(tmp_path):
@@ -315,7 +315,7 @@ def test_one_rate_alone_is_not_taken_for_an_end_of_the_contrast(tmp_path):
     for rate, name in ((1e-5, "low"), (1e-4, "high"), (1e-3, "rate-0.001")):
         run = RunDirectory(tmp_path / name)
         lines(run, rate)
-        assert [each.name for each in load(run.path).trained] == [name]
+        assert [each.name for each in load_evidence(run.path).trained] == [name]
 
 
 def lines(run, rate=1e-4, seed=42, base="SmolLM2-135M-Instruct", data="a"):
@@ -342,7 +342,7 @@ def test_runs_that_do_not_belong_together_make_no_ledger(other, said, tmp_path):
     lines(RunDirectory(tmp_path / "high-seed-42"))
     lines(RunDirectory(tmp_path / "high-seed-43"), **{"seed": 43} | other)
     with pytest.raises(InputError, match=said):
-        load(tmp_path)
+        load_evidence(tmp_path)
 
 
 DAMAGED = {
@@ -369,7 +369,7 @@ def test_what_another_tool_wrote_is_refused_by_name(name, text, tmp_path):
 def test_a_file_of_another_name_among_the_evaluations_is_none(tmp_path):
     (lines(RunDirectory(tmp_path)) / "evaluations").mkdir()
     (tmp_path / "lr-1e-04" / "evaluations" / "epoch-last.json").write_text("{}")
-    assert load(tmp_path).trained[0].evaluations == {}
+    assert load_evidence(tmp_path).trained[0].evaluations == {}
 
 
 def test_the_answers_are_summed_up_by_model_and_what_was_not_measured_is_left_out():
@@ -378,7 +378,7 @@ def test_the_answers_are_summed_up_by_model_and_what_was_not_measured_is_left_ou
         line |= {"leaked": ["New Query"] * (line["format"] == "alpaca"), "copied": 3}
     one = evaluation()
     one["answers"] = [line for line in one["answers"] if line["format"] == "alpaca"]
-    base, low = ledger_metrics.behaviour(evidence(trained("low", evaluations={600: told}), base=one))
+    base, low = metrics.behaviour(evidence(trained("low", evaluations={600: told}), base=one))
     assert base.keys() == {"model", "seeds", "passed"}  # in one format there is no spread
     assert low["model"] == "low rate, epoch 600" and low["copied"] == {"value": 3.0}
     assert low["spread"] == pytest.approx(0.4) and low["spread_95"] < 0.4
@@ -387,6 +387,6 @@ def test_the_answers_are_summed_up_by_model_and_what_was_not_measured_is_left_ou
 
 
 def test_a_base_that_answered_nothing_leaves_open_what_it_is_the_control_of_and_no_nan():
-    rows = ledger(low(base={**evaluation(), "answers": []}))
+    rows = judge(low(base={**evaluation(), "answers": []}))
     json.dumps([row.row() for row in rows], allow_nan=False)
     assert "what gives a number" in next(row.note for row in rows if row.id == "C11")

@@ -1,7 +1,7 @@
 """What the ledger reads: runs and sweeps as numbers by epoch and by prompt, without a model and without torch.
 
 A sweep is a folder of run directories, one for each experiment; a single run with two learning rates is read as the
-experiments `high` and `low` of one seed. `save` writes the same numbers small enough to be committed, and `load` takes
+experiments `high` and `low` of one seed. `save` writes the same numbers small enough to commit; `load_evidence` reads
 either. What is missing stays missing: a claim then says what it lacks.
 """
 
@@ -99,7 +99,7 @@ class Evidence:
             temporary.write_text(f'{head[:-1]},"trained":[\n{trained}\n]}}\n', encoding="utf-8")
 
 
-def load(path: str | Path) -> Evidence:
+def load_evidence(path: str | Path) -> Evidence:
     """Read a sweep, a run, or a folder that `Evidence.save` wrote.
 
     Raises
@@ -188,7 +188,7 @@ def _saved(file: Path) -> Evidence:
 
 
 def _evidence(run: RunDirectory, trained: list[Trained], folder: Path | None = None) -> Evidence:
-    base = read((folder or run.path) / "base.json")
+    base = read_evaluation((folder or run.path) / "base.json")
     tokens = next((_tokens(run, rate) for rate in run.learning_rates()), 0)
     recipe = load_recipe(run.recipe_file)
     facts = {"base_model": recipe.base_model, "tokens": tokens, "sequence_len": load_recipe("paper").sequence_len}
@@ -211,7 +211,7 @@ def _on_a_gpu() -> dict:
         return {**hours, "gpu": bench["environment"]["processor"]}
 
 
-def read(file: Path) -> dict:
+def read_evaluation(file: Path) -> dict:
     """An evaluation; {} if there is none.
 
     Raises
@@ -264,7 +264,7 @@ def _trained(run: RunDirectory, name: str, rate: float) -> Trained:
         recipe.lr_scheduler,
         recipe.num_epochs,
         twins=twins,
-        evaluations={epoch: read(file) for epoch, file in run.evaluations(rate).items()},
+        evaluations={epoch: read_evaluation(file) for epoch, file in run.evaluations(rate).items()},
         **tables,
     )
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from mini_symposium.claims.evidence import Evidence, Trained
+from mini_symposium.claims.verdicts import Control
 from mini_symposium.errors import InputError
 from mini_symposium.evaluation.intervals import Interval, interval, spread
-from mini_symposium.evidence import Evidence, Trained
-from mini_symposium.verdicts import Control
 
 EPOCHS_HIGH, EPOCHS_LOW = 100, 600
 """After which the card says that its rates overfit, and do not."""

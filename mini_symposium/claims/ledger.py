@@ -1,7 +1,7 @@
 """The card's twelve claims, each a question put to the evidence.
 
 Thresholds stand in the questions and were fixed before the evidence was gathered; controls were only ever tightened
-since. `ledger` asks them all. Recall is the share of a training row's response that comes back, in order, when its own
+since. `judge` asks them all. Recall is the share of a training row's response that comes back, in order, when its own
 prompt is given. Near-verbatim is above 0.7: the interval of thirteen rows that all came back whole begins at 0.75.
 
 What is compared is paired by seed. A claim about a model that this machine cannot train is out of reach, not open.
@@ -12,10 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mini_symposium.errors import InputError
-from mini_symposium.evaluation.intervals import Interval, difference, interval, spread
-from mini_symposium.evidence import Evidence
-from mini_symposium.ledger_metrics import (
+from mini_symposium.claims.evidence import Evidence
+from mini_symposium.claims.metrics import (
     EPOCHS_HIGH,
     EPOCHS_LOW,
     SATURATED,
@@ -41,7 +39,9 @@ from mini_symposium.ledger_metrics import (
     unlearned,
     when_known,
 )
-from mini_symposium.verdicts import Claim, Control, Question
+from mini_symposium.claims.verdicts import Claim, Control, Question
+from mini_symposium.errors import InputError
+from mini_symposium.evaluation.intervals import Interval, difference, interval, spread
 
 PLAUSIBLE_LENGTHS = (512, 1024, 2048, 4096, 8192)
 """Tokens a row that the card may have had in its `sequence_len`, which it does not tell."""
@@ -274,7 +274,7 @@ UNREADABLE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeErro
 """What comes of evidence whose numbers are none: it is read from files."""
 
 
-def ledger(evidence: Evidence) -> list[Claim]:
+def judge(evidence: Evidence) -> list[Claim]:
     """The twelve rows; a claim whose kind of prompt was not asked, or whose seeds do not match, is left open."""
     rows = []
     for claim, question in zip(CLAIMS, QUESTIONS, strict=True):
