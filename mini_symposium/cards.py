@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from mini_symposium.evaluation.answer_text import Mark, TrainingRows
-from mini_symposium.tables import Shown, _html, plain, side_by_side
+from mini_symposium.figures.tables import Shown, _html, plain, side_by_side
 
 CSS = (Path(__file__).parent / "playground.css").read_text(encoding="utf-8")
 

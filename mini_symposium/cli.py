@@ -235,8 +235,8 @@ def claims(
     """Judge the card's twelve claims by what a run or a sweep has measured; writes claims.json into it."""
     from mini_symposium.claims.evidence import load_evidence
     from mini_symposium.claims.ledger import judge
+    from mini_symposium.figures.redraw import redraw
     from mini_symposium.files.writing import write_json
-    from mini_symposium.redraw import redraw
     from mini_symposium.run import RunDirectory
 
     evidence = load_evidence(run)
@@ -276,7 +276,7 @@ def figures(
 ):
     """Draw a run's figures again from its metrics and csv files; needs no model and no torch."""
     from mini_symposium.bench import report
-    from mini_symposium.redraw import redraw
+    from mini_symposium.figures.redraw import redraw
     from mini_symposium.run import RunDirectory
 
     for run in runs:

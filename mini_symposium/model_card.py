@@ -7,9 +7,9 @@ from pathlib import Path
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.data.prompt_formats import FORMATS
 from mini_symposium.errors import InputError
+from mini_symposium.figures.style import RATES_DO_NOT_TRANSFER, SCALES
 from mini_symposium.files.reading import parse_json, read_text
 from mini_symposium.files.writing import written_whole
-from mini_symposium.picture import RATES_DO_NOT_TRANSFER, SCALES
 from mini_symposium.recipe import Recipe, load_recipe
 from mini_symposium.run import RunDirectory, read_object
 

@@ -35,9 +35,9 @@ from ipywidgets import (
 from mini_symposium import cards, session
 from mini_symposium.data.prompt_formats import FORMATS, PromptFormat, prompt_format
 from mini_symposium.errors import InputError
+from mini_symposium.figures.tables import Shown
 from mini_symposium.panes import WIDE, WRAP, Chat, Compare, Epochs, Keep
 from mini_symposium.run import ROOT
-from mini_symposium.tables import Shown
 from mini_symposium.workbench import Workbench
 
 REDRAW = 0.25

@@ -12,13 +12,13 @@ from conftest import TRIED, command, only_ours
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mini_symposium import tables
 from mini_symposium.claims.evidence import load_evidence
 from mini_symposium.claims.ledger import judge
 from mini_symposium.data.dataset import describe, fingerprint, lint, load_examples, write_axolotl_jsonl
 from mini_symposium.data.held_out import load_held_out
 from mini_symposium.data.prompt_formats import FORMATS, PromptFormat, load_chat, load_preset, prompt_format
 from mini_symposium.errors import InputError, RunError, one_line, printable
+from mini_symposium.figures import tables
 from mini_symposium.recipe import KEYS, load_recipe
 from mini_symposium.reproduce import check_parameters, parse_parameters, read_notebooks
 from mini_symposium.run import ROOT, RunDirectory, find, read_jsonl

@@ -23,7 +23,7 @@ def test_a_published_run_is_clean_and_redraws_the_same(tiny_run, tmp_path):
         assert "injected-parameters" not in text
         assert "widget" not in text
 
-    from mini_symposium.redraw import redraw
+    from mini_symposium.figures.redraw import redraw
 
     before = {path.name: path.read_bytes() for path in tiny_run.figures.iterdir()}
     redraw(RunDirectory(tmp_path / "figures" / "tiny"))

@@ -10,6 +10,7 @@ from conftest import command
 from safetensors.torch import load_file, save_file
 
 from mini_symposium.errors import InputError
+from mini_symposium.figures.survival import survival_of_table, survival_picture
 from mini_symposium.gguf_files import read_gguf, tensor_types
 from mini_symposium.llama_cpp import quantise, to_gguf
 from mini_symposium.models.base_files import local_directory
@@ -17,8 +18,6 @@ from mini_symposium.recipe import load_recipe
 from mini_symposium.run import RunDirectory
 from mini_symposium.storages import STORAGES, possible, read_model, read_names
 from mini_symposium.survival import sentence, survival, verdict
-from mini_symposium.survival_figure import of_table
-from mini_symposium.survival_figure import survival as picture
 
 
 def scaled(checkpoint, folder, factor):
@@ -66,15 +65,15 @@ def test_layers_are_measured_one_by_one(small):
 
 
 def test_the_picture_is_drawn_from_the_results_and_again_from_its_csv(small, tmp_path):
-    drawn = picture(small[0], "tiny").save(tmp_path / "survival")
+    drawn = survival_picture(small[0], "tiny").save(tmp_path / "survival")
     csv = pd.read_csv(tmp_path / "survival.csv")
     assert list(csv[csv["layer"] == "all"]["verdict"]) == [row["verdict"] for row in small[0]["storages"]]
     texts = [text.get_text() for text in drawn.axes[0].get_yticklabels()]
     assert texts == [f"{row['storage']}: {row['verdict']}" for row in small[0]["storages"]]
-    again = of_table(csv.to_dict("records"), "tiny")
+    again = survival_of_table(csv.to_dict("records"), "tiny")
     assert again.png() == (tmp_path / "survival.png").read_bytes()
     with pytest.raises(InputError, match="no storage has been measured"):
-        picture({"storages": [], "layers": []}, "tiny")
+        survival_picture({"storages": [], "layers": []}, "tiny")
 
 
 @pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_K_M"])

@@ -7,7 +7,7 @@ import pandas as pd
 from rich.table import Table
 
 from mini_symposium.errors import InputError
-from mini_symposium.picture import COLOURS, GREY, SCALES, Picture, name_rows, styled, titled
+from mini_symposium.figures.style import COLOURS, GREY, SCALES, Picture, name_rows, styled, titled
 from mini_symposium.run import read_object
 
 CPU_BARS = (

@@ -13,8 +13,8 @@ from mini_symposium.claims import ledger, metrics
 from mini_symposium.claims.evidence import FILE, Evidence, Trained, load_evidence
 from mini_symposium.claims.ledger import CLAIMS, judge
 from mini_symposium.errors import InputError
+from mini_symposium.figures.redraw import redraw
 from mini_symposium.recipe import load_recipe
-from mini_symposium.redraw import redraw
 from mini_symposium.run import RunDirectory
 
 FORMATS = ("new-query", "alpaca", "character")

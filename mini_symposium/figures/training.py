@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from mini_symposium.errors import InputError
-from mini_symposium.picture import (
+from mini_symposium.figures.style import (
     COLOUR_MAP,
     COLOURS,
     GREY,

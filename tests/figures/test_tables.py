@@ -2,8 +2,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mini_symposium import tables
 from mini_symposium.errors import InputError
+from mini_symposium.figures import tables
 
 EVIL = "<img src=x onerror=alert(1)>\n  <script>x</script> $\\alpha$ \x1b[31m\u202e\"'&amp;"
 ALLOWED = {"table", "thead", "tbody", "tr", "th", "td", "p", "b", "u", "em", "small", "br", "wbr", "span"}

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from mini_symposium import figures
-from mini_symposium import picture as picture_module
 from mini_symposium.errors import InputError
+from mini_symposium.figures import style
 
 N = 5
 TITLES = ["Why?", "It costs $x_{ and $y", "<img src=x onerror=alert(1)>", "你好\n😀", "A very long question " * 9]
@@ -244,8 +244,8 @@ def test_nothing_to_draw_is_said(call, what):
 def test_rows_of_ones_own_are_written_sorted_and_rounded(tmp_path):
     picture = figures.travel([moved()], "proxy")
     rows = [{"b": "z", "a": 0.1 + 0.2}, {"b": "a", "a": 2.0}]
-    picture_module.save(picture, rows, tmp_path / "one")
-    picture_module.save(picture, rows[::-1], tmp_path / "two")
+    style.save(picture, rows, tmp_path / "one")
+    style.save(picture, rows[::-1], tmp_path / "two")
     assert (tmp_path / "one.csv").read_text() == (tmp_path / "two.csv").read_text() == "b,a\na,2\nz,0.3\n"
 
 
@@ -254,6 +254,6 @@ def test_a_figure_that_cannot_be_drawn_leaves_the_old_pair(tmp_path):
     before = [(tmp_path / name).read_bytes() for name in ("a.csv", "a.png")]
     picture.text(0, 0, "$x_{$", parse_math=True)  # matplotlib fails only when it draws
     with pytest.raises(ValueError, match="Expected end_group"):
-        picture_module.save(picture, [{"new": 1}], tmp_path / "a")
+        style.save(picture, [{"new": 1}], tmp_path / "a")
     assert [(tmp_path / name).read_bytes() for name in ("a.csv", "a.png")] == before
     assert len(list(tmp_path.iterdir())) == 2

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from mini_symposium.errors import InputError
-from mini_symposium.picture import COLOURS, GREY, HALO, PALE, Picture, as_written, name_rows, styled, titled
+from mini_symposium.figures.style import COLOURS, GREY, HALO, PALE, Picture, as_written, name_rows, styled, titled
 
 VERDICTS = {"kept": COLOURS[2], "blurred": COLOURS[1], "lost": COLOURS[0]}
 IN_ALL = ["storage", "layer", "verdict", "cosine", "relative_norm", "noise", "gain", "kl_share", "same"]
@@ -14,7 +14,7 @@ WIDEST = 1.3
 """Where an axis ends: what lies beyond is drawn at its edge, and the number written."""
 
 
-def survival(found: Mapping[str, Sequence[Mapping]], scale: str) -> Picture:
+def survival_picture(found: Mapping[str, Sequence[Mapping]], scale: str) -> Picture:
     """For each storage: how much of the intended change its weights hold, and how much of its effect is left.
 
     Parameters
@@ -70,12 +70,12 @@ def survival(found: Mapping[str, Sequence[Mapping]], scale: str) -> Picture:
     return figure
 
 
-def of_table(rows: Sequence[Mapping], scale: str) -> Picture:
+def survival_of_table(rows: Sequence[Mapping], scale: str) -> Picture:
     """The picture again, from the rows of its csv."""
     parts = {"storages": [], "layers": []}
     for row in rows:
         parts["storages" if row["layer"] == "all" else "layers"].append(row)
-    return survival(parts, scale)
+    return survival_picture(parts, scale)
 
 
 def _bar(axes, y: int, value: float, colour: str, more: str = "") -> None:

@@ -8,7 +8,7 @@ import pandas as pd
 from mini_symposium.claims.evidence import Trained
 from mini_symposium.claims.verdicts import INCONCLUSIVE, NOT_SUPPORTED, OUT_OF_REACH, SUPPORTED, Claim
 from mini_symposium.errors import InputError
-from mini_symposium.picture import COLOURS, GREY, PALE, Picture, log_axis, name_rows, scientific, styled, titled
+from mini_symposium.figures.style import COLOURS, GREY, PALE, Picture, log_axis, name_rows, scientific, styled, titled
 
 MARKS = {SUPPORTED: ("o", COLOURS[2]), NOT_SUPPORTED: ("X", COLOURS[0]), INCONCLUSIVE: ("D", GREY)}
 """Shape and colour of each verdict, so that neither is needed alone."""

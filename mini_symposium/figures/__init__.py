@@ -1,0 +1,13 @@
+"""Pictures and tables, drawn from results alone: metrics lines and dicts. No torch, no model."""
+
+from mini_symposium import lazy
+
+_NAMES = {
+    **dict.fromkeys(
+        ("loss_curves", "example_heatmap", "token_lengths", "travel", "recitation", "format_grid"), "training"
+    ),
+    **dict.fromkeys(("memorization_curves", "ledger_picture"), "ledger"),
+    "survival_picture": "survival",
+}
+__all__ = list(_NAMES)
+__getattr__ = lazy(__name__, _NAMES)
