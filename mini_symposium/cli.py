@@ -202,8 +202,8 @@ def survival(
     directory = RunDirectory(run)
     recipe = load_recipe(directory.recipe_file)
     from mini_symposium.models.adapters import find_checkpoint
-    from mini_symposium.storages import STORAGES
-    from mini_symposium.survival import survival as measure
+    from mini_symposium.release.storage_formats import STORAGES
+    from mini_symposium.release.survival import survival as measure
 
     found = find_checkpoint(directory, checkpoint, learning_rate)
     rate, epoch = float(found.parents[1].name.removeprefix("lr-")), int(found.name.removeprefix("epoch-"))

@@ -49,8 +49,8 @@ def gguf(
     check: Check = True,
 ):
     """GGUF files for llama.cpp, each asked there and compared with transformers on the same weights."""
-    from mini_symposium.release import gguf as write
-    from mini_symposium.release import source
+    from mini_symposium.release.export import gguf as write
+    from mini_symposium.release.export import source
 
     what = source(run_or_model, checkpoint or [], learning_rate)
     _say_files(out, write(what, Path(out), kind or ["f16"], base, lora, check, _say))
@@ -72,8 +72,8 @@ def ollama(
 ):
     """A GGUF file and a Modelfile with the prompt format's template and stop strings."""
     from mini_symposium.data.prompt_formats import prompt_format
-    from mini_symposium.release import ollama as write
-    from mini_symposium.release import source
+    from mini_symposium.release.export import ollama as write
+    from mini_symposium.release.export import source
 
     form = prompt_format(format)
     what = source(run_or_model, checkpoint or [], learning_rate)
@@ -94,7 +94,7 @@ def sillytavern(
 ):
     """Instruct and context presets; first the one that names {{user}} and {{char}}, as the card advises."""
     from mini_symposium.data.prompt_formats import FORMATS, prompt_format
-    from mini_symposium.presets import write_sillytavern
+    from mini_symposium.release.chat_frontends import write_sillytavern
 
     names = format or sorted(FORMATS, key=lambda name: name != "character")
     for path in write_sillytavern([prompt_format(name) for name in names], Path(out)):
@@ -113,7 +113,7 @@ def axolotl(
     run = RunDirectory(run_or_recipe)
     of_run = run_or_recipe not in SHIPPED and run.recipe_file.exists()
     recipe = load_recipe(run.recipe_file if of_run else run_or_recipe)
-    from mini_symposium.release import axolotl as write
+    from mini_symposium.release.export import axolotl as write
 
     for path in write(recipe, Path(out), run.path.name if of_run else recipe.name):
         _say(str(path))
@@ -131,8 +131,8 @@ def card(
     from mini_symposium.run import RunDirectory
 
     directory = RunDirectory(run)
-    from mini_symposium.model_card import write_card
     from mini_symposium.models.adapters import find_checkpoint
+    from mini_symposium.release.model_card import write_card
 
     found = find_checkpoint(directory, checkpoint, learning_rate)
     for path in write_card(directory, Path(out), found, license):
@@ -149,6 +149,6 @@ def hub(
     """Upload a folder to the hub; only with --push, and with a token in HF_TOKEN."""
     import os
 
-    from mini_symposium.hub import push as upload
+    from mini_symposium.release.hub import push as upload
 
     _say(upload(Path(folder), repo, push, os.environ.get("HF_TOKEN"), private=not public))

@@ -20,10 +20,10 @@ import torch
 from mini_symposium.bench.turns import Contestant
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.data.prompt_formats import FORMATS
-from mini_symposium.llama_cpp import to_gguf
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.base_models import load_tokenizer
 from mini_symposium.models.devices import device, training_dtype
+from mini_symposium.release.gguf import to_gguf
 from mini_symposium.run import ROOT, environment, find
 
 PROXY, SEVEN = "SmolLM2-135M-Instruct", "random-mistral-7b"

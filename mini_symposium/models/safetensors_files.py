@@ -124,6 +124,40 @@ class Tensors(Mapping):
         return len(self.names)
 
 
+def read_model(folder: Path) -> Tensors:
+    """All tensors of a model directory in float32."""
+    shards = {path: read_header(path) for path in sorted(folder.glob("*.safetensors"))}
+    places = {name: (path, entry) for path, each in shards.items() for name, entry in each.items()}
+    return Tensors(tuple(places), lambda name: read_tensor(*places[name]).float())
+
+
+def changed(tensors: Mapping[str, torch.Tensor], change: Callable[[str, torch.Tensor], torch.Tensor]) -> Tensors:
+    """The tensors, each as `change` makes it of its name and itself."""
+    return Tensors(tuple(tensors), lambda name: change(name, tensors[name]))
+
+
+def plus(tensors: Mapping[str, torch.Tensor], factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Tensors:
+    """The tensors with what adapters add to them."""
+
+    def add(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        a, b = factors.get(name, (None, None))
+        return tensor if a is None else tensor.addmm(b, a)
+
+    return changed(tensors, add)
+
+
+@torch.no_grad()
+def take(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put `tensors` into a model in place of its own."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tensors[name])
+
+
+def read_names(folder: Path) -> list[str]:
+    """Names of a model directory's tensors."""
+    return [name for path in sorted(folder.glob("*.safetensors")) for name in read_header(path)]
+
+
 def write_tensors(
     path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[torch.Tensor]
 ) -> None:

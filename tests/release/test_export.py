@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.data.prompt_formats import FORMATS, PromptFormat, load_preset
 from mini_symposium.errors import InputError, RunError
-from mini_symposium.hub import push
-from mini_symposium.llama_cpp import QUANTISER, SERVER, ask, require, to_gguf
-from mini_symposium.model_card import render_card
 from mini_symposium.models.base_files import Wheel, download, local_directory
 from mini_symposium.models.base_models import load_tokenizer
 from mini_symposium.models.merge import merge
-from mini_symposium.presets import context_preset, modelfile, ollama_template, write_sillytavern
 from mini_symposium.recipe import load_recipe
-from mini_symposium.release import gguf, ollama, source
+from mini_symposium.release.chat_frontends import context_preset, modelfile, ollama_template, write_sillytavern
+from mini_symposium.release.export import gguf, ollama, source
+from mini_symposium.release.gguf import QUANTISER, SERVER, ask, require, to_gguf
+from mini_symposium.release.hub import push
+from mini_symposium.release.model_card import render_card
 from mini_symposium.run import ROOT, RunDirectory
 
 AXOLOTL = Wheel("axolotl==0.19.0", "f28eb3ad3709975eec4adfe13307dd980c7e7917cc43cb03f2c6f26c007135cc", "")
@@ -71,7 +71,7 @@ def test_llama_cpp_answers_with_the_adapter_beside_a_quantised_base(exported, pr
 
 def test_a_file_that_answers_otherwise_is_not_exported(proxy_checkpoint, tmp_path, monkeypatch):
     """A converter that swaps two matrices makes a file that loads and speaks; the proof must refuse it."""
-    from mini_symposium import release
+    from mini_symposium.release import export as release
 
     broken = tmp_path / "broken"
 
@@ -87,7 +87,7 @@ def test_a_file_that_answers_otherwise_is_not_exported(proxy_checkpoint, tmp_pat
     monkeypatch.setattr(release, "to_gguf", swapped)
     # the reference would be read from the broken file itself, so it is given the whole one
     monkeypatch.setattr(
-        "mini_symposium.proof.read_gguf", lambda file, names: load_file(tmp_path / "m/model.safetensors")
+        "mini_symposium.release.gguf.read_gguf", lambda file, names: load_file(tmp_path / "m/model.safetensors")
     )
     merge(proxy_checkpoint, "SmolLM2-135M-Instruct", tmp_path / "m", "nf4")
     with pytest.raises(RunError, match=r"nats behind, 0\.01 are allowed"):
@@ -128,7 +128,7 @@ def test_a_disk_that_fills_in_an_export_leaves_nothing_behind(tiny_checkpoint, t
 def test_a_disk_that_fills_in_the_quantiser_is_said(tmp_path):
     to_gguf(local_directory("tiny"), tmp_path / "whole.gguf", "f32")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom mini_symposium.llama_cpp import quantise\n"
+        "import sys\nfrom pathlib import Path\nfrom mini_symposium.release.gguf import quantise\n"
         "quantise(*map(Path, sys.argv[1:]), 'q8_0')"
     )
     done = subprocess.run(

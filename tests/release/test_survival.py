@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from mini_symposium.errors import InputError
 from mini_symposium.figures.survival import survival_of_table, survival_picture
-from mini_symposium.gguf_files import read_gguf, tensor_types
-from mini_symposium.llama_cpp import quantise, to_gguf
 from mini_symposium.models.base_files import local_directory
+from mini_symposium.models.safetensors_files import read_model, read_names
 from mini_symposium.recipe import load_recipe
+from mini_symposium.release.gguf import quantise, read_gguf, tensor_types, to_gguf
+from mini_symposium.release.storage_formats import STORAGES, possible
+from mini_symposium.release.survival import sentence, survival, verdict
 from mini_symposium.run import RunDirectory
-from mini_symposium.storages import STORAGES, possible, read_model, read_names
-from mini_symposium.survival import sentence, survival, verdict
 
 
 def scaled(checkpoint, folder, factor):
@@ -122,7 +122,7 @@ def test_an_adapter_that_changes_nothing_is_refused(tiny_checkpoint, tmp_path):
 
 
 def test_without_the_quantiser_the_rest_is_measured_and_its_line_said(monkeypatch):
-    monkeypatch.setattr("mini_symposium.storages.installed", lambda *names: False)
+    monkeypatch.setattr("mini_symposium.release.storage_formats.installed", lambda *names: False)
     there, said = possible(STORAGES)
     assert there == ["fp32", "fp16", "bf16", "bf16, stochastic", "NF4"]
     assert said.startswith("not measured: q8_0, q6_K, q5_K_M, q4_K_M") and "pip install -e '.[release]'" in said

@@ -1,22 +1,28 @@
 """The ways in which a model is stored, and what each makes of its weights: a file's tensors as they are read back."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from transformers import PreTrainedModel
 
 from mini_symposium.errors import InputError, RunError
-from mini_symposium.gguf_files import read_gguf, tensor_types
-from mini_symposium.llama_cpp import FILE_TYPES, INSTALL, QUANTISER, installed, quantise, to_gguf
-from mini_symposium.models.adapters import Factors
 from mini_symposium.models.devices import device
 from mini_symposium.models.merge import stochastic
-from mini_symposium.models.safetensors_files import Tensors, read_header, read_tensor
+from mini_symposium.models.safetensors_files import changed, read_header, read_model, read_names
+from mini_symposium.release.gguf import (
+    FILE_TYPES,
+    INSTALL,
+    QUANTISER,
+    installed,
+    quantise,
+    read_gguf,
+    tensor_types,
+    to_gguf,
+)
 
 CASTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STOCHASTIC = "bf16, stochastic"
@@ -38,28 +44,6 @@ def possible(storages: Sequence[str]) -> tuple[list[str], str]:
     missing = [name for name in storages if name in FILE_TYPES and not installed(QUANTISER)]
     said = f"not measured: {', '.join(missing)}; `{INSTALL}` adds llama.cpp's quantiser" if missing else ""
     return [name for name in storages if name not in missing], said
-
-
-def read_model(folder: Path) -> Tensors:
-    """All tensors of a model directory in float32."""
-    shards = {path: read_header(path) for path in sorted(folder.glob("*.safetensors"))}
-    places = {name: (path, entry) for path, each in shards.items() for name, entry in each.items()}
-    return Tensors(tuple(places), lambda name: read_tensor(*places[name]).float())
-
-
-def changed(tensors: Mapping[str, torch.Tensor], change: Callable[[str, torch.Tensor], torch.Tensor]) -> Tensors:
-    """The tensors, each as `change` makes it of its name and itself."""
-    return Tensors(tuple(tensors), lambda name: change(name, tensors[name]))
-
-
-def plus(tensors: Mapping[str, torch.Tensor], factors: Factors) -> Tensors:
-    """The tensors with what adapters add to them."""
-
-    def add(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        a, b = factors.get(name, (None, None))
-        return tensor if a is None else tensor.addmm(b, a)
-
-    return changed(tensors, add)
 
 
 def stored(
@@ -108,18 +92,6 @@ def stored(
                 tensors = [read_gguf(file, read_names(model)) for model, file in zip(models, files, strict=True)]
                 types = tensor_types(files[-1])
             yield storage, [dict(each) for each in tensors] if hold else tensors, types
-
-
-@torch.no_grad()
-def take(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put `tensors` into a model in place of its own."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(tensors[name])
-
-
-def read_names(folder: Path) -> list[str]:
-    """Names of a model directory's tensors."""
-    return [name for path in sorted(folder.glob("*.safetensors")) for name in read_header(path)]
 
 
 def _bytes(folder: Path) -> int:

@@ -12,15 +12,24 @@ from mini_symposium.data.dataset import load_examples, write_axolotl_jsonl
 from mini_symposium.data.prompt_formats import PromptFormat
 from mini_symposium.errors import InputError
 from mini_symposium.files.writing import write_json, written_whole
-from mini_symposium.gguf_files import tensor_types
-from mini_symposium.llama_cpp import FILE_TYPES, QUANTISER, SERVER, lora_to_gguf, quantise, require, to_gguf
-from mini_symposium.model_card import HUB_IDS
 from mini_symposium.models.adapters import find_checkpoints, read_adapters
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.merge import check_room, merge
-from mini_symposium.presets import modelfile
-from mini_symposium.proof import in_words, prove
 from mini_symposium.recipe import Recipe, load_recipe
+from mini_symposium.release.chat_frontends import modelfile
+from mini_symposium.release.gguf import (
+    FILE_TYPES,
+    QUANTISER,
+    SERVER,
+    in_words,
+    lora_to_gguf,
+    prove,
+    quantise,
+    require,
+    tensor_types,
+    to_gguf,
+)
+from mini_symposium.release.model_card import HUB_IDS
 from mini_symposium.run import RunDirectory
 
 KINDS = ("f32", "f16", "bf16", *FILE_TYPES)
@@ -74,7 +83,7 @@ def gguf(
         Leave the base as it is, and write the adapter beside it, as a file of its own that llama.cpp adds as it runs:
         nothing of the fine-tune is rounded then, whatever the base is stored in.
     check
-        Ask each file through llama.cpp, and compare with transformers from the same weights; see `proof.prove`.
+        Ask each file through llama.cpp, and compare with transformers from the same weights; see `gguf.prove`.
     more
         Called with the folder and {file name: its entry} before the folder gets its name, to put more into it.
 
