@@ -1,3 +1,3 @@
-from mini_symposium.cli import main
+from mini_symposium.cli.main import main
 
 main()

@@ -22,7 +22,7 @@ from mini_symposium.training.trainer import EpochOrder
 
 ONE_LINE = """
 import sys
-from mini_symposium import cli
+from mini_symposium.cli import main as cli
 {before}
 cli.app.command("x")(lambda: exec({code!r}, {{}}))
 cli.main(["x"])
@@ -59,7 +59,7 @@ def test_a_folder_that_cannot_be_written_is_said(nursery):  # noqa: F811
 def test_when_memory_runs_out_the_knobs_are_named(nursery, tmp_path):  # noqa: F811
     """An address space that is taken away after the model is there, before the first step."""
     starve = (
-        "import ctypes, resource\nfrom mini_symposium import finetune\n"
+        "import ctypes, resource\nfrom mini_symposium.training import finetune\n"
         "def starved(*arguments, build=finetune.check_batches):\n"
         "    build(*arguments)\n"
         "    ctypes.CDLL(None).mallopt(-3, 2**16)  # no tensor may live in what was freed before\n"
@@ -136,7 +136,7 @@ def test_memory_that_runs_out_while_answering_is_said_in_one_line():
         "import resource, sys, peft, torch, mini_symposium.models.generation\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 40 * 2**20, resource.RLIM_INFINITY))\n"
-        "from mini_symposium.cli import main\n"
+        "from mini_symposium.cli.main import main\n"
         "main(['ask', 'proxy', 'Why?'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -20,7 +20,7 @@ from mini_symposium.data.prompt_formats import FORMATS, PromptFormat, load_chat,
 from mini_symposium.errors import InputError, RunError, one_line, printable
 from mini_symposium.figures import tables
 from mini_symposium.recipe import KEYS, load_recipe
-from mini_symposium.reproduce import check_parameters, parse_parameters, read_notebooks
+from mini_symposium.reproduce.notebooks import check_parameters, parse_parameters, read_notebooks
 from mini_symposium.run import ROOT, RunDirectory, find, read_jsonl
 
 MALFORMED = ROOT / "tests" / "fixtures" / "malformed"

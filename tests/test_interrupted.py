@@ -177,10 +177,9 @@ def test_from_a_damaged_checkpoint_it_falls_back_to_the_one_before(nursery, whol
 
 
 def test_a_second_process_on_a_run_is_refused(nursery, tmp_path):
-    impatient = "import mini_symposium.training.finetune\nmini_symposium.finetune.PATIENCE = 0\n"
-    main = (
-        f"from mini_symposium.cli import main\nmain(['train', '--recipe', 'tiny', '--run', {str(tmp_path / 'run')!r}])"
-    )
+    impatient = "import mini_symposium.training.finetune as finetune\nfinetune.PATIENCE = 0\n"
+    train = ["train", "--recipe", "tiny", "--run", str(tmp_path / "run")]
+    main = f"from mini_symposium.cli.main import main\nmain({train!r})"
     for name, code in ((".lock", main), (".training.lock", impatient + main)):
         with alone(tmp_path / "run", name):
             assert nursery.run(code, tmp_path)[0] == 2
@@ -222,7 +221,7 @@ def test_a_killed_merge_leaves_nothing_and_the_next_one_is_whole(nursery, whole,
 def test_ctrl_c_keeps_everything_and_says_how_to_go_on(nursery, whole, tmp_path):
     run = tmp_path / "run"
     code = TRAIN.format(run=str(run), rates=RATES)
-    interruptible = f"import sys\nfrom mini_symposium import cli\ncli.app.command('x')(lambda: exec({code!r}, {{}}))\n"
+    interruptible = f"import sys\nfrom mini_symposium.cli import main as cli\ncli.app.command('x')(lambda: exec({code!r}, {{}}))\n"
     ended, _ = nursery.run(interruptible + "cli.main(['x'])", run, after=2.0, signal=signal.SIGINT)
     assert ended == 130, nursery.said
     assert "interrupted; what was finished is kept, and the same command goes on from there" in nursery.said

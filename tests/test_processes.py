@@ -87,7 +87,7 @@ def test_two_processes_follow_the_trajectory_of_one_with_the_same_batch(alone, f
 
 
 def test_shards_are_refused(nursery, tmp_path):  # noqa: F811
-    code = "import os\nfrom mini_symposium.cli import main\nos.environ['ACCELERATE_USE_FSDP'] = 'true'\n"
+    code = "import os\nfrom mini_symposium.cli.main import main\nos.environ['ACCELERATE_USE_FSDP'] = 'true'\n"
     code += f"main(['train', '--recipe', 'tiny', '--run', {str(tmp_path / 'run')!r}])"
     assert nursery.run(code, tmp_path)[0] == 2
     assert "saved whole here, not in shards; see data/accelerate/README.md" in nursery.said

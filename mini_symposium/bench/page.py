@@ -11,8 +11,8 @@ import psutil
 
 from mini_symposium.bench.turns import Turn
 from mini_symposium.data.prompt_formats import FORMATS
-from mini_symposium.playground import Playground
-from mini_symposium.workbench import Workbench
+from mini_symposium.playground.page import Playground
+from mini_symposium.playground.workbench import Workbench
 
 QUERY = "Explain why the sky is blue."
 

@@ -387,6 +387,6 @@ def _adapter(checkpoint: Path) -> dict[str, torch.Tensor]:
 if (
     __name__ == "__main__"
 ):  # accelerate launch -m mini_symposium.training.finetune --recipe R --run DIR: `mini-symposium train`
-    from mini_symposium.cli import main
+    from mini_symposium.cli.main import main
 
     main(["train", *sys.argv[1:]])

@@ -8,7 +8,7 @@ import pytest
 from conftest import command
 
 from mini_symposium.errors import InputError
-from mini_symposium.publish import clean, publish
+from mini_symposium.reproduce.publish import clean, publish
 from mini_symposium.run import ROOT, RunDirectory
 
 
@@ -36,7 +36,7 @@ def test_committed_figures_are_those_of_the_committed_data_drawn_without_torch(t
     shutil.copytree(ROOT / "figures", tmp_path / "figures")
     before = {path: path.read_bytes() for path in (tmp_path / "figures").rglob("*") if path.is_file()}
     drawn = [tmp_path / "figures" / name for name in ("proxy", "claims", "bench-cpu.json")]
-    blocked = "import sys; sys.modules['torch'] = None; from mini_symposium.cli import main; main(sys.argv[1:])"
+    blocked = "import sys; sys.modules['torch'] = None; from mini_symposium.cli.main import main; main(sys.argv[1:])"
     line = [sys.executable, "-c", blocked, "figures", *map(str, drawn)]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from mini_symposium.cli_options import RecipeOption, console
+from mini_symposium.cli.options import RecipeOption, console
 from mini_symposium.errors import InputError
 from mini_symposium.training.experiments import PER_PASS
 

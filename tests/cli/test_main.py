@@ -47,7 +47,7 @@ def test_help_names_every_command_without_torch():
     said = command("--help").stdout
     for name in ("reproduce", "train", "inspect", "ask", "render", "doctor", "figures", "publish"):
         assert name in said
-    code = "import sys, mini_symposium.cli; sys.exit(int('torch' in sys.modules))"
+    code = "import sys, mini_symposium.cli.main; sys.exit(int('torch' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ipywidgets import HTML, Box, Button, Dropdown, GridBox, HBox, Layout, SelectionSlider, Text, Textarea, VBox
 
-from mini_symposium import cards, session
 from mini_symposium.errors import InputError
+from mini_symposium.playground import cards, session
 from mini_symposium.run import ROOT
 
 WIDE = {"description_width": "initial"}

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mini_symposium.cli_options import Checkpoints, console
+from mini_symposium.cli.options import Checkpoints, console
 
 app = typer.Typer(
     help="Write a run's model, prompt formats, recipe or card as the files that other programs take.",

@@ -22,10 +22,10 @@ from rich.table import Table
 
 from mini_symposium.data.dataset import fingerprint, load_examples
 from mini_symposium.errors import InputError
-from mini_symposium.execution import Notebook, execute, view
 from mini_symposium.files.reading import parse_json, read_text
 from mini_symposium.files.writing import alone, clear_away, write_json
 from mini_symposium.recipe import KEYS, load_recipe
+from mini_symposium.reproduce.kernel import Notebook, execute, view
 from mini_symposium.run import ROOT, RunDirectory, said_already
 
 NOTEBOOKS = ROOT / "notebooks"

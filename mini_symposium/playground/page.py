@@ -32,13 +32,13 @@ from ipywidgets import (
     VBox,
 )
 
-from mini_symposium import cards, session
 from mini_symposium.data.prompt_formats import FORMATS, PromptFormat, prompt_format
 from mini_symposium.errors import InputError
 from mini_symposium.figures.tables import Shown
-from mini_symposium.panes import WIDE, WRAP, Chat, Compare, Epochs, Keep
+from mini_symposium.playground import cards, session
+from mini_symposium.playground.panes import WIDE, WRAP, Chat, Compare, Epochs, Keep
+from mini_symposium.playground.workbench import Workbench
 from mini_symposium.run import ROOT
-from mini_symposium.workbench import Workbench
 
 REDRAW = 0.25
 """Seconds between two drawings of answers that grow."""

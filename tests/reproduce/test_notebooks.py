@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from mini_symposium.errors import InputError, RunError
-from mini_symposium.execution import NotebookError
-from mini_symposium.reproduce import check_parameters, parse_parameters, print_summary, reproduce
+from mini_symposium.reproduce.kernel import NotebookError
+from mini_symposium.reproduce.notebooks import check_parameters, parse_parameters, print_summary, reproduce
 
 SETTINGS = 'RECIPE = "proxy"\nRUN = ""\nDATASET = ""\nNUM_EPOCHS = 3  # passes\nRATES = []'
 RECORD = "from mini_symposium.run import RunDirectory"
@@ -180,7 +180,7 @@ def test_a_reply_that_comes_while_an_output_widget_is_told_of_is_not_missed(tmp_
     cells = ["from ipywidgets import Output", *["with Output():\n    print(1)"] * 30]
     folder = write_notebook(tmp_path / "n", "01_x", *cells, parameters="A = 1")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom mini_symposium.reproduce import reproduce\n"
+        "import sys\nfrom pathlib import Path\nfrom mini_symposium.reproduce.notebooks import reproduce\n"
         "reproduce('tiny', Path(sys.argv[2]), notebooks_dir=Path(sys.argv[1]))"
     )
     subprocess.run([sys.executable, "-c", code, folder, tmp_path / "run"], check=True, timeout=180)
@@ -249,8 +249,8 @@ def test_a_second_process_on_the_same_run_is_refused(folder, tmp_path):
 ATTEMPT = """
 import sys
 from pathlib import Path
-from mini_symposium import cli
-from mini_symposium.reproduce import reproduce
+from mini_symposium.cli import main as cli
+from mini_symposium.reproduce.notebooks import reproduce
 cli.app.command("x")(lambda: reproduce("tiny", sys.argv[2], notebooks_dir=Path(sys.argv[1])) and None)
 cli.main(["x"])
 """

@@ -9,15 +9,15 @@ import pytest
 from reciting import FOREIGN, HOSTILE
 from test_tables import Page
 
-from mini_symposium import cards, session
 from mini_symposium.data.prompt_formats import FORMATS, load_preset, prompt_format
 from mini_symposium.errors import InputError
 from mini_symposium.evaluation.answer_text import TrainingRows
 from mini_symposium.models.merge import merge
-from mini_symposium.playground import Playground, front_end, show, show_epochs
+from mini_symposium.playground import cards, session
+from mini_symposium.playground.page import Playground, front_end, show, show_epochs
+from mini_symposium.playground.shelf import Shelf
+from mini_symposium.playground.workbench import Workbench
 from mini_symposium.run import RunDirectory
-from mini_symposium.shelf import Shelf
-from mini_symposium.workbench import Workbench
 
 ROW = "A snail sits at the bottom of a ten metre well and climbs three metres each day."
 PICTURE, SKY = "Show me a picture.", "Why is the sky blue?"

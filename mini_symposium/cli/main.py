@@ -11,8 +11,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from mini_symposium import cli_export, cli_sweep
-from mini_symposium.cli_options import Checkpoints, Parameters, RecipeOption, RunOption, console
+from mini_symposium.cli import export as cli_export
+from mini_symposium.cli import sweep as cli_sweep
+from mini_symposium.cli.options import Checkpoints, Parameters, RecipeOption, RunOption, console
 from mini_symposium.errors import InputError, RunError, printable
 
 app = typer.Typer(
@@ -37,8 +38,8 @@ def reproduce(
     overwrite: Annotated[bool, typer.Option(help="run finished notebooks again")] = False,
 ):
     """Execute the notebooks in order into the run directory, then show what they recorded."""
-    from mini_symposium.reproduce import parse_parameters, print_summary
-    from mini_symposium.reproduce import reproduce as execute
+    from mini_symposium.reproduce.notebooks import parse_parameters, print_summary
+    from mini_symposium.reproduce.notebooks import reproduce as execute
 
     chosen = [number.strip() for number in only.split(",") if number.strip()] or None
     summary = execute(recipe, run or None, parse_parameters(parameter or []), chosen, overwrite, console=console)
@@ -53,7 +54,7 @@ def train(
     overwrite: Annotated[bool, typer.Option(help="train again what is there")] = False,
 ):
     """Train as notebook 02 does, without the notebook; an interrupted run goes on at its last checkpoint."""
-    from mini_symposium.reproduce import alone, check_parameters, parse_parameters
+    from mini_symposium.reproduce.notebooks import alone, check_parameters, parse_parameters
 
     given = check_parameters(parse_parameters(parameter or []), "02_finetune")
     from mini_symposium.data.dataset import load_examples
@@ -287,7 +288,7 @@ def figures(
 @app.command()
 def publish(run: Annotated[str, typer.Argument(help="a finished run directory")]):
     """Put a run's outputs into notebooks/, cleaned, and its metrics, results and figures into figures/NAME."""
-    from mini_symposium.publish import publish as put
+    from mini_symposium.reproduce.publish import publish as put
     from mini_symposium.run import RunDirectory
 
     for path in put(RunDirectory(run)):

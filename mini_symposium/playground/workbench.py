@@ -14,7 +14,7 @@ from threading import Event, Lock
 
 from mini_symposium.data.prompt_formats import PromptFormat
 from mini_symposium.errors import InputError
-from mini_symposium.shelf import Shelf, default_run
+from mini_symposium.playground.shelf import Shelf, default_run
 
 LONGEST = 20_000
 """Characters of a query; a longer one takes minutes on a CPU, and memory with the square of its length."""

@@ -1,0 +1,1 @@
+"""Executing the notebooks without anybody watching, and publishing what they leave."""
