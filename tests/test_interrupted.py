@@ -221,8 +221,13 @@ def test_a_killed_merge_leaves_nothing_and_the_next_one_is_whole(nursery, whole,
 def test_ctrl_c_keeps_everything_and_says_how_to_go_on(nursery, whole, tmp_path):
     run = tmp_path / "run"
     code = TRAIN.format(run=str(run), rates=RATES)
-    interruptible = f"import sys\nfrom mini_symposium.cli import main as cli\ncli.app.command('x')(lambda: exec({code!r}, {{}}))\n"
-    ended, _ = nursery.run(interruptible + "cli.main(['x'])", run, after=2.0, signal=signal.SIGINT)
+    # Where the tests were started in the background of a shell (nohup, cron), a child ignores SIGINT.
+    interruptible = (
+        "import signal\nfrom mini_symposium.cli import main as cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"cli.app.command('x')(lambda: exec({code!r}, {{}}))\ncli.main(['x'])"
+    )
+    ended, _ = nursery.run(interruptible, run, after=2.0, signal=signal.SIGINT)
     assert ended == 130, nursery.said
     assert "interrupted; what was finished is kept, and the same command goes on from there" in nursery.said
     assert "Traceback" not in nursery.said

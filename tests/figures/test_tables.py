@@ -1,42 +1,11 @@
-from html.parser import HTMLParser
-
 import pytest
+from html_page import Page
 
 from mini_symposium.errors import InputError
 from mini_symposium.figures import tables
 
 EVIL = "<img src=x onerror=alert(1)>\n  <script>x</script> $\\alpha$ \x1b[31m\u202e\"'&amp;"
 ALLOWED = {"table", "thead", "tbody", "tr", "th", "td", "p", "b", "u", "em", "small", "br", "wbr", "span"}
-
-
-class Page(HTMLParser):
-    """What a browser makes of it: text per cell, tags and attributes."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags, self.attributes, self.rows, self.text = set(), set(), [], ""
-        self.depth = []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attrs}
-        self.depth += [tag] * (tag not in ("br", "wbr"))
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag == "br":
-            self.handle_data("\n")
-
-    def handle_endtag(self, tag):
-        assert self.depth.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-        if "td" in self.depth or "th" in self.depth:
-            self.rows[-1][-1] += data
 
 
 def answer(form, model, text, **more):

@@ -6,8 +6,8 @@ import threading
 import time
 
 import pytest
+from html_page import Page
 from reciting import FOREIGN, HOSTILE
-from test_tables import Page
 
 from mini_symposium.data.prompt_formats import FORMATS, load_preset, prompt_format
 from mini_symposium.errors import InputError
