@@ -247,10 +247,11 @@ def test_a_second_process_on_the_same_run_is_refused(folder, tmp_path):
 
 
 ATTEMPT = """
-import sys
+import signal, sys
 from pathlib import Path
 from mini_symposium.cli import main as cli
 from mini_symposium.reproduce.notebooks import reproduce
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
 cli.app.command("x")(lambda: reproduce("tiny", sys.argv[2], notebooks_dir=Path(sys.argv[1])) and None)
 cli.main(["x"])
 """
