@@ -10,7 +10,6 @@ from conftest import command
 from safetensors.torch import load_file, save_file
 
 from mini_symposium.errors import InputError
-from mini_symposium.figures.survival import survival_of_table, survival_picture
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.safetensors_files import read_model, read_names
 from mini_symposium.recipe import load_recipe
@@ -62,18 +61,6 @@ def test_layers_are_measured_one_by_one(small):
     assert set(layers.groupby("storage")["layer"].nunique()) == {3 * 7}
     assert (layers[layers["storage"] == "fp32"]["cosine"] > 0.99).all()
     assert (layers[layers["storage"] == "bf16"]["cosine"] < 0.75).all()
-
-
-def test_the_picture_is_drawn_from_the_results_and_again_from_its_csv(small, tmp_path):
-    drawn = survival_picture(small[0], "tiny").save(tmp_path / "survival")
-    csv = pd.read_csv(tmp_path / "survival.csv")
-    assert list(csv[csv["layer"] == "all"]["verdict"]) == [row["verdict"] for row in small[0]["storages"]]
-    texts = [text.get_text() for text in drawn.axes[0].get_yticklabels()]
-    assert texts == [f"{row['storage']}: {row['verdict']}" for row in small[0]["storages"]]
-    again = survival_of_table(csv.to_dict("records"), "tiny")
-    assert again.png() == (tmp_path / "survival.png").read_bytes()
-    with pytest.raises(InputError, match="no storage has been measured"):
-        survival_picture({"storages": [], "layers": []}, "tiny")
 
 
 @pytest.mark.parametrize("kind", ["f32", "q8_0", "q4_K_M"])
