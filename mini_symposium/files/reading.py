@@ -6,6 +6,8 @@ no device read, nothing nested so deeply that whoever walks over it next would f
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -161,3 +163,21 @@ def check_tokens(text: str, path: str | Path) -> None:
         depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
         if depth > DEEPEST_YAML:
             raise InputError(f"{path}:{token.start_mark.line + 1}: nested too deeply")
+
+
+@contextmanager
+def refuse_other_shapes(found: str, remedy: str = "") -> Iterator[None]:
+    """Turn what Python or pandas raises over values of another shape, such as a missing key, into one InputError.
+
+    >>> with refuse_other_shapes("runs/a/results.json: not results", "run the notebooks"):
+    ...     {"loss": 0.5}["travel"]
+    Traceback (most recent call last):
+    mini_symposium.errors.InputError: runs/a/results.json: not results (KeyError: 'travel'); run the notebooks
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        remedy = remedy and f"; {remedy}"
+        raise InputError(f"{found} ({type(error).__name__}: {error}){remedy}") from error
