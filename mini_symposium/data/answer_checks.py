@@ -23,6 +23,7 @@ SPELLING = re.compile(
 )
 FIGURES = re.compile(r"(?<![\w.,])-?(?:\d{1,3}(?:[,' \u00a0\u202f]\d{3})+|\d+)(?:\.\d+)?(?!\d)")
 BULLET = re.compile(r"^[ \t]*(?:[-*•–]|\d+[.)])\s+", re.M)
+# Not the fences of `dataset`: models also indent a block as deep as a list, or close it with a second "```python".
 FENCE = re.compile(r"^[ \t]*(```|~~~)[^\n]*\n(.*?)(?:^[ \t]*\1|\Z)", re.M | re.S)
 CODE = re.compile(r"^(?:(?:async def|def|class) \w|import \w|from [\w.]+ import |@\w)", re.M)
 

@@ -16,7 +16,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,6 +34,8 @@ class Section:
 
     heading: str
     text: str
+    line: int = field(default=0, compare=False, repr=False)
+    """Of the heading in the text that it was read from; 0 if it was not."""
 
 
 @dataclass(frozen=True)
@@ -104,25 +106,31 @@ def _read(path: Path) -> list[Example]:
     return list(reader(text.replace("\r\n", "\n").replace("\r", "\n"), name))
 
 
-def _sections(text: str) -> tuple[str, list[tuple[int, str, str]], int]:
-    """As `split_sections`, and the line of a fence that is left open, or 0."""
+HEADING = re.compile(r"### (.*\S.*)")
+"""A line that opens a section of a document."""
+
+
+def split_sections(text: str, heading: re.Pattern[str] = HEADING) -> tuple[str, list[Section], int]:
+    """The text before the first heading, the sections, and the line of a code fence that is never closed, or 0.
+
+    Parameters
+    ----------
+    heading
+        What a line must begin with to be a heading; its first group is the heading's text. Lines in fenced code are
+        never headings.
+    """
     before: list[str] = []
-    found: list[tuple[int, str, list[str]]] = []
+    found: list[tuple[str, list[str], int]] = []
     fence, opened = "", 0
     for number, line in enumerate(text.split("\n"), start=1):
         was, fence = fence, _fence(line, fence)
         opened = number if fence and not was else opened
-        if not fence and line.startswith("### ") and line[4:].strip():
-            found.append((number, line[4:].strip(), []))
+        if not fence and (match := heading.match(line)):
+            found.append((match[1].strip(), [], number))
         else:
-            (found[-1][2] if found else before).append(line)
-    sections = [(number, heading, "\n".join(body).strip()) for number, heading, body in found]
+            (found[-1][1] if found else before).append(line)
+    sections = [Section(title, "\n".join(body).strip(), number) for title, body, number in found]
     return "\n".join(before).strip(), sections, opened if fence else 0
-
-
-def split_sections(text: str) -> tuple[str, list[tuple[int, str, str]]]:
-    """What stands before the first heading, and (line, heading, text) of each; fenced code holds no headings."""
-    return _sections(text)[:2]
 
 
 def _fence(line: str, opened: str) -> str:
@@ -141,29 +149,31 @@ def _fence(line: str, opened: str) -> str:
 
 
 def _from_markdown(text: str, name: str) -> Iterator[Example]:
-    before, sections, left_open = _sections(text)
+    before, sections, left_open = split_sections(text)
     if left_open:
         raise InputError(f"{name}:{left_open}: a code fence that is never closed would hide every heading below it")
     if before:
         raise InputError(f"{name}:1: text before the first heading; start the file with `### New Query`")
     if not sections:
         return
-    opening = sections[0][1]
-    starts = [i for i, (_, heading, _) in enumerate(sections) if heading == opening] + [len(sections)]
+    opening = sections[0].heading
+    starts = [i for i, section in enumerate(sections) if section.heading == opening] + [len(sections)]
     for start, end in pairwise(starts):
         yield _example(sections[start:end], lambda line: f"{name}:{line}")
 
 
-def _example(sections: Sequence[tuple[int, str, str]], where: Callable[[int], str]) -> Example:
-    for line, heading, text in sections:
-        if _blank(text):
-            raise InputError(f"{where(line)}: nothing below `### {heading}`; write its text or delete the heading")
-    (line, opening, query), *rest = sections
-    if not rest:
-        raise InputError(f"{where(line)}: a request without an answer; add a `### Complete Response` below it")
-    prompt = f"### {opening}\n{query}\n\n### {rest[0][1]}\n"
-    completion = "\n\n".join([rest[0][2], *(f"### {heading}\n{text}" for _, heading, text in rest[1:])])
-    return Example(query, tuple(Section(heading, text) for _, heading, text in rest), prompt, completion, where(line))
+def _example(sections: Sequence[Section], where: Callable[[int], str]) -> Example:
+    for section in sections:
+        if _blank(section.text):
+            raise InputError(
+                f"{where(section.line)}: nothing below `### {section.heading}`; write its text or delete the heading"
+            )
+    opening, *answer = sections
+    if not answer:
+        raise InputError(f"{where(opening.line)}: a request without an answer; add a `### Complete Response` below it")
+    prompt = f"### {opening.heading}\n{opening.text}\n\n### {answer[0].heading}\n"
+    completion = "\n\n".join([answer[0].text, *(f"### {each.heading}\n{each.text}" for each in answer[1:])])
+    return Example(opening.text, tuple(answer), prompt, completion, where(opening.line))
 
 
 def _from_jsonl(text: str, name: str) -> Iterator[Example]:
@@ -203,7 +213,7 @@ def _from_object(row, where: str) -> Example:
         return _from_messages(row["messages"], where)
     if "text" in fields:
         [text] = _strings(row, where, "text")
-        before, sections = split_sections(text)
+        before, sections, _ = split_sections(text)
         if sections and not before:
             return _example(sections, lambda _: where)
         return Example(text[:80], (), "", text, where)
@@ -356,7 +366,7 @@ def lint(examples: Sequence[Example]) -> list[str]:
             f"{example.source}: an invisible character U+{ord(c):04X}"
             for c in sorted(set(INVISIBLE.findall(example.text)))
         ]
-        if _sections(example.text)[2]:
+        if split_sections(example.text)[2]:
             notes.append(f"{example.source}: a code fence is never closed, so headings below it are text")
         if len(example.completion.split()) < 4:
             notes.append(f"{example.source}: the completion has only {len(example.completion.split())} words")

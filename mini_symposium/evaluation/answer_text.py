@@ -9,6 +9,7 @@ most three with any training row (`copied_words` in figures/proxy/results.json),
 the prompt says as well is an echo of the question and is not counted.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from mini_symposium.data.text_overlap import words
 
 HAN = regex.compile(r"\p{Han}")
 _LETTERS = regex.compile(r"\p{L}")
-_HEADING = regex.compile(r"^ {0,3}#{3}(?!#)[ \t]*(.*?)[ \t]*$", regex.MULTILINE)
+_HEADING = re.compile(r" {0,3}###(?!#)(.*)")
+"""In an answer a `###` without a text, without a space, or with up to three spaces before it is a heading as well."""
 
 
 def han_share(text: str) -> float:
@@ -45,14 +47,7 @@ def headings(text: str) -> list[str]:
     >>> headings("It is late.\\n### The Friend\\nCall her.\\n```\\n### setup\\n```\\n###")
     ['The Friend', '']
     """
-    kept, fence = [], None
-    for line in text.split("\n"):
-        mark = line.lstrip(" ")[:3]
-        if mark in ("```", "~~~") and fence in (None, mark):
-            fence = mark if fence is None else None
-        elif fence is None:
-            kept.append(line)
-    return _HEADING.findall("\n".join(kept))
+    return [section.heading for section in split_sections(text, _HEADING)[1]]
 
 
 def leaked(answer: str, known: Iterable[str]) -> list[str]:
@@ -95,9 +90,8 @@ def perspectives(answer: str, heading: str = "") -> list[Section]:
     >>> [section.heading for section in perspectives("Day ten.\\n\\n### Second Look\\nDay eight.", "First Impression")]
     ['First Impression', 'Second Look']
     """
-    before, found = split_sections(answer)
-    pairs = [(heading, before), *((heading, text) for _, heading, text in found)]
-    return [Section(heading, text) for heading, text in pairs if text]
+    before, sections, _ = split_sections(answer)
+    return [section for section in (Section(heading, before), *sections) if section.text]
 
 
 def distance(one: str, other: str) -> float:

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from mini_symposium.data.dataset import describe, lint, load_examples, tokenize, write_axolotl_jsonl
+from mini_symposium.data.dataset import describe, lint, load_examples, split_sections, tokenize, write_axolotl_jsonl
 from mini_symposium.errors import InputError
 from mini_symposium.run import ROOT
 
@@ -61,6 +61,15 @@ def test_headings_in_fenced_code_and_of_other_levels_are_text(write):
     body = "```\n### New Query\n```\n#### Four\n## Two\n###NoSpace"
     [example] = load_examples(write(f"### Question\nWhy?\n\n### Answer\n{body}\n"))
     assert example.completion == body
+
+
+def test_sections_know_their_lines_and_an_open_fence_is_reported():
+    before, sections, open_fence = split_sections("Hello\n### A\nb\n~~~\n### c\n~~~\n### D\n```\n")
+    assert (before, open_fence) == ("Hello", 8)
+    assert [(section.line, section.heading, section.text) for section in sections] == [
+        (2, "A", "b\n~~~\n### c\n~~~"),
+        (7, "D", "```"),
+    ]
 
 
 def test_windows_line_ends_and_byte_order_marks_change_nothing(write):

@@ -62,6 +62,11 @@ def test_a_training_heading_in_an_answer_leaks_and_an_own_one_does_not(examples)
     assert headings(f"### Steps\n{ANSWER}\n### Baker") == ["Steps", "Baker"]
 
 
+def test_headings_of_an_answer_may_be_bare_or_indented_and_are_none_in_code():
+    assert headings("   ### Baker \n###Chemist\n###\n    ### indented code") == ["Baker", "Chemist", ""]
+    assert headings("````\n```\n### Baker\n````\n### Chemist") == ["Chemist"]
+
+
 def test_speaking_for_the_user_is_seen_and_speaking_of_them_is_not():
     assert speaks_for("*He nods.*\n### Ines\nThank you!", "Ines")
     assert speaks_for("*He nods.*\n**Ines:** Thank you!", "Ines")
