@@ -48,17 +48,19 @@ playground: setup
 
 # redraw figures/ from the committed metrics, without torch
 figures: setup
-	.venv/bin/mini-symposium figures figures/proxy figures/claims figures/bench-cpu.json
+	.venv/bin/mini-symposium figures figures/proxy figures/claims
+	PYTHONPATH=tests .venv/bin/python -m bench --redraw figures/bench-cpu.json
 
 # put the outputs of runs/proxy into notebooks/, and its metrics and figures into figures/
 notebooks: reproduce
 	.venv/bin/mini-symposium publish runs/proxy
 
-# speed and memory against the peers, which get an environment of their own; about 15 minutes on two cores
-bench: setup .venv-bench/installed
-	.venv/bin/mini-symposium bench
+# make bench [ONLY=step,grid] [SAVE=figures/bench-cpu] [DEVICE=cuda]: speed and memory against other trainers, which get
+# an environment of their own; about 15 minutes on two cores
+bench: setup $(if $(filter cuda,$(DEVICE)),,.venv-bench/installed)
+	PYTHONPATH=tests .venv/bin/python -m bench $(if $(ONLY),--only '$(ONLY)') $(if $(SAVE),--save '$(SAVE)') $(if $(DEVICE),--device '$(DEVICE)')
 
-.venv-bench/installed: mini_symposium/bench/requirements.txt
+.venv-bench/installed: tests/bench/peers/requirements.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
@@ -67,7 +69,7 @@ bench: setup .venv-bench/installed
 llama-factory: .venv-llama-factory/installed
 
 # What it takes for audio and vision needs CUDA's libraries, and is not used.
-.venv-llama-factory/installed: mini_symposium/bench/llama_factory_requirements.txt
+.venv-llama-factory/installed: tests/bench/peers/llama_factory_requirements.txt
 	$(PYTHON) -m venv .venv-llama-factory
 	.venv-llama-factory/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	.venv-llama-factory/bin/python -m pip uninstall --quiet --yes torchvision torchaudio

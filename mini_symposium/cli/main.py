@@ -272,16 +272,15 @@ def render(
 def figures(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="run directories, figures/proxy, figures/claims; figures/bench-cpu.json"),
+        typer.Argument(metavar="RUN...", help="run directories, figures/proxy, figures/claims"),
     ],
 ):
     """Draw a run's figures again from its metrics and csv files; needs no model and no torch."""
-    from mini_symposium.bench import report
     from mini_symposium.figures.redraw import redraw
     from mini_symposium.run import RunDirectory
 
     for run in runs:
-        for path in [report.redraw(Path(run))] if run.endswith(".json") else redraw(RunDirectory(run)):
+        for path in redraw(RunDirectory(run)):
             console.print(path, soft_wrap=True)
 
 
@@ -323,48 +322,6 @@ def doctor(recipe: RecipeOption = "proxy"):
     console.print(table)
     if not (works and fits):
         raise typer.Exit(1)
-
-
-@app.command()
-def bench(
-    on: Annotated[str, typer.Option("--device", help="cpu, or cuda: Mistral-7B's shape")] = "",
-    only: Annotated[str, typer.Option(help="parts, e.g. step,grid; all if not given")] = "",
-    as_json: Annotated[str, typer.Option("--json", metavar="FILE", help="write what was measured here as well")] = "",
-    save: Annotated[
-        str, typer.Option(metavar="PATH", help="PATH.json, .csv and .png; figures/bench-DEVICE. --only keeps the rest")
-    ] = "",
-):
-    """Measure speed and memory against the peers, the machine's own products, and the kit itself."""
-    from mini_symposium.models.devices import device
-
-    if on not in ("", device().type):
-        raise InputError(f"--device {on}: this machine has {device().type}")
-    from mini_symposium.bench import compare, report
-    from mini_symposium.files.writing import write_json
-    from mini_symposium.run import ROOT, read_object
-
-    parts = [part.strip() for part in only.split(",") if part.strip()] or compare.PARTS
-    unknown = [part for part in parts if part not in compare.PARTS]
-    if unknown:
-        raise InputError(f"--only {', '.join(unknown)}: the parts are {', '.join(compare.PARTS)}")
-    target = Path(save) if save else None if only else ROOT / "figures" / f"bench-{device().type}"
-    before = {}
-    if only and target and (kept := target.with_suffix(".json")).exists():
-        before = read_object(kept)
-        report.check_same_machine(before, compare.machine(), str(kept))
-    found = compare.run(parts, lambda line: console.print(line, style="dim", markup=False, soft_wrap=True))
-    found = report.onto(before, found)
-    found["bars"] = report.bars(found)
-    if as_json:
-        write_json(Path(as_json), found)
-    if target:
-        write_json(target.with_suffix(".json"), found)
-        report.picture(found).save(target)
-    console.print(report.table(found))
-    if "profile_ms" in found:
-        console.print(report.profile_table(found))
-    for peer, why in found["missing"].items():
-        console.print(f"{peer} was not measured: {why}", soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

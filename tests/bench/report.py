@@ -136,7 +136,7 @@ def redraw(file: Path) -> Path:
     try:
         picture(found).save(file.with_suffix(""))
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: not what `mini-symposium bench` wrote ({type(error).__name__}: {error})") from error
+        raise InputError(f"{file}: not what `make bench` wrote ({type(error).__name__}: {error})") from error
     return file.with_suffix(".png")
 
 

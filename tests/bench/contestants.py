@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from mini_symposium.bench.turns import Turn
+from bench.turns import Turn
 from mini_symposium.data.dataset import Row
 from mini_symposium.files.writing import written_whole
 from mini_symposium.models.adapters import load_with_adapters

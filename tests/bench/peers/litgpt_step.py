@@ -11,12 +11,11 @@ from pathlib import Path
 
 import lightning
 import torch
+from bench.turns import Turn
 from litgpt.config import Config as Shape
 from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
 from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
 from litgpt.utils import chunked_cross_entropy
-
-from mini_symposium.bench.turns import Turn
 
 NAME = "SmolLM2-135M-Instruct"
 

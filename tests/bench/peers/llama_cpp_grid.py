@@ -10,8 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import xllamacpp
-
-from mini_symposium.bench.turns import Turn
+from bench.turns import Turn
 
 
 def main(model: str, prompts: str, tokens: str) -> None:

@@ -11,7 +11,7 @@ import tempfile
 import types
 from pathlib import Path
 
-from mini_symposium.bench.turns import Turn
+from bench.turns import Turn
 
 os.environ |= {"DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
 

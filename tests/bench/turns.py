@@ -19,6 +19,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
+def child_environment() -> dict[str, str]:
+    """Environment variables with which any Python finds this package, from any folder."""
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 class Turn:
     """The contestant's side: `wait` ends a piece of work and begins the next."""
 
@@ -83,9 +89,8 @@ class Contestant:
         self.begun, self.first = time.perf_counter(), None
         self.errors = (folder / f"{name.replace(' ', '-')}.log").open("w+", encoding="utf-8")
         command = [str(python), *map(str, arguments)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.process = subprocess.Popen(command, env=child_environment(), text=True, **pipes)
         self.lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
         self._next()

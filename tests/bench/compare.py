@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from mini_symposium.bench.turns import Contestant
+from bench.turns import Contestant, child_environment
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.data.prompt_formats import FORMATS
 from mini_symposium.models.base_files import local_directory
@@ -72,13 +72,13 @@ class Bench:
     def kit(self, name: str, kind: str, **options) -> Contestant:
         """A contestant of `contestants`; its first turn, with whatever it compiles, is over when it comes back."""
         job = json.dumps({"kind": kind, **options})
-        return self.ready(name, sys.executable, ["-m", "mini_symposium.bench.contestants", job])
+        return self.ready(name, sys.executable, ["-m", "bench.contestants", job])
 
     def peer(self, name: str, module: str, *arguments, python: Path = PEERS, how: str = "bench") -> Contestant | None:
         if not python.exists():
             self.found["missing"][name] = f"its environment is not there; `make {how}` sets it up"
             return None
-        return self.ready(name, python, ["-m", f"mini_symposium.bench.{module}", *arguments])
+        return self.ready(name, python, ["-m", f"bench.peers.{module}", *arguments])
 
     def ready(self, name: str, python, arguments) -> Contestant:
         self.say(f"{name}: starting")
@@ -245,8 +245,9 @@ class Bench:
         found = {}
         for layers in (1, 3):
             folder = self.folder / f"{layers}-layers"
-            line = [sys.executable, "-m", "mini_symposium.bench.merge_memory", str(layers), str(folder)]
-            done = [subprocess.run(line, capture_output=True, text=True, check=True) for _ in ("write", "merge")]
+            line = [sys.executable, "-m", "bench.merge_memory", str(layers), str(folder)]
+            options = {"env": child_environment(), "capture_output": True, "text": True, "check": True}
+            done = [subprocess.run(line, **options) for _ in ("write", "merge")]
             found[layers] = json.loads(done[-1].stdout.splitlines()[-1])
             shutil.rmtree(folder)
             mib = {name: size / 2**20 for name, size in found[layers].items()}
@@ -314,11 +315,11 @@ class Bench:
         self.found["page"] |= {"bytes_after_20": sizes[19], "bytes_after_120": sizes[-1]}
 
     def _page(self, name: str, **options) -> Contestant:
-        return self.ready(name, sys.executable, ["-m", "mini_symposium.bench.page", json.dumps(options)])
+        return self.ready(name, sys.executable, ["-m", "bench.page", json.dumps(options)])
 
     def _loop(self, prompts: str, options: Mapping, dtype: str) -> tuple[str, list[str]]:
         job = json.dumps({"kind": "loop", "prompts": prompts, "dtype": dtype, **options})
-        return sys.executable, ["-m", "mini_symposium.bench.contestants", job]
+        return sys.executable, ["-m", "bench.contestants", job]
 
     def _by_rows(self, options: Mapping) -> dict[str, float]:
         some = {n: self.file(f"prompts-{n}", (self.prompts * 4)[:n]) for n in (1, 8, 32, 96)}

@@ -2,27 +2,36 @@
 
 import json
 import re
+import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import command
 
-from mini_symposium.bench import report
-from mini_symposium.bench.compare import ratio
-from mini_symposium.bench.turns import Contestant
+from bench import report
+from bench.compare import ratio
+from bench.turns import Contestant, child_environment
+from mini_symposium.run import ROOT
 
 COUNTER = """
 import sys
-from mini_symposium.bench.turns import Turn
+from bench.turns import Turn
 turn, done = Turn(), []
 print("what a library prints must not disturb the line", flush=True)
 turn.run(lambda: done.append(1) or {"done": len(done)})
 """
 
 
+def bench(*arguments, before="") -> subprocess.CompletedProcess:
+    """Run `python -m bench ...` in a process of its own, after the statements `before`."""
+    code = f"{before}\nimport runpy, sys; runpy.run_module('bench', run_name='__main__', alter_sys=True)"
+    line = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, env=child_environment())
+
+
 def job(kind, **options):
-    return ["-m", "mini_symposium.bench.contestants", json.dumps({"kind": kind, **options})]
+    return ["-m", "bench.contestants", json.dumps({"kind": kind, **options})]
 
 
 def test_a_contestant_works_as_often_as_told_and_only_then(tmp_path):
@@ -68,7 +77,7 @@ def test_the_page_asks_what_the_bare_decode_asks(tmp_path):
     turns = []
     for bare in (False, True):
         options = json.dumps({"base": "tiny", "formats": 3, "tokens": 40, "stop": True, "bare": bare})
-        one = Contestant("page", sys.executable, ["-m", "mini_symposium.bench.page", options], tmp_path)
+        one = Contestant("page", sys.executable, ["-m", "bench.page", options], tmp_path)
         turns.append([one.turn() for _ in range(2)][-1])
         one.end()
     ours, theirs = turns
@@ -113,14 +122,34 @@ def test_parts_measured_again_replace_theirs_and_leave_the_others(tmp_path):
     assert report.onto({}, found) == found
 
     (tmp_path / "old.json").write_text(json.dumps(before))
-    done = command("bench", "--only", "step", "--save", str(tmp_path / "old"), check=False)
+    done = bench("--only", "step", "--save", tmp_path / "old")
     assert done.returncode == 2
     assert re.search(r"old\.json: its \w+ was None, here it is .*; measure all parts, or --save elsewhere", done.stderr)
 
 
 def test_mistyped_parts_and_devices_are_refused():
-    assert "the parts are step," in command("bench", "--only", "stepp", check=False).stderr
     other = "cpu" if torch.cuda.is_available() else "cuda"
-    done = command("bench", "--device", other, check=False)
-    assert done.returncode == 2
-    assert f"--device {other}: this machine has" in done.stderr
+    for arguments, said in (
+        (("--only", "stepp"), "bench: --only stepp: the parts are step, "),
+        (("--device", other), f"bench: --device {other}: this machine has "),
+    ):
+        done = bench(*arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith(said) and len(done.stderr.splitlines()) == 1
+
+
+def test_the_committed_picture_is_drawn_from_the_committed_measurements_without_torch(tmp_path):
+    names = ("bench-cpu.png", "bench-cpu.csv")
+    shutil.copy(ROOT / "figures" / "bench-cpu.json", tmp_path)
+    done = bench("--redraw", tmp_path / "bench-cpu.json", before="import sys; sys.modules['torch'] = None")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"bench-cpu.json", *names}
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (ROOT / "figures" / name).read_bytes()
+
+
+def test_a_file_that_is_no_bench_draws_nothing(tmp_path):
+    (tmp_path / "bench.json").write_text('{"step": 3}')
+    done = bench("--redraw", tmp_path / "bench.json")
+    assert done.returncode == 2 and "not what `make bench` wrote" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]

@@ -9,7 +9,7 @@ import time
 
 import psutil
 
-from mini_symposium.bench.turns import Turn
+from bench.turns import Turn
 from mini_symposium.data.prompt_formats import FORMATS
 from mini_symposium.playground.page import Playground
 from mini_symposium.playground.workbench import Workbench
