@@ -16,6 +16,12 @@ LONGEST_LINE = 1000
 """Characters of an error; what was found may be a line of megabytes."""
 
 
+INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+"""Control characters but newline and tab, those that change the direction of writing, and those without a shape."""
+
+
 def secrets() -> list[str]:
     """The values of such variables, longest first; one of a few characters is no secret, and is found everywhere."""
     found = {value for name, value in os.environ.items() if SECRET_NAME.search(name.upper()) and len(value) >= 8}
@@ -34,7 +40,9 @@ def without_secrets(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    r"""`text` with its control, invisible and direction-changing characters spelled out; newlines and tabs stay.
+    r"""`text` with every character spelled out that a terminal may not show as itself; newlines and tabs stay.
+
+    These are more than `INVISIBLE`: odd spaces, private and unassigned characters, halves of surrogate pairs.
 
     >>> printable("a\x1b[2Jb\u202ec\n")
     'a\\x1b[2Jb\\u202ec\n'

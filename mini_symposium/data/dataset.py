@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rapidfuzz import fuzz
 
-from mini_symposium.errors import InputError
+from mini_symposium.errors import INVISIBLE, InputError
 from mini_symposium.files.reading import parse_json, read_text
 from mini_symposium.files.writing import written_whole
 from mini_symposium.run import ROOT, find
@@ -348,10 +348,6 @@ ASSISTANT_PHRASES = re.compile(
     r"happy to help|great question|it's important to note|\bdelve",
     re.IGNORECASE,
 )
-INVISIBLE = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
-)
-"""Control characters, those that turn the direction of writing, and those that a reader does not see."""
 
 
 def lint(examples: Sequence[Example]) -> list[str]:

@@ -9,7 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
+import regex
 from rapidfuzz.distance import LCSseq
+
+HAN = regex.compile(r"\p{Han}")
+"""A character of the script that Chinese is written in, and Japanese in part."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ def words(text: str) -> list[str]:
     >>> words("### Noor: 7.5 km, 你好")
     ['#', '#', '#', 'Noor', ':', '7', '.', '5', 'km', ',', '你', '好']
     """
-    return re.findall(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+|[^\w\s]", text)
+    return re.findall(r"\w+|[^\w\s]", HAN.sub(r" \g<0> ", text))
 
 
 def overlap(reference: str, answer: str) -> Overlap:

@@ -18,9 +18,8 @@ from itertools import combinations
 import regex
 
 from mini_symposium.data.dataset import ASSISTANT_PHRASES, Section, split_sections
-from mini_symposium.data.text_overlap import words
+from mini_symposium.data.text_overlap import HAN, words
 
-HAN = regex.compile(r"\p{Han}")
 _LETTERS = regex.compile(r"\p{L}")
 _HEADING = re.compile(r" {0,3}###(?!#)(.*)")
 """In an answer a `###` without a text, without a space, or with up to three spaces before it is a heading as well."""
@@ -34,11 +33,6 @@ def han_share(text: str) -> float:
     """
     letters = _LETTERS.findall(text)
     return sum(bool(HAN.match(letter)) for letter in letters) / len(letters) if letters else 0.0
-
-
-def any_han(text: str) -> bool:
-    """Whether a Han character stands anywhere in a text."""
-    return HAN.search(text) is not None
 
 
 def headings(text: str) -> list[str]:

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import regex
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mini_symposium.data.dataset import Row
 from mini_symposium.data.prompt_formats import PromptFormat
+from mini_symposium.data.text_overlap import HAN
 from mini_symposium.errors import InputError
 from mini_symposium.evaluation.memorization import known, unsaid
 from mini_symposium.models.adapters import adapter_names
@@ -231,11 +231,9 @@ def han_pieces(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     U+9FFF, and but for 64 hexagrams those are Han; so a piece with such a byte counts. Pieces of continuation bytes
     alone do not, nor does E3 or F0, which open kana and emoji as well.
     """
-    return [k for k, piece in enumerate(_pieces(tokenizer)) if re.search(rb"[\xe4-\xe9]", piece) or _han(piece)]
-
-
-def _han(piece: bytes) -> bool:
-    return regex.search(r"\p{Han}", piece.decode("utf-8", errors="ignore")) is not None
+    pieces = enumerate(_pieces(tokenizer))
+    opens = re.compile(rb"[\xe4-\xe9]")
+    return [k for k, piece in pieces if opens.search(piece) or HAN.search(piece.decode("utf-8", errors="ignore"))]
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:

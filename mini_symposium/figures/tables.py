@@ -1,8 +1,8 @@
-"""Tables and texts for notebooks: HTML that still reads where styles are stripped, and plain text everywhere else.
+"""Tables and texts for notebooks: HTML for browsers, plain text for terminals and logs.
 
-What a model or a dataset says is untrusted, so every piece of it goes through `_html`: no markup, no JavaScript,
-no formula, no invisible or direction-changing character comes out. GitHub's renderer strips styles, so nothing is
-told by colour alone.
+Text from a model or a dataset is untrusted, so all of it goes through `as_html`, which lets through no markup, no
+JavaScript, no formula, and no invisible or direction-changing character. GitHub strips styles from HTML, so nothing is
+shown by colour alone.
 """
 
 import html
@@ -11,15 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
 
-from mini_symposium.errors import InputError
+from mini_symposium.errors import INVISIBLE, InputError
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2028\u2029\u2060-\u2069\ufeff]")
-_MARKS = {"Ġ": "·", "▁": "·", "Ċ": "⏎", "<0x0A>": "⏎"}  # how byte-level BPE and SentencePiece write space and newline
+_SPELLINGS = {"Ġ": "·", "▁": "·", "Ċ": "⏎", "<0x0A>": "⏎"}
+"""How byte-level BPE and SentencePiece spell a space and a newline, and the sign that is shown for it."""
 
 
 @dataclass(frozen=True, repr=False)
 class Shown:
-    """Something for a notebook cell to end on: HTML in the browser, plain text in a terminal or a log."""
+    """What a notebook cell shows: HTML in a browser, plain text in a terminal or a log."""
 
     html: str
     text: str
@@ -32,7 +32,7 @@ class Shown:
 
 
 def _plain(value: object) -> str:
-    """A cell's text: yes and no, thousands grouped, floats in six digits, control characters spelled out.
+    """The text of a cell: yes or no, thousands grouped, floats in six digits, invisible characters spelled out.
 
     >>> [_plain(x) for x in (True, 12345, 0.1 + 0.2, "a\\x1b[31m")]
     ['yes', '12,345', '0.3', 'a\\\\x1b[31m']
@@ -41,13 +41,15 @@ def _plain(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, int | float):
         return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), str(value))
+    return INVISIBLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(value))
 
 
-def _html(value: object) -> str:
-    """Escaped; line breaks and indents kept; MathJax finds no formula, since its delimiters stand in tags of their own.
+def as_html(value: object) -> str:
+    """The text of a cell as HTML: escaped, with line breaks and indents kept.
 
-    >>> _html("<b>\\n  $x$")
+    MathJax finds no formula in it, because each of its delimiters stands in a tag of its own.
+
+    >>> as_html("<b>\\n  $x$")
     '&lt;b&gt;<br>&nbsp; <span>$</span>x<span>$</span>'
     """
     escaped = html.escape(_plain(value)).replace("  ", "&nbsp; ").replace("\n", "<br>")
@@ -55,7 +57,7 @@ def _html(value: object) -> str:
 
 
 def _table(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """An HTML table of cells that are HTML already, all to the left; attributes for GitHub, styles for Jupyter."""
+    """An HTML table of cells that are HTML already. GitHub aligns them by attribute, Jupyter by style."""
     left = 'align="left" valign="top" style="text-align: left; vertical-align: top"'
     head = "".join(f"<th {left}>{cell}</th>" for cell in headers)
     body = "".join("<tr>" + "".join(f"<td {left}>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
@@ -63,7 +65,7 @@ def _table(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def plain(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Shown:
-    """A table of anything.
+    """A table of any values.
 
     >>> plain(["query", "words"], [["Why?", 1200]])
     query | words
@@ -74,18 +76,18 @@ def plain(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Shown:
     widths = [max(map(len, column)) for column in zip_longest(*lines, fillvalue="")]
     text = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip() for line in lines]
     text.insert(1, "-+-".join("-" * width for width in widths))
-    return Shown(_table(map(_html, headers), [map(_html, row) for row in rows]), "\n".join(text))
+    return Shown(_table(map(as_html, headers), [map(as_html, row) for row in rows]), "\n".join(text))
 
 
 def expected_measured(rows: Sequence[Sequence[object]], tolerance: float = 0.0) -> Shown:
-    """A prediction, what came out, and whether they match.
+    """A table of predictions, of what was measured, and of whether they match.
 
     Parameters
     ----------
     rows
-        (what, expected, measured), or (what, expected, measured, match) where equality is not the question.
+        (what, expected, measured), or (what, expected, measured, match) where the caller judges the match.
     tolerance
-        How far, as a share of what was expected, a measured number may lie from it and still match.
+        Largest difference at which two numbers still match, as a share of the expected one.
 
     >>> expected_measured([("steps", 390, 390), ("bytes", 100, 103)], tolerance=0.01)
     what  | expected | measured | match
@@ -109,7 +111,7 @@ def side_by_side(answers: Sequence[Mapping], query: str) -> Shown:
     Parameters
     ----------
     answers
-        {"format", "model", "answer"}, and if known "tokens" and "stop_reason"; of those with another "query" none.
+        {"format", "model", "answer"}, and if known "tokens" and "stop_reason"; answers to another "query" are left out.
 
     Raises
     ------
@@ -131,40 +133,43 @@ def side_by_side(answers: Sequence[Mapping], query: str) -> Shown:
     def cell(answer: Mapping | None) -> str:
         if answer is None:
             return "—"
-        said = _html(answer["answer"]) if answer["answer"].strip() else "<em>(empty)</em>"
-        return said + f"<br><small>[{_html(note(answer))}]</small>" * bool(note(answer))
+        text = as_html(answer["answer"]) if answer["answer"].strip() else "<em>(empty)</em>"
+        return text + f"<br><small>[{as_html(note(answer))}]</small>" * bool(note(answer))
 
-    rows = [[f"<b>{_html(form)}</b>", *(cell(cells.get((form, model))) for model in models)] for form in formats]
+    rows = [[f"<b>{as_html(form)}</b>", *(cell(cells.get((form, model))) for model in models)] for form in formats]
     text = [f"Query: {_plain(query)}"]
     for (form, model), answer in cells.items():
         text.append(f"\n[{_plain(form)} · {_plain(model)}] {note(answer)}".rstrip())
         text.append("\n".join(f"  {line}" for line in (_plain(answer["answer"]).strip() or "(empty)").splitlines()))
-    table = _table(["format", *map(_html, models)], rows)
-    return Shown(f"<p><b>Query:</b> {_html(query)}</p>\n{table}", "\n".join(text))
+    table = _table(["format", *map(as_html, models)], rows)
+    return Shown(f"<p><b>Query:</b> {as_html(query)}</p>\n{table}", "\n".join(text))
 
 
 def supervised_tokens(tokens: Sequence[str], mask: Sequence[int]) -> Shown:
-    """A row's tokens, one by one; those that enter the loss are bold, underlined and shaded. Spaces are ·, newlines ⏎.
+    """A row's tokens one by one; supervised tokens, which enter the loss, are bold, underlined and shaded.
+
+    A space is shown as ·, a newline as ⏎.
 
     Parameters
     ----------
     tokens
         Decoded pieces, or a tokenizer's own spelling with Ġ or ▁ for a space.
     mask
-        1 for a supervised token, as in `dataset.Row.completion_mask`.
+        1 for a supervised token, 0 for another, as in `dataset.Row.completion_mask`.
 
     Raises
     ------
     InputError
-        If there is not one mask for each token.
+        If there are not as many masks as tokens.
     """
     if len(tokens) != len(mask):
         raise InputError(f"{len(tokens)} tokens but {len(mask)} masks; take both from one row")
-    marks = {} if any(set(token) & {" ", "\n"} for token in tokens) else _MARKS  # decoded already: a Ġ is a letter
+    # Where a token has a space or a newline the tokens are decoded already, and Ġ is a letter (of Maltese).
+    spellings = {} if any(set(token) & {" ", "\n"} for token in tokens) else _SPELLINGS
 
     def shown(token: str) -> str:
-        for mark, sign in {**marks, " ": "·", "\n": "⏎"}.items():
-            token = token.replace(mark, sign)
+        for spelling, sign in {**spellings, " ": "·", "\n": "⏎"}.items():
+            token = token.replace(spelling, sign)
         return _plain(token)
 
     supervised, parts, text = sum(map(bool, mask)), [], []
@@ -172,7 +177,7 @@ def supervised_tokens(tokens: Sequence[str], mask: Sequence[int]) -> Shown:
         run = [token for token, _ in pairs]
         for token in run:
             shade = "#cfe5f5" if inside else "#f2f2f2"
-            piece = f'<span style="background: {shade}; color: #222222">{_html(token)}</span>'
+            piece = f'<span style="background: {shade}; color: #222222">{as_html(token)}</span>'
             piece = f"<b><u>{piece}</u></b>" if inside else piece
             parts.append(piece + ("<br>" if token.endswith("⏎") else "\u2009<wbr>"))
         text.append(f"[{'supervised' if inside else 'not supervised'}, {len(run)} tokens]\n{'|'.join(run)}")

@@ -181,6 +181,13 @@ def test_lints_name_the_line(write):
     assert any("nearly the query of" in note for note in notes)
 
 
+def test_a_carriage_return_in_a_table_is_named(write):
+    [example] = load_examples(
+        write(json.dumps({"prompt": "Why?\n", "completion": "So\r\nit is, my friend."}), "mine.jsonl")
+    )
+    assert any("U+000D" in note for note in lint([example]))
+
+
 def test_description_is_json(write):
     found = describe(load_examples(DATA))
     assert json.loads(json.dumps(found)) == found

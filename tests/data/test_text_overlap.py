@@ -39,6 +39,10 @@ def test_chinese_accents_and_headings_are_seen():
     assert overlap("### New Query", "New Query").recall == 2 / 5
 
 
+def test_each_han_character_is_a_word_wherever_unicode_keeps_it():
+    assert words("人々は𠮷野へ, at 5") == ["人", "々", "は", "𠮷", "野", "へ", ",", "at", "5"]
+
+
 def test_empty_answers_share_nothing():
     assert overlap(ROW, "").rouge_l == overlap("", ROW).rouge_l == 0.0
 
