@@ -1,4 +1,4 @@
-"""Pictures and tables, drawn from results alone: metrics lines and dicts. No torch, no model."""
+"""Pictures and tables of results: of the lines of metrics.jsonl and of dicts. They need no torch and no model."""
 
 from mini_symposium import lazy
 

@@ -1,4 +1,4 @@
-"""All pictures of a run, drawn again from what was kept of it; needs no model and no torch."""
+"""Draw all pictures of a run again from the files that it left; needs no model and no torch."""
 
 from pathlib import Path
 
@@ -7,77 +7,73 @@ import pandas as pd
 from mini_symposium.claims.evidence import FILE, Evidence, load_evidence
 from mini_symposium.claims.ledger import QUESTIONS, judge
 from mini_symposium.data.dataset import load_examples
-from mini_symposium.errors import InputError
 from mini_symposium.figures import training
 from mini_symposium.figures.ledger import ledger_picture, memorization_curves
 from mini_symposium.figures.style import Picture
 from mini_symposium.figures.survival import survival_of_table
+from mini_symposium.files.reading import refuse_other_shapes
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import RunDirectory
 
 
 def redraw(run: RunDirectory) -> list[Path]:
-    """Draw a run's figures again from its metrics, its results and the csv files beside them; return the pngs.
+    """Draw a run's figures again from its metrics, its results and the csv files beside them.
 
-    Of a sweep's saved evidence, which is all there is of it: the ledger, and the memorization curves of the contrast.
+    Of a saved sweep only the evidence is kept; then the ledger and the memorization curves are drawn, beside it.
+
+    Returns
+    -------
+    list of Path
+        The PNG files.
 
     Raises
     ------
     InputError
         If there is neither evidence nor a recipe with metrics, or a file is damaged.
     """
-    try:
-        return _redraw(run)
-    except InputError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        said = f"{type(error).__name__}: {error}"
-        raise InputError(f"{run.path}: cannot be drawn again from what is there ({said}); run the notebooks") from error
-
-
-def _redraw(run: RunDirectory) -> list[Path]:
-    if (run.path / FILE).is_file():
-        pictures = of_evidence(load_evidence(run.path))
+    with refuse_other_shapes(f"{run.path}: cannot be drawn again from what is there", "run the notebooks"):
+        if (run.path / FILE).is_file():
+            folder, pictures = run.path, _of_evidence(load_evidence(run.path))
+        else:
+            folder, pictures = run.figures, _of_run(run)
         for name, picture in pictures.items():
-            picture.save(run.path / name)
-        return [run.path / f"{name}.png" for name in pictures]
+            picture.save(folder / name)
+    return [folder / f"{name}.png" for name in pictures]
+
+
+def _of_run(run: RunDirectory) -> dict[str, Picture]:
     recipe, results = load_recipe(run.recipe_file), run.results()
     examples = load_examples(recipe.dataset)
     metrics = {rate: run.metrics(rate) for rate in run.learning_rates()}
-    pictures: dict[str, Picture] = {
+    pictures = {
         "loss_curves": training.loss_curves(metrics, len(examples), recipe.scale),
         "example_loss": training.example_heatmap(metrics, [example.query for example in examples], recipe.scale),
     }
     if "02_finetune" in results:
         pictures["travel"] = training.travel(results["02_finetune"]["travel"], recipe.scale)
-    kept = ("token_lengths", "format_grid", "pass_rates", "recitation", "survival")
-    tables = {name: run.figures / f"{name}.csv" for name in kept}
-    rows = {name: pd.read_csv(path).to_dict("records") for name, path in tables.items() if path.exists()}
-    if "token_lengths" in rows:
-        pictures["token_lengths"] = training.token_lengths(rows["token_lengths"], recipe.scale, recipe.sequence_len)
-    if "format_grid" in rows:
-        pictures["format_grid"] = training.format_grid(rows["format_grid"], "copied_words", recipe.scale)
-    if "pass_rates" in rows:
-        pictures["pass_rates"] = training.format_grid(rows["pass_rates"], "passed", recipe.scale)
-    if "recitation" in rows:
-        pictures["recitation"] = training.recitation(rows["recitation"], recipe.scale)
-    behind = of_evidence(load_evidence(run.path))
+    from_csv = {
+        "token_lengths": lambda rows: training.token_lengths(rows, recipe.scale, recipe.sequence_len),
+        "format_grid": lambda rows: training.format_grid(rows, "copied_words", recipe.scale),
+        "pass_rates": lambda rows: training.format_grid(rows, "passed", recipe.scale),
+        "recitation": lambda rows: training.recitation(rows, recipe.scale),
+        "survival": lambda rows: survival_of_table(rows, recipe.scale),
+    }
+    for name, draw in from_csv.items():
+        csv = run.figures / f"{name}.csv"
+        if csv.exists():
+            pictures[name] = draw(pd.read_csv(csv).to_dict("records"))
+    pictures |= _of_evidence(load_evidence(run.path))
     if "06_claims" not in results:
-        del behind["ledger"]
-    pictures |= behind
-    if "survival" in rows:
-        pictures["survival"] = survival_of_table(rows["survival"], recipe.scale)
-    for name, picture in pictures.items():
-        picture.save(run.figures / name)
-    return [run.figures / f"{name}.png" for name in pictures]
+        del pictures["ledger"]
+    return pictures
 
 
-def of_evidence(found: Evidence) -> dict[str, Picture]:
-    """The ledger, and, if their EM was kept, the memorization curves of what has a constant rate and the recipe's rank:
-    the contrast, its seeds, and the card's own rates."""
+def _of_evidence(evidence: Evidence) -> dict[str, Picture]:
+    """The ledger; and the memorization curves of the adapters that have the recipe's rank and a constant rate, which
+    are the contrast from each seed and the card's own rates."""
     thresholds = {question.id: question.threshold for question in QUESTIONS}
-    pictures = {"ledger": ledger_picture(judge(found), thresholds, found.scale)}
-    contrast = [each for each in found.trained if each.em and not each.name.startswith(("rank", "cosine", "linear"))]
+    pictures = {"ledger": ledger_picture(judge(evidence), thresholds, evidence.scale)}
+    contrast = [each for each in evidence.trained if each.em and not each.name.startswith(("rank", "cosine", "linear"))]
     if contrast:
-        pictures["memorization"] = memorization_curves(contrast, found.scale)
+        pictures["memorization"] = memorization_curves(contrast, evidence.scale)
     return pictures

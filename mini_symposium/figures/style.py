@@ -1,4 +1,4 @@
-"""A picture in the house style, which knows the numbers that it draws and is saved with them.
+"""The look of all figures, and `Picture`: a matplotlib figure that is saved together with the numbers it draws.
 
 The rules:
 
@@ -10,7 +10,6 @@ The rules:
 import io
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -28,12 +27,13 @@ COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and I
 COLOUR_MAP = "viridis"
 WIDTH, DPI = 9.0, 150  # inches; 1350 pixels, so that 10 points are still 13 pixels in a README 830 pixels wide
 HALO = [patheffects.withStroke(linewidth=3, foreground="white")]
+"""Path effects that keep a text readable where it crosses lines or dots."""
 
 STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same on every machine
     "font.size": 10,
     "text.color": INK,
-    "text.parse_math": False,  # a dataset may say "$5"
+    "text.parse_math": False,  # a dataset may contain "$5"
     "axes.edgecolor": GREY,
     "axes.labelcolor": GREY,
     "axes.titlelocation": "left",
@@ -49,30 +49,36 @@ STYLE = {
 
 
 def styled():
-    """Matplotlib's defaults and ours, whatever the user's matplotlibrc says; ticks are styled as late as at drawing."""
+    """Context of matplotlib's defaults and STYLE, without the user's matplotlibrc.
+
+    Needed while a picture is made, and again while it is rendered, because ticks are made only then.
+    """
     return style.context(["default", STYLE])
 
 
 class Picture(Figure):
-    """A Figure that shows itself in a notebook without pyplot, and knows the numbers that it draws.
+    """A Figure that shows itself in a notebook without pyplot and is saved with the numbers that it draws.
 
     Attributes
     ----------
     drawn : pandas.DataFrame
-        A row per mark: what its csv holds.
+        The numbers drawn, a row for each mark; `save` writes them as csv.
     """
 
     drawn: pd.DataFrame
 
     def png(self) -> bytes:
-        """The same pixels each time, without a date or a version; what the font lacks is a box, without a warning."""
+        """The PNG file: the same bytes each time, without a date or a version.
+
+        A character that the font lacks is drawn as a box, without a warning.
+        """
         with styled(), io.BytesIO() as file, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")
             self.draw_without_rendering()
-            self.set_layout_engine("none")  # laid out once: from where the axes now are, it would come out otherwise
-            for (
-                axes
-            ) in self.axes:  # the solver's last bits differ between processes, and an edge may lie between pixels
+            # A second layout would start from the positions of the first and end elsewhere.
+            self.set_layout_engine("none")
+            for axes in self.axes:
+                # The layout solver's last bits differ between processes; they could move an edge to the next pixel.
                 axes.set_position([round(bound, 6) for bound in axes.get_position(original=True).bounds])
             self.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
             return file.getvalue()
@@ -81,36 +87,23 @@ class Picture(Figure):
         return self.png(), {"width": round(WIDTH * 100)}
 
     def save(self, path: str | Path) -> "Picture":
-        """Write `path`.png and `path`.csv with the numbers drawn; return the picture, so that a notebook shows it."""
-        return save(self, self.drawn, path)
+        """Write `path`.png, and `path`.csv with the numbers drawn; return the picture, so that a notebook shows it.
 
+        If drawing fails, both files stay as they were.
 
-def save(figure: Picture, rows: pd.DataFrame | Sequence[Mapping], path: str | Path) -> Picture:
-    """Write `path`.png and, with `rows` in a fixed order and six digits, `path`.csv: both, or neither.
-
-    Raises
-    ------
-    InputError
-        If the directory cannot be written.
-    """
-    if isinstance(rows, pd.DataFrame):
-        table = rows  # in the order in which it was drawn, so that it can be drawn again
-    else:
-        table = pd.DataFrame(flat(rows))
-        table = table.sort_values(list(table.columns), key=lambda c: c if c.dtype.kind in "iufb" else c.astype(str))
-    with written_whole(f"{path}.csv") as csv, written_whole(f"{path}.png") as png:
-        table.to_csv(csv, index=False, float_format="%.6g", lineterminator="\n", encoding="utf-8")
-        png.write_bytes(figure.png())
-    return figure
-
-
-def flat(rows) -> list[dict]:
-    """Rows as they are; metrics by learning rate one after the other."""
-    return [row for part in rows.values() for row in part] if isinstance(rows, Mapping) else list(rows)
+        Raises
+        ------
+        InputError
+            If the directory cannot be written.
+        """
+        with written_whole(f"{path}.csv") as csv, written_whole(f"{path}.png") as png:
+            self.drawn.to_csv(csv, index=False, float_format="%.6g", lineterminator="\n", encoding="utf-8")
+            png.write_bytes(self.png())
+        return self
 
 
 def as_written(value: float) -> float:
-    """A number as its csv holds it, so that a picture drawn again from there is the same to the byte.
+    """`value` rounded as the csv rounds it, so that a picture redrawn from its csv has the same bytes.
 
     >>> as_written(2 / 3)
     0.666667
@@ -119,7 +112,7 @@ def as_written(value: float) -> float:
 
 
 def scientific(value: float) -> str:
-    """Scientific and short.
+    """`value` in short scientific notation.
 
     >>> [scientific(x) for x in (1e-4, 2.5e-5, 0.0038999)]
     ['1e-4', '2.5e-5', '3.9e-3']
@@ -129,7 +122,7 @@ def scientific(value: float) -> str:
 
 
 def short(text: str, width: int) -> str:
-    """On one line, cut at a word.
+    """`text` on one line of at most `width` characters, cut between words.
 
     >>> short("Why is the sky blue,\\nand not violet?", 24)
     'Why is the sky blue, …'
@@ -140,10 +133,18 @@ def short(text: str, width: int) -> str:
     return line
 
 
-def titled(height: float, title: str, scale: str, look: str, rates: bool = True) -> Picture:
-    """An empty picture with its heading: title, then scale and what to look at; the axes get the room below."""
-    named = SCALES.get(scale, scale) + (RATES_DO_NOT_TRANSFER.get(scale, "") if rates else "")
-    lines = textwrap.wrap(f"{named}. {look}", 118)
+def titled(height: float, title: str, scale: str, caption: str, rates: bool = True) -> Picture:
+    """An empty picture with its heading: the title, then the scale and what to look at.
+
+    Parameters
+    ----------
+    height
+        Of the axes below the heading, in inches.
+    rates
+        Whether learning rates are shown; then the proxy's heading adds that they do not transfer.
+    """
+    scale_name = SCALES.get(scale, scale) + (RATES_DO_NOT_TRANSFER.get(scale, "") if rates else "")
+    lines = textwrap.wrap(f"{scale_name}. {caption}", 118)
     total = height + 0.42 + 0.18 * len(lines)
     figure = Picture(figsize=(WIDTH, total), facecolor="white", layout="constrained")
     figure.get_layout_engine().set(rect=(0.005, 0.01, 0.99, height / total - 0.01), w_pad=0.06, wspace=0.03)
@@ -153,7 +154,7 @@ def titled(height: float, title: str, scale: str, look: str, rates: bool = True)
 
 
 def log_axis(axes) -> None:
-    """A log x axis with a tick per decade, written as learning rates are."""
+    """Make the x axis logarithmic, with a tick for each decade, written as learning rates are."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: scientific(x)))
@@ -161,7 +162,7 @@ def log_axis(axes) -> None:
 
 
 def name_rows(axes, at, names, size: float = 10) -> None:
-    """A name before each row, the first row on top, without an axis line."""
+    """Name the row at each y position, with the first row on top and without an axis line."""
     axes.set_yticks(at, names, color=INK, fontsize=size)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)

@@ -1,4 +1,4 @@
-"""What the notebooks show, drawn from results alone: metrics lines and dicts, never torch, never a model."""
+"""Pictures of the dataset, of a training, and of what the trained models answer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,6 @@ from mini_symposium.figures.style import (
     WIDTH,
     Picture,
     as_written,
-    flat,
     log_axis,
     name_rows,
     scientific,
@@ -29,38 +28,36 @@ from mini_symposium.figures.style import (
 )
 
 
-def _steps(metrics) -> pd.DataFrame:
-    """Metrics lines as a table by learning rate (highest first) and step."""
-    rows = flat(metrics)
+def _steps(metrics: Mapping[float, Sequence[Mapping]]) -> pd.DataFrame:
+    """The lines of metrics.jsonl as a table, ordered by learning rate (highest first) and step."""
+    rows = [line for lines in metrics.values() for line in lines]
     if not rows:
         raise InputError("metrics: no step has been logged; run notebook 02 or `mini-symposium train` first")
     table = pd.DataFrame(rows, columns=["learning_rate", "step", "epoch", "example", "loss"])
     if not np.isfinite(table["loss"].astype(float)).all():
-        raise InputError("metrics: a loss is missing or no number; train that learning rate again")
+        raise InputError("metrics: a loss is missing or not a number; train that learning rate again")
     return table.sort_values(["learning_rate", "step"], ascending=[False, True], kind="stable", ignore_index=True)
 
 
 def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, scale: str) -> Picture:
     """Training loss of each learning rate, by epoch and by dose = learning_rate x steps.
 
-    A dot is a step's loss; the line its mean over `n_examples` steps, one epoch, drawn at the middle of that
-    window: drawn at its end it would lag by half an epoch, which is ten times the dose at ten times the rate,
-    and the comparison by dose would be biased.
+    A dot is the loss of a step. The line is the mean over one epoch, `n_examples` steps, drawn at the middle of that
+    epoch. Drawn at its end it would lag by half an epoch; at ten times the rate that is ten times the dose, so the
+    comparison by dose would be biased.
 
     Parameters
     ----------
     metrics
-        For each learning rate the lines of its metrics.jsonl.
+        For each learning rate, the lines of its metrics.jsonl.
     n_examples
-        Examples in the dataset, that is steps in an epoch at batch 1.
+        Examples in the dataset, which is the number of steps in an epoch at batch 1.
 
     Raises
     ------
     InputError
-        If nothing has been logged.
+        If no step has been logged, or a loss is not a number.
     """
-    if n_examples < 1:
-        raise InputError(f"{n_examples} examples: a moving mean over one epoch needs at least 1")
     table = _steps(metrics)
     table["epochs"] = table["step"] / n_examples
     table["dose"] = table["learning_rate"] * table["step"]
@@ -69,11 +66,11 @@ def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, sca
         table[f"smoothed_{column}"] = by_rate[column].transform(lambda values: values.rolling(n_examples).mean())
 
     with styled():
-        look = (
+        caption = (
             "Dots are steps, lines the mean over an epoch. Right: where dose is all that separates the rates, "
             "the lower one's line lies on the higher one's."
         )
-        figure = titled(3.5, "Training loss, by epoch and by dose", scale, look)
+        figure = titled(3.5, "Training loss, by epoch and by dose", scale, caption)
         panels = figure.subplots(1, 2, sharey=True)
         for axes, x in zip(panels, ("epochs", "dose"), strict=True):
             ends = []
@@ -95,7 +92,17 @@ def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, sca
 
 
 def _label_ends(axes, ends: Sequence[tuple[float, float, str, str]], top: float) -> None:
-    """Name each line at its end, in its colour, above the end where another line may go on; labels never overlap."""
+    """Write each line's name at its end, in its colour.
+
+    A name stands above its line's end where other lines go on further to the right; names never overlap.
+
+    Parameters
+    ----------
+    ends
+        (x, y, name, colour) for each line.
+    top
+        Upper limit of the y axis.
+    """
     axes.set_ylim(0, top)
     gap, lowest = top * 0.065, -math.inf
     last = max(end[0] for end in ends)
@@ -106,26 +113,24 @@ def _label_ends(axes, ends: Sequence[tuple[float, float, str, str]], top: float)
         axes.text(x, lowest, name, color=colour, weight="bold", va="center", transform=shift, path_effects=HALO)
 
 
-def example_heatmap(
-    metrics: Mapping[float, Sequence[Mapping]] | Sequence[Mapping], titles: Sequence[str], scale: str
-) -> Picture:
-    """Loss of each example at each epoch, for one learning rate or several beside each other on one colour scale.
+def example_heatmap(metrics: Mapping[float, Sequence[Mapping]], titles: Sequence[str], scale: str) -> Picture:
+    """Loss of each example at each epoch; learning rates stand side by side on one colour scale.
 
     Parameters
     ----------
     metrics
-        Lines of one metrics.jsonl, or for each learning rate its lines.
+        For each learning rate, the lines of its metrics.jsonl.
     titles
         A title for each example, by its index in the dataset.
 
     Raises
     ------
     InputError
-        If nothing has been logged, or an example has no title.
+        If no step has been logged, a loss is not a number, or an example has no title.
     """
     table = _steps(metrics)
-    if (most := int(table["example"].max())) >= len(titles):
-        raise InputError(f"metrics name example {most}, the dataset has {len(titles)}; was another dataset trained on?")
+    if (last := int(table["example"].max())) >= len(titles):
+        raise InputError(f"metrics name example {last}, the dataset has {len(titles)}; was another dataset trained on?")
     table = table.groupby(["learning_rate", "example", "epoch"], as_index=False)["loss"].mean()
     table["title"] = [short(titles[example], 36) for example in table["example"]]
     rates = sorted(table["learning_rate"].unique(), reverse=True)
@@ -133,9 +138,12 @@ def example_heatmap(
     order = list(at_highest.groupby("example")["loss"].mean().sort_values(kind="stable").index)
 
     with styled():
-        look = "A row is an example, a column an epoch; dark is learned. The top row has the lowest loss over the run"
-        look += f" at {scientific(rates[0])}." if len(rates) > 1 else "."
-        figure = titled(0.23 * max(len(order), 5) + 0.85, "Which examples are learned, and when", scale, look)
+        at_rate = f" at {scientific(rates[0])}" if len(rates) > 1 else ""
+        caption = (
+            "A row is an example, a column an epoch; dark is learned. "
+            f"The top row has the lowest loss over the run{at_rate}."
+        )
+        figure = titled(0.23 * max(len(order), 5) + 0.85, "Which examples are learned, and when", scale, caption)
         panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
         for axes, rate in zip(panels, rates, strict=True):
             part = table[table["learning_rate"] == rate].pivot(index="example", columns="epoch", values="loss")
@@ -154,27 +162,20 @@ def example_heatmap(
 
 
 def token_lengths(rows: Sequence[Mapping], scale: str, sequence_len: int) -> Picture:
-    """How many tokens each example has, prompt and completion stacked, beside the longest row that is allowed.
+    """How many tokens each example has, prompt and completion stacked, and how many are allowed.
 
     Parameters
     ----------
     rows
         For each example {"title", "prompt", "completion"}: a text and two numbers of tokens.
-
-    Raises
-    ------
-    InputError
-        If there are no rows.
     """
-    if not rows:
-        raise InputError("no rows to measure; is the dataset empty?")
     table = pd.DataFrame(rows, columns=["title", "prompt", "completion"])
     table.insert(0, "example", range(len(table)))
     table["sequence_len"] = sequence_len
     totals = table["prompt"] + table["completion"]
     with styled():
-        look = f"Every row must fit into sequence_len = {sequence_len}: a longer one is refused, never cut."
-        figure = titled(0.24 * len(table) + 0.8, "How long the examples are", scale, look, rates=False)
+        caption = f"Every row must fit into sequence_len = {sequence_len}: a longer one is refused, never cut."
+        figure = titled(0.24 * len(table) + 0.8, "How long the examples are", scale, caption, rates=False)
         axes = figure.subplots()
         axes.barh(table["example"], table["prompt"], color=COLOURS[4], label="prompt")
         axes.barh(table["example"], table["completion"], left=table["prompt"], color=COLOURS[1], label="completion")
@@ -183,8 +184,8 @@ def token_lengths(rows: Sequence[Mapping], scale: str, sequence_len: int) -> Pic
             label.set_va("center_baseline")
         if sequence_len <= 1.6 * totals.max():
             axes.axvline(sequence_len, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-            name = axes.text(sequence_len, -0.75, "sequence_len ", ha="right", va="bottom", color=GREY, fontsize=9)
-            name.set_in_layout(False)
+            label = axes.text(sequence_len, -0.75, "sequence_len ", ha="right", va="bottom", color=GREY, fontsize=9)
+            label.set_in_layout(False)
         name_rows(axes, table["example"], [short(title, 46) for title in table["title"]], 9)
         axes.set(xlabel="tokens", ylim=(len(table) - 0.4, -0.6))
         axes.margins(x=0.08)
@@ -198,21 +199,14 @@ def travel(rows: Sequence[Mapping], scale: str) -> Picture:
     """How far lora_A and lora_B moved in training, beside what Adam's rule predicts.
 
     Adam (Kingma and Ba 2015, section 2.1) moves an element by about one learning rate a step while its gradient keeps
-    its sign, so learning_rate x steps is about how far it can go; after a burst a step may be up to 3.2 times as large.
-    One whose gradient changes sign at random goes about learning_rate x sqrt(steps).
+    its sign, so it can travel about learning_rate x steps; a step after a sudden large gradient may be up to 3.2 times
+    as long. An element whose gradient changes its sign at random travels about learning_rate x sqrt(steps).
 
     Parameters
     ----------
     rows
         For each learning rate {learning_rate, dose, a_moved_share, a_travel_rms, b_travel_rms, b_travel_max}.
-
-    Raises
-    ------
-    InputError
-        If there are no rows.
     """
-    if not rows:
-        raise InputError("no training to measure; run notebook 02 or `mini-symposium train` first")
     parts = {"b_travel_max": "lora_B, largest", "b_travel_rms": "lora_B, rms", "a_travel_rms": "lora_A, rms"}
     table = pd.DataFrame(
         {
@@ -227,29 +221,29 @@ def travel(rows: Sequence[Mapping], scale: str) -> Picture:
         for key, name in parts.items()
     )
     with styled():
-        look = (
+        caption = (
             "Dots are measured, grey is what Adam's rule predicts. lora_A may lie left of it: its gradient is tiny "
             "while lora_B still is."
         )
-        figure = titled(0.3 * len(table) + 1.0, "How far the adapters moved", scale, look)
+        figure = titled(0.3 * len(table) + 1.0, "How far the adapters moved", scale, caption)
         axes = figure.subplots()
         heights = [i + i // len(parts) * 0.7 for i in range(len(table))]
         axes.barh(heights, table["steady"] - table["random_signs"], left=table["random_signs"], color=PALE, height=0.62)
         least = table.loc[table["measured"] > 0, "measured"].min()
         left = np.nanmin([table["random_signs"].min(), least]) / 2
         ends = ("random_signs", "rate × √steps", "right"), ("steady", "rate × steps", "left")
-        for at, said, side in ends:
-            axes.text(table[at].iloc[0], -0.42, said, ha=side, va="bottom", fontsize=8.5, color=GREY)
+        for column, name, side in ends:
+            axes.text(table[column].iloc[0], -0.42, name, ha=side, va="bottom", fontsize=8.5, color=GREY)
         for y, row in zip(heights, table.itertuples(), strict=True):
             colour = COLOURS[0] if row.part.startswith("lora_B") else COLOURS[1]
             (dot,) = axes.plot(max(row.measured, left), y, "o", color=colour, markersize=7, markeredgecolor="white")
-            said = f"{scientific(row.measured)}, {row.measured / row.steady:.0%} of rate × steps"
+            text = f"{scientific(row.measured)}, {row.measured / row.steady:.0%} of rate × steps"
             if not row.measured:
-                said = "did not move"
+                text = "did not move"
                 dot.set(markerfacecolor="white", markeredgecolor=colour)
             if row.part.startswith("lora_A"):
-                said += f"; {row.a_moved_share:.2%} of its elements moved"
-            label = axes.annotate(said, (max(row.measured, row.steady), y), (10, 0), textcoords="offset points")
+                text += f"; {row.a_moved_share:.2%} of its elements moved"
+            label = axes.annotate(text, (max(row.measured, row.steady), y), (10, 0), textcoords="offset points")
             label.set(fontsize=9, va="center_baseline")
         rates = [f"LR {scientific(rate)}   " for rate in table["learning_rate"]]
         names = [part if i % len(parts) else rates[i] + part for i, part in enumerate(table["part"])]
@@ -262,36 +256,29 @@ def travel(rows: Sequence[Mapping], scale: str) -> Picture:
 
 
 def recitation(rows: Sequence[Mapping], scale: str) -> Picture:
-    """How much of the rows' responses checkpoints give back when they are asked for them, by epoch.
+    """How much of the rows' responses the checkpoints recite when given the prompts, by epoch.
 
     Parameters
     ----------
     rows
-        {learning_rate, epoch, rows: "training" or "twins", recall: a mean over rows, or none where nothing was asked}.
-
-    Raises
-    ------
-    InputError
-        If nothing was asked.
+        {learning_rate, epoch, rows: "training" or "twins", recall: the mean over rows, missing if none was asked for}.
     """
-    if not rows or all(pd.isna(row["recall"]) for row in rows):
-        raise InputError("no row was asked for, so there is no recitation to draw")
     table = pd.DataFrame(rows).sort_values(["learning_rate", "rows", "epoch"], ascending=[False, True, True])
     with styled():
-        look = (
+        caption = (
             "Recall is the share of a response's words that come back, in order, when its prompt is given. Open "
             "circles: twins, rows like them that were not trained on. Epoch 0: the base."
         )
-        figure = titled(3.0, "What is recited when it is asked for", scale, look)
+        figure = titled(3.0, "What is recited when it is asked for", scale, caption)
         axes = figure.subplots()
         ends = []
-        for place, (rate, part) in enumerate(table.groupby("learning_rate", sort=False)):
-            colour = COLOURS[place % len(COLOURS)]
-            known, twins = (part[part["rows"] == which].dropna() for which in ("training", "twins"))
-            axes.plot(known["epoch"], known["recall"], "o-", color=colour)
+        for i, (rate, part) in enumerate(table.groupby("learning_rate", sort=False)):
+            colour = COLOURS[i % len(COLOURS)]
+            training, twins = (part[part["rows"] == kind].dropna() for kind in ("training", "twins"))
+            axes.plot(training["epoch"], training["recall"], "o-", color=colour)
             axes.plot(twins["epoch"], twins["recall"], "o:", color=colour, markerfacecolor="white")
-            if len(known):
-                ends.append((*known[["epoch", "recall"]].iloc[-1], f"LR {scientific(rate)}", colour))
+            if len(training):
+                ends.append((*training[["epoch", "recall"]].iloc[-1], f"LR {scientific(rate)}", colour))
         axes.set(xlabel="epochs", ylabel="recall, by ROUGE-L", ylim=(0, 1.02))
         axes.grid(axis="y")
         _label_ends(axes, ends, 1.02)
@@ -305,18 +292,18 @@ def format_grid(grid: Sequence[Mapping], value: str, scale: str) -> Picture:
     Parameters
     ----------
     grid
-        Cells {"format", "model", "query", value}; one without "query" is of one nameless query.
+        Cells {"format", "model", "query", value}; cells with the same first three are averaged.
     value
-        Which of the cell's numbers: a share such as "recall", or an amount such as "tokens".
+        Which number of a cell to draw: a share such as "recall", or an amount such as "tokens".
 
     Raises
     ------
     InputError
-        If there are no cells, or one has no such value.
+        If there are no cells, or one lacks the value.
     """
     if not grid or any(value not in cell for cell in grid):
         raise InputError(f"{len(grid)} answers, some or all without {value!r}: nothing to draw; measure it for each")
-    table = pd.DataFrame([{"query": "", **cell} for cell in grid], columns=["model", "query", "format", value])
+    table = pd.DataFrame(grid, columns=["model", "query", "format", value])
     table = table.groupby(["model", "query", "format"], as_index=False, sort=False)[value].mean()
     table[value] = table[value].astype(float).map(as_written)
     models, queries, formats = (list(table[column].unique()) for column in ("model", "query", "format"))
@@ -324,24 +311,24 @@ def format_grid(grid: Sequence[Mapping], value: str, scale: str) -> Picture:
     low, high = min(0, table[value].min()), max(table[value].max(), 1)
     numbers = [str(i + 1) if len(queries) > 1 else "" for i in range(len(queries))]
     with styled():
-        look = "A row is a prompt format. A model whose panel is uneven from top to bottom depends on the format."
+        caption = "A row is a prompt format. A model whose panel is uneven from top to bottom depends on the format."
         height = 0.27 * len(formats) + 0.55 + 0.19 * len(queries)
-        figure = titled(height, f"{value.replace('_', ' ').capitalize()}, by format and model", scale, look)
+        figure = titled(height, f"{value.replace('_', ' ').capitalize()}, by format and model", scale, caption)
         panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
         for axes, model in zip(panels, models, strict=True):
             cells = table[table["model"] == model].pivot(index="format", columns="query", values=value)
             cells = cells.reindex(index=formats, columns=queries).to_numpy(dtype=float)
             axes.pcolormesh(cells, cmap=COLOUR_MAP, vmin=low, vmax=high, edgecolors="white", linewidth=1.5)
             for (y, x), number in np.ndenumerate(cells):
-                said = "" if np.isnan(number) else f"{number:.2f}" if high == 1 else f"{number:.4g}"
-                cell = axes.text(x + 0.5, y + 0.5, said, ha="center", va="center_baseline", fontsize=size)
+                text = "" if np.isnan(number) else f"{number:.2f}" if high == 1 else f"{number:.4g}"
+                cell = axes.text(x + 0.5, y + 0.5, text, ha="center", va="center_baseline", fontsize=size)
                 cell.set_color("white" if (number - low) / (high - low) < 0.6 else INK)
             axes.set(title=short(str(model), 28), facecolor=PALE)
             axes.set_xticks(np.arange(len(queries)) + 0.5, numbers)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
         name_rows(panels[0], np.arange(len(formats)) + 0.5, [short(form, 28) for form in formats])
-        key = [f"{n}  {short(query, 110)}".strip() for n, query in zip(numbers, queries, strict=True)]
-        figure.supxlabel("\n".join(key), x=0.1 / WIDTH, ha="left", color=GREY, fontsize=9)
+        legend = [f"{n}  {short(query, 110)}".strip() for n, query in zip(numbers, queries, strict=True)]
+        figure.supxlabel("\n".join(legend), x=0.1 / WIDTH, ha="left", color=GREY, fontsize=9)
     figure.drawn = table
     return figure
