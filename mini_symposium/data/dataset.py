@@ -63,6 +63,11 @@ class Row:
     completion_mask: list[int]
     source: str
 
+    @property
+    def labels(self) -> list[int]:
+        """What the loss is computed on: the token ids, -100 where a token is not supervised."""
+        return [i if supervised else -100 for i, supervised in zip(self.input_ids, self.completion_mask, strict=True)]
+
 
 def load_examples(path: str | Path) -> list[Example]:
     """Read a .md or .txt document, a .jsonl or .json table, or a folder of them.

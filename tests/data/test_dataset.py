@@ -205,6 +205,8 @@ def test_rows_keep_their_guards_with_the_real_tokenizers(name, completion_only, 
         assert row.input_ids.count(tokenizer.bos_token_id) == adds_bos
         assert row.input_ids[-1] == tokenizer.eos_token_id
         assert row.completion_mask[-1] == 1
+        unsupervised = row.completion_mask.count(0)
+        assert row.labels == [-100] * unsupervised + row.input_ids[unsupervised:]
         learned = [i for i, m in zip(row.input_ids, row.completion_mask, strict=True) if m]
         text = tokenizer.decode(learned, skip_special_tokens=True)
         assert text.strip() == (example.completion if completion_only else example.text).strip()
