@@ -1,13 +1,10 @@
 import json
-import shutil
-import subprocess
-import sys
 
 import nbformat
 import pytest
-from conftest import command
 
 from mini_symposium.errors import InputError
+from mini_symposium.figures.redraw import redraw
 from mini_symposium.reproduce.publish import clean, publish
 from mini_symposium.run import ROOT, RunDirectory
 
@@ -23,27 +20,10 @@ def test_a_published_run_is_clean_and_redraws_the_same(tiny_run, tmp_path):
         assert "injected-parameters" not in text
         assert "widget" not in text
 
-    from mini_symposium.figures.redraw import redraw
-
     before = {path.name: path.read_bytes() for path in tiny_run.figures.iterdir()}
     redraw(RunDirectory(tmp_path / "figures" / "tiny"))
     after = {path.name: path.read_bytes() for path in (tmp_path / "figures" / "tiny" / "figures").iterdir()}
     assert after == before
-
-
-def test_committed_figures_are_those_of_the_committed_data_drawn_without_torch(tmp_path):
-    """What `make figures` draws, but for the bench's picture: tests/bench/ has that."""
-    shutil.copytree(ROOT / "figures", tmp_path / "figures")
-    before = {path: path.read_bytes() for path in (tmp_path / "figures").rglob("*") if path.is_file()}
-    drawn = [tmp_path / "figures" / name for name in ("proxy", "claims")]
-    blocked = "import sys; sys.modules['torch'] = None; from mini_symposium.cli.main import main; main(sys.argv[1:])"
-    line = [sys.executable, "-c", blocked, "figures", *map(str, drawn)]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) >= 12
-    after = {path: path.read_bytes() for path in (tmp_path / "figures").rglob("*") if path.is_file()}
-    assert [path for path in before if after.get(path) != before[path]] == []
-    assert after.keys() == before.keys()
 
 
 def test_a_path_of_this_machine_is_not_published():
@@ -74,14 +54,3 @@ def test_a_copy_that_is_no_notebook_is_named(text, tmp_path):
     (run.notebooks / "01_dataset.ipynb").write_text(text)
     with pytest.raises(InputError, match=r"01_dataset\.ipynb: no notebook"):
         publish(run, tmp_path / "root")
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [("results.json", '{"02_finetune": 3}'), ("figures/survival.csv", ""), ("figures/recitation.csv", "a\n1\n")],
-)
-def test_a_run_with_a_damaged_file_is_not_drawn_but_named(name, text, tmp_path):
-    shutil.copytree(ROOT / "figures" / "proxy", tmp_path / "proxy")
-    (tmp_path / "proxy" / name).write_text(text)
-    done = command("figures", tmp_path / "proxy", check=False)
-    assert done.returncode == 2 and "cannot be drawn again" in done.stderr and "Traceback" not in done.stderr

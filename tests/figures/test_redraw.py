@@ -1,0 +1,47 @@
+"""What was committed of a run draws its figures again, to the byte and without torch."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from mini_symposium.errors import InputError
+from mini_symposium.figures.redraw import redraw
+from mini_symposium.run import ROOT, RunDirectory
+
+
+def test_committed_figures_are_those_of_the_committed_data_drawn_without_torch(tmp_path):
+    """What `make figures` draws, but for the bench's picture: tests/bench/ has that."""
+    shutil.copytree(ROOT / "figures", tmp_path / "figures")
+    before = {path: path.read_bytes() for path in (tmp_path / "figures").rglob("*") if path.is_file()}
+    drawn = [tmp_path / "figures" / name for name in ("proxy", "claims")]
+    blocked = "import sys; sys.modules['torch'] = None; from mini_symposium.cli.main import main; main(sys.argv[1:])"
+    line = [sys.executable, "-c", blocked, "figures", *map(str, drawn)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) >= 12
+    after = {path: path.read_bytes() for path in (tmp_path / "figures").rglob("*") if path.is_file()}
+    assert [path for path in before if after.get(path) != before[path]] == []
+    assert after.keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("results.json", '{"02_finetune": 3}'),
+        ("results.json", '{"02_finetune": {"travel": []}}'),
+        ("figures/survival.csv", ""),
+        ("figures/recitation.csv", "a\n1\n"),
+    ],
+)
+def test_a_run_with_a_damaged_file_is_not_drawn_but_named(name, text, tmp_path):
+    shutil.copytree(ROOT / "figures" / "proxy", tmp_path / "proxy")
+    (tmp_path / "proxy" / name).write_text(text)
+    with pytest.raises(InputError, match=r"proxy: cannot be drawn again from what is there \(.*\); run the notebooks"):
+        redraw(RunDirectory(tmp_path / "proxy"))
+
+
+def test_a_folder_with_nothing_of_a_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"recipe\.yml"):
+        redraw(RunDirectory(tmp_path))
