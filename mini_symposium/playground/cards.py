@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from mini_symposium.evaluation.answer_text import Mark, TrainingRows
-from mini_symposium.figures.tables import Shown, _html, plain, side_by_side
+from mini_symposium.figures.tables import Shown, as_html, plain, side_by_side
 
 CSS = (Path(__file__).parent / "playground.css").read_text(encoding="utf-8")
 
@@ -28,9 +28,9 @@ def marked(text: str, marks: Sequence[Mark]) -> str:
     parts = []
     for start, end in pairwise(edges):
         kinds = dict.fromkeys(f"ms-{mark.kind}" for mark in marks if mark.start <= start and end <= mark.end)
-        piece = _html(text[start:end])
+        piece = as_html(text[start:end])
         parts.append(f'<span class="{" ".join(kinds)}">{piece}</span>' if kinds else piece)
-        parts += [f'<span class="ms-label">[{_html(mark.label)}]</span>' for mark in marks if mark.end == end]
+        parts += [f'<span class="ms-label">[{as_html(mark.label)}]</span>' for mark in marks if mark.end == end]
     return "".join(parts)
 
 
@@ -53,11 +53,11 @@ def card(cell: Mapping, rows: TrainingRows, seconds: float | None = None) -> str
         notes = [f"{cell['seconds']:.1f} s", f"{cell['tokens']} tokens", _WHY[cell["stop_reason"]]]
     notes += [f"{read.drift:.0%} of letters in another script"] if read.drift else []
     notes += [f"{read.headings} headings"] if read.headings else []
-    share = f"{_bar(read.recited)}{read.recited:.0%} recited{f' from {_html(read.row)}' if read.row else ''}"
+    share = f"{_bar(read.recited)}{read.recited:.0%} recited{f' from {as_html(read.row)}' if read.row else ''}"
     return (
-        f"<article><header><b>{_html(cell['format'])}</b><span>{_html(cell['model'])}</span></header>"
+        f"<article><header><b>{as_html(cell['format'])}</b><span>{as_html(cell['model'])}</span></header>"
         f'<div class="ms-answer">{said}</div>'
-        f"<footer>{_html(' · '.join(notes))}<br>{share}</footer></article>"
+        f"<footer>{as_html(' · '.join(notes))}<br>{share}</footer></article>"
     )
 
 
@@ -71,11 +71,11 @@ def inspector(cell: Mapping, tokens: Sequence) -> str:
     pieces = []
     for token in tokens:
         kind = "ms-token ms-special" if token.special else "ms-token"
-        pieces.append(f'<span class="{kind}" title="id {token.id}">{_html(token.text)}</span>')
+        pieces.append(f'<span class="{kind}" title="id {token.id}">{as_html(token.text)}</span>')
         pieces.append("<br>" if token.text.endswith("⏎") else "<wbr>")
     # A <pre> keeps its spaces and newlines itself.
-    prompt = _html(cell["prompt"]).replace("&nbsp;", " ").replace("<br>", "\n")
-    name = f"{_html(cell['format'])} · {_html(cell['model'])}"
+    prompt = as_html(cell["prompt"]).replace("&nbsp;", " ").replace("<br>", "\n")
+    name = f"{as_html(cell['format'])} · {as_html(cell['model'])}"
     return (
         f'<section aria-label="Prompt inspector"><h3>Prompt of {name}</h3><div class="ms-split">'
         f'<pre class="ms-prompt">{prompt}</pre><div><div class="ms-note">{len(tokens)} tokens, {special} special '
@@ -106,29 +106,29 @@ def talk(
     for message in messages:
         text = message["content"]
         marks = rows.read(text).marks if message["role"] == "assistant" else ()
-        who = _html(names.get(message["role"], "Scene"))
+        who = as_html(names.get(message["role"], "Scene"))
         turns.append(f'<p class="ms-turn"><b>{who}</b><br>{marked(text, marks) or "…"}</p>')
     said = "".join(turns) or '<p class="ms-note">nothing said yet</p>'
-    return f"<article><header><b>{_html(title)}</b></header>{said}</article>"
+    return f"<article><header><b>{as_html(title)}</b></header>{said}</article>"
 
 
 def status(text: str, problem: bool = False) -> str:
     """The line that says what is going on; a problem is announced at once by a screen reader, the rest when it can."""
     how = 'role="alert"' if problem else 'role="status" aria-live="polite"'
-    said = f"<b>Problem:</b> {_html(text)}" if problem else _html(text)
+    said = f"<b>Problem:</b> {as_html(text)}" if problem else as_html(text)
     return f'<div class="ms-status{" ms-problem" if problem else ""}" {how}>{said}</div>'
 
 
 def hint(text: str) -> str:
     """What a pane says before there is anything in it."""
-    return f'<p class="ms-note">{_html(text)}</p>'
+    return f'<p class="ms-note">{as_html(text)}</p>'
 
 
 def download(name: str, content: str) -> str:
     """A link that saves a file from the page itself, `content` in base64; the server need not be this machine."""
     return (
         f'<a download="{html.escape(name)}" href="data:application/octet-stream;base64,{content}">'
-        f"Download {_html(name)}</a>"
+        f"Download {as_html(name)}</a>"
     )
 
 
