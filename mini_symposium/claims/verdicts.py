@@ -1,8 +1,8 @@
 """How a claim is judged: a number with its interval, a threshold fixed beforehand, and controls that must hold.
 
-- supported, not supported: the whole interval lies on that side of the threshold, and every control holds;
-- inconclusive: it does not, or a control failed, or something is missing; the note says which;
-- out of reach on this hardware: what the claim speaks of cannot be had here.
+- supported, not supported: the whole interval lies on one side of the threshold, and every control holds;
+- inconclusive: the threshold lies inside the interval, a control failed, or something is missing; the note says which;
+- out of reach on this hardware: this machine cannot measure what the claim is about.
 """
 
 import math
@@ -17,7 +17,7 @@ INCONCLUSIVE, OUT_OF_REACH = "inconclusive", "out of reach on this hardware"
 
 @dataclass(frozen=True)
 class Control:
-    """Something that must come out as it should before the verdict counts."""
+    """A condition that must hold for the verdict to count: what was measured for it, and whether it holds."""
 
     what: str
     value: float
@@ -26,7 +26,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Claim:
-    """A row of the ledger."""
+    """A row of the ledger: one claim of the model card, what was measured, and the verdict."""
 
     id: str
     claim: str
@@ -43,29 +43,29 @@ class Claim:
 
     @property
     def said(self) -> str:
-        """What was found, in a line."""
+        """The number with its interval, the counts and the note, in one line."""
         between = f" [{self.interval[0]:.3g}, {self.interval[1]:.3g}]" if self.interval else ""
         number = "" if self.value is None else f"{self.metric}: {self.value:.3g}{between}"
         counts = f"n={self.n}, seeds={self.seeds}" if self.n else ""
         return "; ".join(part for part in (number, counts, self.note) if part)
 
     def row(self) -> dict:
-        """As JSON."""
+        """The row as it stands in claims.json."""
         return {**asdict(self), "interval": self.interval and list(self.interval)}
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of the evidence, before there is any: the claim, its metric, and where the threshold lies."""
+    """How a claim will be judged, fixed before there is evidence: its metric and its threshold."""
 
     id: str
     claim: str
     metric: str
     threshold: float = 0.0
     above: bool = True
-    """The claim holds above the threshold; otherwise below it."""
+    """Whether the claim holds above the threshold; otherwise below it."""
 
-    def judge(self, scale: str, found: Interval, controls: Sequence[Control] = (), note: str = "") -> Claim:
+    def judge(self, scale: str, measured: Interval, controls: Sequence[Control] = (), note: str = "") -> Claim:
         """The row for a measured interval.
 
         >>> q = Question("C0", "it recites", "share", 0.8)
@@ -74,23 +74,26 @@ class Question:
         >>> q.judge("proxy", Interval(1, 1, 1, 13, 1, ""), [Control("base", 1.0, False)]).verdict
         'inconclusive'
         """
-        numbers = {self.metric: found.value} | {control.what: control.value for control in controls}
-        unknown = [what for what, value in numbers.items() if value is not None and not math.isfinite(value)]
-        if unknown:
+        values = {self.metric: measured.value} | {control.what: control.value for control in controls}
+        if unknown := [what for what, value in values.items() if value is not None and not math.isfinite(value)]:
             return self.lacks(scale, f"what gives a number for: {', '.join(unknown)}")
         failed = [control.what for control in controls if not control.holds]
-        over, under = found.low > self.threshold, found.high < self.threshold
+        over, under = measured.low > self.threshold, measured.high < self.threshold
         holds, fails = (over, under) if self.above else (under, over)
         verdict = INCONCLUSIVE if failed else SUPPORTED if holds else NOT_SUPPORTED if fails else INCONCLUSIVE
         if failed:
             note = "; ".join([*[f"a control failed: {what}" for what in failed], *[note] * bool(note)])
-        measured = {"value": found.value, "interval": (found.low, found.high), "n": found.n, "seeds": found.seeds}
-        return Claim(self.id, self.claim, self.metric, verdict, scale, controls=list(controls), note=note, **measured)
+        numbers = {"value": measured.value, "interval": (measured.low, measured.high)}
+        counts = {"n": measured.n, "seeds": measured.seeds}
+        return self._row(verdict, scale, note, controls=list(controls), **numbers, **counts)
 
     def lacks(self, scale: str, what: str) -> Claim:
-        """The row where something is missing."""
-        return Claim(self.id, self.claim, self.metric, INCONCLUSIVE, scale, note=f"missing: {what}")
+        """The row if something is missing."""
+        return self._row(INCONCLUSIVE, scale, f"missing: {what}")
 
     def beyond(self, scale: str, what: str, value: float | None = None) -> Claim:
-        """The row for what this hardware cannot do."""
-        return Claim(self.id, self.claim, self.metric, OUT_OF_REACH, scale, value=value, note=what)
+        """The row if this hardware cannot measure it."""
+        return self._row(OUT_OF_REACH, scale, what, value=value)
+
+    def _row(self, verdict: str, scale: str, note: str, **measured) -> Claim:
+        return Claim(self.id, self.claim, self.metric, verdict, scale, note=note, **measured)

@@ -1,16 +1,17 @@
-"""Intervals for what few prompts and fewer seeds can tell, and how far apart equal formats look by chance.
+"""Confidence intervals for few prompts and fewer seeds, and how far apart equal prompt formats look by chance.
 
-A model's answers to one prompt resemble each other, and so do a seed's answers to all prompts. So prompts are drawn
-again with replacement, then seeds; never single answers. Two corrections, without which intervals of a dozen rows and
-three seeds are far too narrow or no intervals at all:
+A model's answers to one prompt resemble each other, and so do all answers of one seed. So the bootstrap resamples
+prompts and seeds, never single answers. It needs two corrections; without them, intervals for a dozen rows and three
+seeds are far too narrow:
 
-- The bootstrap treats n draws as if they were everything, so its spread is that of a sample's own, z for t and n for
-  n - 1. Each stage's deviations are widened by t / z * sqrt(n / (n - 1)) (Hesterberg 2015, "What Teachers Should Know
-  About the Bootstrap", section 4.1). With n this tends to 1; with three seeds it is 2.7.
-- Where all values are the same, nothing can be drawn that differs. Then the interval is Clopper and Pearson's for how
-  often another value may come: 0 of 60 means "under 6%".
+- The bootstrap underestimates the spread of a small sample: it divides by n where n - 1 is right, and is normal (z)
+  where Student's t is right. So the deviations of prompts and of seeds are each widened by t / z * sqrt(n / (n - 1))
+  (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 4.1). The factor is 2.7 for three seeds and
+  tends to 1 for large n.
+- If all values are equal, every resample is equal too. Then the interval is Clopper and Pearson's, for how often a
+  different value may occur: after 0 of 60, in less than 6%.
 
-Draws are seeded: the same values give the same interval.
+The random generator is seeded: the same values give the same interval.
 """
 
 from dataclasses import dataclass
@@ -22,50 +23,54 @@ from scipy.special import betaincinv, ndtri, stdtrit
 from mini_symposium.errors import InputError
 
 LEVEL = 0.95
+"""Confidence level."""
 DRAWS = 4000
+"""Resamples."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and where it may lie; `n` counts prompts, `seeds` seeds, `method` is "bootstrap" or "Clopper-Pearson"."""
+    """A mean and its confidence interval."""
 
     value: float
     low: float
     high: float
     n: int
+    """Prompts."""
     seeds: int
     method: str
+    """"bootstrap" or "Clopper-Pearson"."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Best format's mean minus the worst one's, beside what formats that are all equal show.
-
-    `p` is the probability that equal formats show at least this much.
-    """
+    """The best format's mean minus the worst format's, and what that is by chance if all formats are equal."""
 
     value: float
     null_mean: float
+    """Mean spread of equal formats."""
     null_95: float
+    """95th percentile of the spread of equal formats."""
     p: float
+    """Probability that equal formats show at least this spread."""
     prompts: int
     formats: int
 
 
 def clopper_pearson(k: int, n: int, level: float = LEVEL) -> Interval:
-    """The exact interval of a proportion, `k` of `n` (Clopper and Pearson 1934).
+    """The exact interval of the proportion `k` of `n` (Clopper and Pearson 1934).
 
     Raises
     ------
     InputError
-        If `k` of `n` is no proportion.
+        If `n` is 0, or `k` is not between 0 and `n`.
 
-    >>> found = clopper_pearson(0, 60)
-    >>> found.low, round(found.high, 4)
+    >>> after_none = clopper_pearson(0, 60)
+    >>> after_none.low, round(after_none.high, 4)
     (0.0, 0.0596)
     """
     if not 0 <= k <= n or not n:
-        raise InputError(f"{k} of {n}: no proportion; at least one must have been measured")
+        raise InputError(f"{k} of {n}: not a proportion; measure at least one")
     tail = (1 - level) / 2
     low = float(betaincinv(k, n - k + 1, tail)) if k else 0.0
     high = float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
@@ -79,27 +84,27 @@ def interval(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Interval:
-    """The mean over prompts and seeds, and its two-stage bootstrap interval.
+    """The mean over prompts and seeds, with its two-stage bootstrap interval.
 
-    Prompts and seeds are crossed, every seed answering every prompt, so a draw is the mean, plus the deviation of the
-    prompts drawn (each averaged over seeds), plus that of the seeds drawn (each averaged over prompts). Where neither
-    matters and all is noise, the noise counts twice and the interval is too wide, by 1.4 at most. With one seed the
-    interval says nothing about another one.
+    Prompts and seeds are crossed: every seed answers every prompt. So a resample is the mean, plus the deviation of the
+    resampled prompts (each averaged over seeds), plus that of the resampled seeds (each averaged over prompts). If
+    neither prompts nor seeds differ and all is noise, the noise counts twice, and the interval is too wide by a factor
+    of at most 1.4. With one seed the interval says nothing about other seeds.
 
     Parameters
     ----------
     values
-        (prompts,), (prompts, seeds), or with more axes, which are averaged first, as (prompts, seeds, formats).
+        (prompts,) or (prompts, seeds). Further axes are averaged first, as in (prompts, seeds, formats).
     bounds
-        Least and largest possible value: 0 and 1 for a share. None, for a loss, if there is no such thing.
+        Smallest and largest possible value: 0 and 1 for a share; None if there are none, as for a loss.
 
     Raises
     ------
     InputError
-        If there are none, one is missing or out of bounds, or all are equal and have no bounds.
+        If there are no values, one is missing or out of bounds, or all are equal and have no bounds.
 
-    >>> found = interval([True] * 9 + [False] * 3)
-    >>> found.value, found.method, round(found.low, 1), round(found.high, 1)
+    >>> rate = interval([True] * 9 + [False] * 3)
+    >>> rate.value, rate.method, round(rate.low, 1), round(rate.high, 1)
     (0.75, 'bootstrap', 0.5, 1.0)
     """
     table = _table(values, bounds)
@@ -107,14 +112,14 @@ def interval(
     value = float(table.mean())
     if np.ptp(table) == 0:
         if bounds is None:
-            raise InputError(f"all {n} values are {value:g}, so there is no telling how far others lie; give bounds")
-        differs = clopper_pearson(0, n, level).high  # how often another value may come, at most
+            raise InputError(f"all {n} values are {value:g}, so their spread is unknown; give bounds")
+        differs = clopper_pearson(0, n, level).high  # largest share of other values
         low, high = (value + differs * (bound - value) for bound in bounds)
         return Interval(value, float(low), float(high), n, seeds, "Clopper-Pearson")
     generator = np.random.default_rng(seed)
-    drawn = value + sum(_deviations(table.mean(axis), level, draws, generator) for axis in (1, 0))
-    drawn = drawn if bounds is None else drawn.clip(*bounds)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    means = value + sum(_deviations(table.mean(axis), level, draws, generator) for axis in (1, 0))
+    means = means if bounds is None else means.clip(*bounds)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high), n, seeds, "bootstrap")
 
 
@@ -126,42 +131,44 @@ def difference(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Interval:
-    """The mean of first - second, paired: the same prompts, and the same seeds, in the same order. See `interval`.
+    """The mean of first - second, with its interval as in `interval`.
+
+    Both have the same prompts and the same seeds in the same order, so that their values are compared in pairs.
 
     Parameters
     ----------
     bounds
-        Those of the values; the difference has its own.
+        Smallest and largest possible value of `first` and `second`, not of the difference.
 
     Raises
     ------
     InputError
         As `interval`, or if the two do not have the same shape.
     """
-    one, other = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    if one.shape != other.shape:
-        raise InputError(f"{one.shape} values and {other.shape}: a paired difference needs the same prompts and seeds")
-    for values in (one, other):
+    a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    if a.shape != b.shape:
+        raise InputError(f"{a.shape} values and {b.shape}: a paired difference needs the same prompts and seeds")
+    for values in (a, b):
         _table(values, bounds)
     span = None if bounds is None else (bounds[0] - bounds[1], bounds[1] - bounds[0])
-    return interval(one - other, span, level, draws, seed)
+    return interval(a - b, span, level, draws, seed)
 
 
 def spread(passed: ArrayLike, draws: int = DRAWS, seed: int = 0) -> Spread:
-    """FormatSpread, max - min over formats of the pass rate (Sclar et al. 2024), with its permutation null.
+    """FormatSpread: the best format's pass rate minus the worst one's (Sclar et al. 2024), with a permutation test.
 
-    Were all formats the same, which of a prompt's results stands under which format would be chance; so the null
-    shuffles each row. It keeps how hard each prompt is.
+    If all formats were equal, it would be chance which of a prompt's results belongs to which format. So the null
+    distribution comes from shuffling each prompt's results; how hard each prompt is stays as it was.
 
     Parameters
     ----------
     passed
-        (prompts, formats): whether the answer passed, or at which rate over seeds.
+        (prompts, formats): whether the answer passed, or the share of seeds whose answer did.
 
     Raises
     ------
     InputError
-        If it is no such table, or has fewer than two formats.
+        If it has another shape, or fewer than two formats.
 
     >>> spread([[True, False]] * 20).p < 0.001
     True
@@ -175,14 +182,14 @@ def spread(passed: ArrayLike, draws: int = DRAWS, seed: int = 0) -> Spread:
     for row in table:
         means += generator.permuted(np.tile(row, (draws, 1)), axis=1)
     null = np.ptp(means / len(table), axis=1)
-    found = float(np.ptp(table.mean(0)))
-    at_least = int((null >= found - 1e-9).sum())
+    value = float(np.ptp(table.mean(0)))
+    at_least = int((null >= value - 1e-9).sum())
     p = (at_least + 1) / (draws + 1)
-    return Spread(found, float(null.mean()), float(np.quantile(null, 0.95)), p, *table.shape)
+    return Spread(value, float(null.mean()), float(np.quantile(null, 0.95)), p, *table.shape)
 
 
 def _table(values: ArrayLike, bounds: tuple[float, float] | None) -> np.ndarray:
-    """(prompts, seeds), checked."""
+    """`values` as (prompts, seeds), checked."""
     table = np.asarray(values, dtype=float)
     if not table.size or not table.ndim:
         raise InputError("no values to average; nothing was measured")
@@ -195,10 +202,13 @@ def _table(values: ArrayLike, bounds: tuple[float, float] | None) -> np.ndarray:
 
 
 def _deviations(means: np.ndarray, level: float, draws: int, generator: np.random.Generator) -> np.ndarray | float:
-    """Of the mean of as many draws from `means`, (draws,), widened for their number; 0 where there is but one."""
+    """(draws,): how far the mean of a resample of `means` lies from their mean, widened as the module says.
+
+    0 for a single mean.
+    """
     n = len(means)
     if n == 1:
         return 0.0
     upper = (1 + level) / 2
-    wider = stdtrit(n - 1, upper) / ndtri(upper) * np.sqrt(n / (n - 1))
-    return wider * (means[generator.integers(n, size=(draws, n))].mean(1) - means.mean())
+    factor = stdtrit(n - 1, upper) / ndtri(upper) * np.sqrt(n / (n - 1))
+    return factor * (means[generator.integers(n, size=(draws, n))].mean(1) - means.mean())

@@ -26,7 +26,7 @@ def test_clopper_pearson_is_the_textbook_interval():
     assert clopper_pearson(60, 60).low == pytest.approx(0.025 ** (1 / 60))
     found = clopper_pearson(4, 20)  # Clopper and Pearson's own kind of table: 0.0573 to 0.4366
     assert (found.low, found.high) == pytest.approx((0.0573, 0.4366), abs=1e-4)
-    with pytest.raises(InputError, match="0 of 0: no proportion"):
+    with pytest.raises(InputError, match="0 of 0: not a proportion"):
         clopper_pearson(0, 0)
 
 
