@@ -274,6 +274,40 @@ def prompt_format(name: str | Path) -> PromptFormat:
     raise InputError(f"{text}: no such format{hint}; give {', '.join(FORMATS)}, a '### Heading', or a preset.json")
 
 
+def grid_cells(
+    models: Sequence[str],
+    formats: Sequence[PromptFormat],
+    chats: Sequence[str | Sequence[Mapping]],
+    user: str = "User",
+    char: str = "Assistant",
+) -> list[dict]:
+    """What to ask each model: every chat in every format, with the strings that end its answer.
+
+    Parameters
+    ----------
+    chats
+        Each a single query, or messages as `render_chat` takes them.
+
+    Returns
+    -------
+    list of dict
+        model, format, query (the last message), prompt, stops; by model, then chat, then format.
+    """
+    conversations = [[{"role": "user", "content": chat}] if isinstance(chat, str) else chat for chat in chats]
+    return [
+        {
+            "model": model,
+            "format": form.name,
+            "query": messages[-1]["content"],
+            "prompt": form.render_chat(messages, user, char),
+            "stops": form.stop_strings(user, char),
+        }
+        for model in models
+        for messages in conversations
+        for form in formats
+    ]
+
+
 LARGEST_PRESET, LARGEST_CHAT = 2**18, 2**24
 """Bytes of a file. A preset's sequences stand before each message of a chat, so the one multiplies the other."""
 

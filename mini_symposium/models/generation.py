@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer as DecoderLayer
 
-from mini_symposium.data.prompt_formats import PromptFormat
+from mini_symposium.data.prompt_formats import PromptFormat, grid_cells
 from mini_symposium.errors import InputError
 from mini_symposium.models.adapters import adapter_names
 from mini_symposium.models.devices import memory, out_of_memory
@@ -345,16 +345,11 @@ def answer_grid(
     Returns
     -------
     list of dict
-        model, query, format, prompt, answer, tokens, stop_reason; by model, then query, then format.
+        model, format, query, prompt, answer, tokens, stop_reason; by model, then query, then format.
     """
-    cells = [
-        {"query": query, "format": form.name, "model": name, "prompt": form.render(query, user, char)}
-        for name in names
-        for query in queries
-        for form in formats
-    ]
-    stops = [form.stop_strings(user, char) for form in formats] * len(names) * len(queries)
+    cells = grid_cells(names, formats, queries, user, char)
     prompts, adapters = ([cell[key] for cell in cells] for key in ("prompt", "model"))
+    stops = [cell.pop("stops") for cell in cells]
     answers = generate(model, tokenizer, prompts, stops, max_new_tokens, adapters, on_text)
     return [
         {**cell, "answer": answer.text, "tokens": answer.tokens, "stop_reason": answer.stop_reason}

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from threading import Event, Lock
 
-from mini_symposium.data.prompt_formats import PromptFormat
+from mini_symposium.data.prompt_formats import PromptFormat, grid_cells
 from mini_symposium.errors import InputError
 from mini_symposium.playground.shelf import Shelf, default_run
 
@@ -33,6 +33,13 @@ class Token:
     text: str
     id: int
     special: bool
+
+
+def _check_query(query: str) -> None:
+    if not query.strip():
+        raise InputError("the query is empty; type one")
+    if len(query) > LONGEST:
+        raise InputError(f"the query has {len(query):,} characters; at most {LONGEST:,} are taken, shorten it")
 
 
 class Workbench:
@@ -172,50 +179,32 @@ class Workbench:
             self._merged = (name, load_with_adapters(str(model.path), {}, load_in_4bit=False))
         return self._merged[1]
 
-    def cells(
-        self, query: str, formats: Sequence[PromptFormat], names: Sequence[str], user="User", char="Assistant"
-    ) -> list[dict]:
-        """A query in every format to every model, by model, then format.
+    def cells(self, query: str, formats: Sequence[PromptFormat], names: Sequence[str]) -> list[dict]:
+        """The cells of a query in every format to every model; see `prompt_formats.grid_cells`.
 
         Raises
         ------
         InputError
-            If there is nothing to ask, nobody to ask, or too much.
+            If the query is empty or too long, or no format or no model is given.
         """
-        if not query.strip():
-            raise InputError("the query is empty; type one")
-        if len(query) > LONGEST:
-            raise InputError(f"the query has {len(query):,} characters; at most {LONGEST:,} are taken, shorten it")
+        _check_query(query)
         if not formats or not names:
             raise InputError(f"no {'format' if names else 'model'} is chosen; choose one")
-        return [
-            {
-                "model": name,
-                "format": form.name,
-                "query": query,
-                "prompt": form.render(query, user, char),
-                "stops": form.stop_strings(user, char),
-            }
-            for name in names
-            for form in formats
-        ]
+        return grid_cells(names, formats, [query])
 
     def chat(
-        self, name: str, talks: Sequence[tuple[PromptFormat, Sequence[Mapping]]], user="User", char="Assistant"
+        self, name: str, chats: Sequence[tuple[PromptFormat, Sequence[Mapping]]], user="User", char="Assistant"
     ) -> list[dict]:
-        """A cell for each talk of format and messages, in which the character speaks next; the last message asks."""
-        for _, messages in talks:
-            self.cells(messages[-1]["content"], [talks[0][0]], [name])
-        return [
-            {
-                "model": name,
-                "format": form.name,
-                "query": messages[-1]["content"],
-                "prompt": form.render_chat(messages, user, char),
-                "stops": form.stop_strings(user, char),
-            }
-            for form, messages in talks
-        ]
+        """One cell for each format and its chat: its last message asks, and the character `char` answers.
+
+        Raises
+        ------
+        InputError
+            If a last message is empty or too long.
+        """
+        for _, messages in chats:
+            _check_query(messages[-1]["content"])
+        return [cell for form, chat in chats for cell in grid_cells([name], [form], [chat], user, char)]
 
     def ask(
         self,

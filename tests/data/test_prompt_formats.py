@@ -7,7 +7,7 @@ import pytest
 from conftest import command
 
 from mini_symposium.data.dataset import load_examples
-from mini_symposium.data.prompt_formats import FORMATS, PromptFormat, load_chat, load_preset, prompt_format
+from mini_symposium.data.prompt_formats import FORMATS, PromptFormat, grid_cells, load_chat, load_preset, prompt_format
 from mini_symposium.errors import InputError
 from mini_symposium.run import ROOT
 
@@ -147,6 +147,18 @@ def test_no_chat_is_rendered_that_could_not_be_loaded(messages):
 def test_an_unknown_format_names_a_near_one():
     with pytest.raises(InputError, match=r"alpaka: no such format; did you mean alpaca\?"):
         prompt_format("alpaka")
+
+
+def test_a_grid_has_a_cell_for_each_model_chat_and_format():
+    chat = [{"role": "system", "content": "Night."}, {"role": "user", "content": "Hi"}]
+    forms = [FORMATS["bare"], FORMATS["character"]]
+    cells = grid_cells(["base", "1e-05"], forms, ["Why?", chat], "Ada", "Noor")
+    assert [(cell["model"], cell["query"], cell["format"]) for cell in cells] == [
+        (model, query, form.name) for model in ("base", "1e-05") for query in ("Why?", "Hi") for form in forms
+    ]
+    assert cells[1]["prompt"] == forms[1].render("Why?", "Ada", "Noor")
+    assert cells[3]["prompt"] == forms[1].render_chat(chat, "Ada", "Noor")
+    assert cells[1]["stops"] == forms[1].stop_strings("Ada", "Noor") != cells[0]["stops"]
 
 
 def test_render_prints_prompt_and_stops(write):
