@@ -1,1 +1,1 @@
-"""Executing the notebooks without anybody watching, and publishing what they leave."""
+"""Execute the notebooks from the command line, and publish their outputs."""

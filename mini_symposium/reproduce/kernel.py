@@ -1,8 +1,8 @@
-"""One notebook on a real kernel: papermill, made to fail at any error and to say where it is.
+"""Execute one notebook on a real kernel: with papermill, but failing at every error and showing progress.
 
-papermill lets more pass than one expects: `with Output():` swallows an exception, a widget callback's exception is
-only displayed, `sys.exit(0)` skips the rest. Here any error that a kernel reports ends the run at that cell, whoever
-caught it on the way; and an executed copy gets its name only once it finished.
+papermill misses some errors: `with Output():` swallows an exception, an exception in a widget's callback is only
+displayed, and `sys.exit(0)` skips the remaining cells. Here any error that the kernel reports ends the run at that
+cell, even if something caught it. The executed copy gets its final name only when the notebook has finished.
 """
 
 import os
@@ -22,18 +22,18 @@ from mini_symposium.run import RunDirectory
 
 
 class NotebookError(RunError):
-    """A cell raised, wherever the exception was caught, or its kernel died."""
+    """A cell raised an exception, caught or not, or the kernel died."""
 
 
 @dataclass(frozen=True)
 class Notebook:
-    """What is known of a notebook without executing it."""
+    """A notebook as it is before it is executed."""
 
     path: Path
     parameters: dict
     """Name -> default, from the cell tagged `parameters`."""
     source: str
-    """sha256 of its cells."""
+    """sha256 of its cells' sources."""
 
     @property
     def name(self) -> str:
@@ -42,41 +42,61 @@ class Notebook:
 
 @contextmanager
 def view(console: Console) -> Iterator[Callable[[str, int, int, str], None]]:
-    """Yield `show(notebook, cells done, of, caption)`: a live bar in a terminal, else a line for each new caption."""
-    place = TextColumn("{task.fields[place]}", markup=False, table_column=Column(no_wrap=True, ratio=1))
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(), place
-    tasks, said = {}, set()
+    """Yield `show(notebook, cells done, all cells, caption)`, which reports progress.
+
+    In a terminal it moves a progress bar; elsewhere it prints a line for each new caption.
+    """
+    position_column = TextColumn("{task.fields[position]}", markup=False, table_column=Column(no_wrap=True, ratio=1))
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(), position_column
+    tasks, printed = {}, set()
     with Progress(*columns, console=console, disable=not console.is_terminal, expand=True) as progress:
 
-        def show(name: str, cells: int, of: int, caption: str) -> None:
-            place = f"{min(cells + 1, of)}/{of} {caption}".rstrip()
+        def show(name: str, done: int, cells: int, caption: str) -> None:
+            position = f"{min(done + 1, cells)}/{cells} {caption}".rstrip()
             if name not in tasks:
-                tasks[name] = progress.add_task(name, place=place)
-            progress.update(tasks[name], completed=cells, total=of, place=place)
-            if not console.is_terminal and (name, caption) not in said:
-                said.add((name, caption))
-                console.print(f"{name} {place}", markup=False, highlight=False, soft_wrap=True)
+                tasks[name] = progress.add_task(name, position=position)
+            progress.update(tasks[name], completed=done, total=cells, position=position)
+            if not console.is_terminal and (name, caption) not in printed:
+                printed.add((name, caption))
+                console.print(f"{name} {position}", markup=False, highlight=False, soft_wrap=True)
 
         yield show
 
 
-def execute(notebook: Notebook, made: dict, given: dict, directory: RunDirectory, show: Callable) -> None:
-    """Run one notebook; its copy is named `.running` meanwhile, and `.failed` if it did not get to its end."""
+def execute(notebook: Notebook, made_from: dict, given: dict, run: RunDirectory, show: Callable) -> None:
+    """Execute one notebook into `run`/notebooks.
+
+    While it runs, its copy is named `.running.ipynb`; if it does not get to its end, `.failed.ipynb`.
+
+    Parameters
+    ----------
+    made_from
+        What the copy will say that it was made from.
+    given
+        Values by parameter name; those that this notebook does not have are left out.
+
+    Raises
+    ------
+    NotebookError
+        If a cell raised, or the kernel died.
+    InputError
+        If a cell raised one, or the copy cannot be written.
+    """
     import nbformat
     from papermill import execute_notebook
     from papermill.engines import papermill_engines
 
     papermill_engines.register("mini-symposium", _engine())
-    final = directory.notebooks / notebook.path.name
+    final = run.notebooks / notebook.path.name
     running, failed = final.with_suffix(".running.ipynb"), final.with_suffix(".failed.ipynb")
-    # papermill fills in {placeholders} in paths; ours are meant literally
+    # papermill fills in {placeholders} in paths; ours have none, so their braces are doubled.
     paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook.path, running)]
     parameters = {name: given[name] for name in notebook.parameters if name in given}
     try:
-        directory.notebooks.mkdir(parents=True, exist_ok=True)
+        run.notebooks.mkdir(parents=True, exist_ok=True)
         options = {"kernel_name": "python3", "language": "python", "progress_bar": False}
         done = execute_notebook(*paths, parameters, "mini-symposium", **options, notebook=notebook.name, show=show)
-        done.metadata["mini_symposium"] = made
+        done.metadata["mini_symposium"] = made_from
         done.metadata.papermill = {key: done.metadata.papermill[key] for key in ("start_time", "end_time", "duration")}
         failed.unlink(missing_ok=True)
         with written_whole(final) as temporary:
@@ -94,17 +114,17 @@ def execute(notebook: Notebook, made: dict, given: dict, directory: RunDirectory
             running.replace(failed)
 
 
-def _shareable(content):
-    """What a kernel says, without the secrets of the environment that it has from us: a copy may be shown around."""
+def _redacted(content):
+    """A kernel message without the secrets of the environment, since executed copies are shown to others."""
     if isinstance(content, dict):
-        return {key: _shareable(value) for key, value in content.items()}
+        return {key: _redacted(value) for key, value in content.items()}
     if isinstance(content, list):
-        return [_shareable(value) for value in content]
+        return [_redacted(value) for value in content]
     return without_secrets(content) if isinstance(content, str) else content
 
 
 def _engine() -> type:
-    """papermill's engine with three differences: it says where it is, stops at any error, and runs this very Python."""
+    """papermill's engine, but it reports progress, stops at any error, and runs the Python that runs us."""
     import zmq
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager
@@ -116,32 +136,33 @@ def _engine() -> type:
         error, where, caption = None, "before its first cell", ""
 
         def create_kernel_manager(self):
-            # With no directories to look in, `python3` is the running interpreter, whatever the machine has installed.
-            # It is spoken to through sockets in a folder of its own: no open port, nothing left in the home directory.
+            # Without directories of kernel specs, `python3` is the running interpreter, whatever specs are installed.
+            # Its sockets are files in a temporary folder: no open port, and nothing is left in the home directory.
             connection = {"transport": "ipc", "connection_file": str(Path(self.scratch) / "kernel.json")}
-            own = KernelSpecManager(kernel_dirs=[])
-            self.km = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=own, **connection)
+            specs = KernelSpecManager(kernel_dirs=[])
+            self.km = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs, **connection)
             return self.km
 
         async def _async_check_alive(self):
-            # Asked every second. Messages to the kernel, such as an Output widget's, are sent past pyzmq's asyncio
-            # layer; one that is sent just as a reply comes in takes the wakening for it, and we would wait for ever.
+            # Called every second. Messages to the kernel, such as those of an Output widget, bypass pyzmq's asyncio
+            # layer. One that is sent just as a reply arrives uses up the wake-up for that reply, and we would wait for
+            # it forever. Reading EVENTS wakes us again.
             self.kc.shell_channel.socket.get(zmq.EVENTS)
             await super()._async_check_alive()
 
         def starting(self, cell, cell_index):
-            first, of = (cell.source.strip().splitlines() or [""])[0], len(self.nb.cells)
-            if first.startswith("#"):
-                self.caption = first.strip("# ")
-            self.where = f"cell {cell_index + 1}/{of} `{first:.60}`"
-            self.show(self.notebook, cell_index, of, self.caption)
+            first_line, cells = (cell.source.strip().splitlines() or [""])[0], len(self.nb.cells)
+            if first_line.startswith("#"):
+                self.caption = first_line.strip("# ")
+            self.where = f"cell {cell_index + 1}/{cells} `{first_line:.60}`"
+            self.show(self.notebook, cell_index, cells, self.caption)
 
         def process_message(self, msg, cell, cell_index):
-            msg["content"] = _shareable(msg["content"])
+            msg["content"] = _redacted(msg["content"])
             output = super().process_message(msg, cell, cell_index)
             if msg["msg_type"] == "error":
                 self.error = self.error or msg["content"]
-                if output is None:  # an Output widget took it; let it be seen in the copy as well
+                if output is None:  # an Output widget captured it; show it in the copy as well
                     cell.outputs.append(output_from_msg(msg))
             return output
 
@@ -153,8 +174,7 @@ def _engine() -> type:
             if error.get("ename") == "InputError":
                 raise InputError(f"{error['evalue']} ({self.notebook}, {self.where})")
             if self.error or error["status"] != "ok":
-                last = " ".join(f"{error.get('ename')}: {error.get('evalue')}".split())
-                raise NotebookError(f"{self.notebook}, {self.where}: {last}")
+                raise NotebookError(f"{self.notebook}, {self.where}: {error.get('ename')}: {error.get('evalue')}")
 
     class Engine(NBClientEngine):
         @classmethod
@@ -164,16 +184,17 @@ def _engine() -> type:
             )
             client.notebook, client.show = notebook, show
             client.on_cell_start, client.on_cell_executed = client.starting, client.stop_at_error
-            # What the kernel process itself prints must not run into the view; its last line may say why it died.
+            # What the kernel process itself prints must not disturb the view; its last line may say why it died.
             with tempfile.TemporaryDirectory() as client.scratch, tempfile.TemporaryFile("w+") as log:
                 try:
-                    alone = {"IPYTHONDIR": client.scratch, "MINI_SYMPOSIUM_HEADLESS": "1"}  # nobody sees its widgets
-                    client.execute(env={**os.environ, **alone}, stdout=log, stderr=log)
+                    # Headless: nobody sees the widgets.
+                    headless = {"IPYTHONDIR": client.scratch, "MINI_SYMPOSIUM_HEADLESS": "1"}
+                    client.execute(env={**os.environ, **headless}, stdout=log, stderr=log)
                 except NotebookError:
                     raise
-                except RuntimeError as error:  # it died, or never lived
+                except RuntimeError as error:  # the kernel died, or did not start
                     log.seek(0)
-                    said = [line.strip() for line in log if line.strip()] or ["perhaps memory ran out"]
-                    raise NotebookError(f"{notebook}, {client.where}: {error} ({said[-1]})") from error
+                    printed = [line.strip() for line in log if line.strip()] or ["perhaps memory ran out"]
+                    raise NotebookError(f"{notebook}, {client.where}: {error} ({printed[-1]})") from error
 
     return Engine
