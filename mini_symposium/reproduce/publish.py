@@ -1,7 +1,7 @@
-"""What of a run is committed: notebooks with their outputs, cleaned, and the numbers that its figures are drawn from.
+"""Copy what is committed of a run: its notebooks with cleaned outputs, and the numbers that its figures are drawn from.
 
-A committed output must be the same after the next run on the same machine, and show on GitHub: so no execution
-counts, no progress bars, no widget state, nothing of the machine's paths, and no injected parameters.
+A committed output must be shown by GitHub, and stay the same after another run on the same machine. So it has no
+execution counts, progress bars, widget state, paths of this machine, or injected parameters.
 """
 
 import re
@@ -20,7 +20,7 @@ ABSOLUTE_PATH = re.compile(r"(?<![\w.])/(?:home|root|tmp|work|Users|usr|var)/\S+
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook as it may be committed.
+    """Remove from a notebook, in place, what is not committed; return it.
 
     Raises
     ------
@@ -34,22 +34,28 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         if cell.cell_type == "code":
             cell.execution_count = None
-            cell.outputs = [output for output in cell.outputs if _stays(output)]
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if output.get("name") != "stderr" and WIDGET not in output.get("data", {})
+            ]
             for output in cell.outputs:
                 if "execution_count" in output:
                     output.execution_count = None
-                found = ABSOLUTE_PATH.search(output.get("text", "") + output.get("data", {}).get("text/plain", ""))
-                if found:
-                    raise InputError(f"an output names {found.group()}; print paths relative to the run")
+                text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
+                if path := ABSOLUTE_PATH.search(text):
+                    raise InputError(f"an output names {path.group()}; print paths relative to the run")
     return notebook
 
 
-def _stays(output: nbformat.NotebookNode) -> bool:
-    return output.get("name") != "stderr" and WIDGET not in output.get("data", {})
-
-
 def publish(run: RunDirectory, root: Path = ROOT) -> list[Path]:
-    """Write notebooks/*.ipynb and figures/NAME/ from a run; return what was written."""
+    """Write notebooks/*.ipynb and figures/NAME/ below `root` from a run; return the files written.
+
+    Raises
+    ------
+    InputError
+        If nothing was executed in the run, a copy is not a notebook, or an output names a path of this machine.
+    """
     executed = sorted(run.notebooks.glob("[0-9][0-9]_*.ipynb"))
     if not executed:
         raise InputError(f"{run.notebooks}: no executed notebooks; run `mini-symposium reproduce` first")
@@ -58,16 +64,16 @@ def publish(run: RunDirectory, root: Path = ROOT) -> list[Path]:
         try:
             notebook = clean(nbformat.read(path, as_version=4))
         except (nbformat.ValidationError, nbformat.reader.NotJSONError, AttributeError, KeyError) as error:
-            said = str(error).splitlines()[0]
-            raise InputError(f"{path}: no notebook ({said}); run `mini-symposium reproduce` again") from error
+            cause = str(error).splitlines()[0]
+            raise InputError(f"{path}: not a notebook ({cause}); run `mini-symposium reproduce` again") from error
         with written_whole(root / "notebooks" / path.name) as temporary:
             nbformat.write(notebook, temporary)
         written.append(root / "notebooks" / path.name)
     target = root / "figures" / run.path.name
-    kept = [run.recipe_file, *(run.path / name for name in ("environment.json", "results.json"))]
-    kept += [path for name in ("base.json", "claims.json") if (path := run.path / name).exists()]
-    kept += [*run.path.glob("lr-*/*.jsonl"), *run.path.glob("lr-*/evaluations/*.json"), *run.figures.iterdir()]
-    for path in sorted(kept):
+    files = [run.recipe_file, *(run.path / name for name in ("environment.json", "results.json"))]
+    files += [path for name in ("base.json", "claims.json") if (path := run.path / name).exists()]
+    files += [*run.path.glob("lr-*/*.jsonl"), *run.path.glob("lr-*/evaluations/*.json"), *run.figures.iterdir()]
+    for path in sorted(files):
         copy = target / path.relative_to(run.path)
         copy.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(copy) as temporary:

@@ -52,5 +52,5 @@ def test_a_copy_that_is_no_notebook_is_named(text, tmp_path):
     run = RunDirectory(tmp_path / "run")
     run.notebooks.mkdir(parents=True)
     (run.notebooks / "01_dataset.ipynb").write_text(text)
-    with pytest.raises(InputError, match=r"01_dataset\.ipynb: no notebook"):
+    with pytest.raises(InputError, match=r"01_dataset\.ipynb: not a notebook"):
         publish(run, tmp_path / "root")
