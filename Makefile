@@ -1,5 +1,5 @@
 # `make reproduce` runs the notebooks on a small real model; `make test` runs every test. Both need only
-# Python 3.11 or newer, make and git.
+# Python 3.11 or newer, make and git, and install the rest into .venv.
 
 PYTHON ?= python3
 RECIPE ?= proxy
@@ -13,28 +13,27 @@ setup: .venv/installed
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
 # make reproduce [RECIPE=tiny|proxy|paper|FILE] [DATASET=mine.md] [RUN=runs/mine]
 reproduce: setup
 	.venv/bin/mini-symposium reproduce --recipe '$(RECIPE)' $(if $(RUN),--run '$(RUN)') $(if $(DATASET),-p 'DATASET=$(DATASET)')
 
-# what exports GGUF files and asks them, and what spreads a sweep over machines
+# what the tests need, what exports GGUF files and runs them, and what spreads a sweep over machines
 .venv/extras: .venv/installed
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[release,ray]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,release,ray]'
 	touch $@
 
-# Two groups of tests at a time with a thread each: tests start kernels, servers and a browser, and threads that wait
-# for a core at every barrier would take many times as long.
-test: setup .venv/extras
+# Two groups of tests at a time, with one thread each: tests start kernels, servers and a browser, and with more threads
+# than cores they would take many times as long.
+test: .venv/extras
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --no-loadscope-reorder --durations=10
 
-# hostile input, other each time and 25 times as much; a kill at every change to a file: an hour or more
-soak: setup
+# 25 times as many hostile inputs, different each time, and a kill at every change to a file: an hour or more
+soak: .venv/extras
 	.venv/bin/python -m pytest tests/test_hostile_input.py tests/test_hostile_models.py tests/test_interrupted.py \
 		-m 'soak or not soak' --hypothesis-profile=soak
 
@@ -42,7 +41,7 @@ soak: setup
 lab: setup
 	.venv/bin/jupyter lab notebooks
 
-# notebook 07 as a page of its own [RUN=runs/mine]
+# notebook 07 as a web page [RUN=runs/mine]
 playground: setup
 	MINI_SYMPOSIUM_RUN='$(abspath $(RUN))' .venv/bin/voila notebooks/07_playground.ipynb
 
@@ -68,7 +67,7 @@ bench: setup $(if $(filter cuda,$(DEVICE)),,.venv-bench/installed)
 # one more peer of `make bench`, in an environment of its own
 llama-factory: .venv-llama-factory/installed
 
-# What it takes for audio and vision needs CUDA's libraries, and is not used.
+# Its packages for audio and vision need CUDA's libraries, and are not used here.
 .venv-llama-factory/installed: tests/bench/peers/llama_factory_requirements.txt
 	$(PYTHON) -m venv .venv-llama-factory
 	.venv-llama-factory/bin/python -m pip install --quiet --disable-pip-version-check -r $<
