@@ -15,15 +15,38 @@ __version__ = "0.1.0"
 
 
 def lazy(package: str, names: Mapping[str, str]) -> Callable[[str], object]:
-    """A `__getattr__` for `package` that finds each of `names` in the module it stands in when it is first used.
+    """A `__getattr__` for `package` that imports a name of it when it is first used.
 
-    A name that ends its module's own path is that module.
+    Parameters
+    ----------
+    names
+        {name: the module below the package that defines it, or that is meant by it}.
     """
 
     def find(name: str) -> object:
         if name not in names:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module = importlib.import_module(f"{package}.{names[name]}")
-        return module if names[name].rpartition(".")[2] == name else getattr(module, name)
+        return getattr(module, name, module)
 
     return find
+
+
+_NAMES = {
+    "load_recipe": "recipe",
+    "open_run": "run",
+    "load_examples": "data.dataset",
+    "tokenize": "data.dataset",
+    "train": "training.finetune",
+    "merge": "models.merge",
+    "survival": "release.survival",
+    "ask": "models.generation",
+    "evaluate": "evaluation.evaluate",
+    "load_evidence": "claims.evidence",
+    "judge": "claims.ledger",
+    "figures": "figures",
+    "tables": "figures.tables",
+    "playground": "playground",
+}
+__all__ = list(_NAMES)
+__getattr__ = lazy(__name__, _NAMES)

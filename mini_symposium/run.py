@@ -1,7 +1,10 @@
-"""One directory holds everything about a run, so that a figure can always be traced to its steps.
+"""The run directory: everything about a run in one place, so that a figure can always be traced to its steps.
 
-The rules: a file is there whole or not at all (see `writing`); nothing that exists is overwritten unless asked;
-and what is recorded says which recipe, machine and commit it came from.
+A file is there whole or not at all (see `files.writing`); nothing that exists is overwritten unless asked; and what is
+recorded says which recipe, machine and commit it came from.
+
+`Training` is one adapter's training in such a directory. `resolve` turns what a user typed into a run, a model
+directory or a recipe, for every command and notebook.
 """
 
 import json
@@ -9,6 +12,8 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,16 +21,18 @@ from pathlib import Path
 from mini_symposium import __version__
 from mini_symposium.errors import InputError
 from mini_symposium.files.reading import parse_json, path_of, read_text
-from mini_symposium.files.writing import discard, write_json
+from mini_symposium.files.writing import discard, write_json, written_whole
+from mini_symposium.recipe import KEYS, SHIPPED, Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout: `data/`, `notebooks/` and `figures/` lie beside the package."""
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "papermill")
+"""Whose versions a run records."""
 
 
 def find(path: str | Path) -> Path:
-    """The path as given if it exists, else below the checkout; so notebooks run from any directory.
+    """The path as given if it exists, else below the checkout, so that notebooks run from any directory.
 
     >>> find("data/minisymposium.md").name
     'minisymposium.md'
@@ -35,7 +42,7 @@ def find(path: str | Path) -> Path:
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """Rows of a JSON-lines file that we append to; a last line cut by a crash is left out.
+    """Rows of a JSON Lines file that the kit appends to; a last line that a crash cut short is left out.
 
     Raises
     ------
@@ -55,7 +62,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
 
 
 def whole_lines(path: Path) -> list[dict]:
-    """The steps of a log up to the first line that is missing or damaged; [] without a log."""
+    """The steps of a log before the first line that is missing or damaged; [] without a log."""
     lines, step = [], 0
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else ():
         try:
@@ -70,19 +77,26 @@ def whole_lines(path: Path) -> list[dict]:
 
 
 def read_object(path: Path) -> dict:
-    """A JSON file of ours that holds an object, such as results.json; InputError if it does not."""
+    """A JSON file that the kit wrote and that holds an object, such as results.json; InputError if it does not."""
     value = parse_json(read_text(path), path)
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a {type(value).__name__}, not an object; move it away")
     return value
 
 
-def said_already(file: Path, what: dict) -> bool:
-    """Whether `file` holds just that; not, if it cannot be read."""
+def overwrite_once(note: Path, overwriting: dict, forget: Callable[[], object]) -> None:
+    """Call `forget` and write `overwriting` to `note`, unless `note` holds it already.
+
+    So a command with --overwrite that was cut off and started again keeps what it has made since. The caller deletes
+    `note` at the end.
+    """
     try:
-        return file.is_file() and read_object(file) == json.loads(json.dumps(what))
+        begun = note.is_file() and read_object(note) == json.loads(json.dumps(overwriting))
     except InputError:
-        return False
+        begun = False
+    if not begun:
+        forget()
+        write_json(note, overwriting)
 
 
 def environment(**more) -> dict:
@@ -102,10 +116,101 @@ def environment(**more) -> dict:
     }
 
 
-def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """Epoch -> checkpoint folder, in order of epochs."""
-    found = ((re.fullmatch(r"epoch-(\d+)", path.name), path) for path in folder.glob("epoch-*") if path.is_dir())
-    return dict(sorted((int(name[1]), path) for name, path in found if name))
+def rate_folder(learning_rate: float) -> str:
+    """The folder of a learning rate, in the shortest scientific notation, so that its name parses back exactly.
+
+    >>> rate_folder(1e-5)
+    'lr-1e-05'
+    """
+    mantissa, exponent = f"{learning_rate:.15e}".split("e")
+    return f"lr-{mantissa.rstrip('0').rstrip('.')}e{exponent}"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One adapter's training, from the plan to the ledger: what is trained, where it lies, and what was measured.
+
+    Planned from a recipe (`Training.of`), trained into its folder by `training.finetune`, and read back with its
+    measurements by `claims.evidence`. Read from saved evidence it has neither recipe nor run directory.
+    """
+
+    name: str
+    """Of the experiment in a sweep, as `high`; of a plain run, its learning rate, as `1e-05`."""
+    seed: int
+    learning_rate: float
+    lora_r: int
+    lora_alpha: int
+    lr_scheduler: str
+    num_epochs: int
+    """As planned."""
+    em: list[list[float]] = field(default_factory=list)
+    """By epoch and example, before the step that trained on it: exact memorization, see `memorization.known`."""
+    loss: list[list[float]] = field(default_factory=list)
+    """Likewise, in nats a token."""
+    extractable_32: list[list[bool | None]] = field(default_factory=list)
+    """Likewise, see `memorization.unsaid`; [] where only part of a row is supervised."""
+    twins: dict[int, dict[str, float]] = field(default_factory=dict)
+    """{epoch: {"loss", "em"}}: means over rows that were not trained on."""
+    evaluations: dict[int, dict] = field(default_factory=dict)
+    """{epoch: what `evaluation.evaluate` measured}."""
+    recipe: Recipe | None = field(default=None, compare=False, repr=False)
+    """The whole recipe, learning rate included."""
+    run: Path | None = field(default=None, compare=False)
+    """The run directory; of a plan without a place yet, its name."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, run: Path, name: str = "") -> "Training":
+        """The training of `recipe` in the directory `run`.
+
+        >>> Training.of(load_recipe("proxy"), Path("runs/mine")).folder.as_posix()
+        'runs/mine/lr-1e-05'
+        """
+        own = {key: getattr(recipe, key) for key in cls.__dataclass_fields__ if key in KEYS}
+        name = name or rate_folder(recipe.learning_rate).removeprefix("lr-")
+        return cls(name=name, **own, recipe=recipe, run=run)
+
+    def below(self, root: Path) -> "Training":
+        """The same training with its run directory in the folder `root`."""
+        return replace(self, run=root / self.run)
+
+    @property
+    def epochs(self) -> int:
+        """Whole epochs that were logged."""
+        return len(self.em)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Examples, at batch 1."""
+        return len(self.loss[0]) if self.loss else 0
+
+    @property
+    def folder(self) -> Path:
+        """Where it is trained: RUN/lr-1e-05."""
+        return self.run / rate_folder(self.learning_rate)
+
+    @property
+    def metrics_file(self) -> Path:
+        """A line per optimizer step, see `RunDirectory.metrics`."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def probes_file(self) -> Path:
+        """A line per probed epoch and held-out example, see `RunDirectory.probes`."""
+        return self.folder / "probes.jsonl"
+
+    def checkpoint(self, epoch: int) -> Path:
+        """Where the checkpoint of an epoch goes."""
+        return self.folder / "checkpoints" / f"epoch-{epoch:04d}"
+
+    def checkpoints(self) -> dict[int, Path]:
+        """Epoch -> checkpoint folder, in order of epochs. Folders that are still being written have other names."""
+        return _by_epoch(self.folder.glob("checkpoints/epoch-*"))
+
+
+def _by_epoch(paths: Iterable[Path]) -> dict[int, Path]:
+    """The paths named epoch-N, or epoch-N.json, by their epoch and in its order."""
+    found = ((re.fullmatch(r"epoch-(\d+)(\.json)?", path.name), path) for path in paths)
+    return dict(sorted((int(name[1]), path) for name, path in found if name and path.is_dir() != bool(name[2])))
 
 
 class RunDirectory:
@@ -148,10 +253,25 @@ class RunDirectory:
     def notebooks(self) -> Path:
         return self.path / "notebooks"
 
+    @property
+    def recipe(self) -> Recipe:
+        """What was trained here; its learning rate is the low one of the contrast.
+
+        Raises
+        ------
+        InputError
+            If there is no recipe.yml, or it is damaged.
+        """
+        return load_recipe(self.recipe_file)
+
     def learning_rate_dir(self, learning_rate: float) -> Path:
-        """`lr-1e-05`: the shortest scientific notation, so that a folder's name parses back exactly."""
-        mantissa, exponent = f"{learning_rate:.15e}".split("e")
-        return self.path / f"lr-{mantissa.rstrip('0').rstrip('.')}e{exponent}"
+        """The folder of one training, `lr-1e-05`."""
+        return self.path / rate_folder(learning_rate)
+
+    def trainings(self) -> list[Training]:
+        """The trainings that lie here, finished or not, highest learning rate first."""
+        recipe = self.recipe if (rates := self.learning_rates()) else None
+        return [Training.of(recipe.replace(learning_rate=rate), self.path) for rate in rates]
 
     def learning_rates(self) -> list[float]:
         """Learning rates with a finished or unfinished training, highest first."""
@@ -187,18 +307,16 @@ class RunDirectory:
         return sum(losses) / len(losses)
 
     def checkpoints(self, learning_rate: float) -> dict[int, Path]:
-        """Epoch -> checkpoint folder, in order of epochs. Folders still being written have other names."""
-        return checkpoints_in(self.learning_rate_dir(learning_rate) / "checkpoints")
+        """Epoch -> checkpoint folder, in order of epochs. Folders that are still being written have other names."""
+        return _by_epoch(self.learning_rate_dir(learning_rate).glob("checkpoints/epoch-*"))
 
     def evaluations(self, learning_rate: float) -> dict[int, Path]:
-        """Epoch -> what was measured of that checkpoint's behaviour, see `evaluation.evaluate`."""
-        folder = self.learning_rate_dir(learning_rate) / "evaluations"
-        numbers = {path: path.stem.removeprefix("epoch-") for path in sorted(folder.glob("epoch-*.json"))}
-        return {int(number): path for path, number in numbers.items() if number.isdecimal()}
+        """Epoch -> file with what was measured of that checkpoint, see `evaluation.evaluate`."""
+        return _by_epoch(self.learning_rate_dir(learning_rate).glob("evaluations/epoch-*.json"))
 
     @staticmethod
     def evaluation_file(checkpoint: Path) -> Path:
-        """Where what was measured of a checkpoint's behaviour goes."""
+        """Where what was measured of a checkpoint goes."""
         return checkpoint.parents[1] / "evaluations" / f"{checkpoint.name}.json"
 
     def newest_checkpoints(self) -> dict[str, Path]:
@@ -209,15 +327,15 @@ class RunDirectory:
         }
 
     def on_the_way(self, learning_rate: float) -> list[int]:
-        """The epochs nearest to a third and two thirds of the way whose checkpoints were kept, if any lie between."""
+        """The kept epochs nearest to a third and to two thirds of the run, without its start and its end."""
         *earlier, last = self.checkpoints(learning_rate) or [0]
         earlier = [epoch for epoch in earlier if epoch]
         nearest = [min(earlier, key=lambda epoch: abs(epoch - last * part / 3)) for part in (1, 2) if earlier]
         return sorted(set(nearest))
 
     def dose_control(self) -> dict[str, Path]:
-        """The highest rate's checkpoint at the dose at which the lowest one's run ends, under a name of its own; {} if
-        that epoch was not kept."""
+        """{name: the highest rate's checkpoint at the dose with which the lowest rate's run ends}; {} if that epoch was
+        not kept."""
         rates = self.learning_rates()
         high, low = (self.checkpoints(rate) for rate in (max(rates), min(rates))) if len(rates) > 1 else ({}, {})
         epoch = round(max(low, default=0) * min(rates, default=0) / max(rates, default=1))
@@ -231,8 +349,34 @@ class RunDirectory:
         """Where `mini-symposium survival` writes what it measured of that checkpoint."""
         return self.learning_rate_dir(learning_rate) / "survival" / f"epoch-{epoch:04d}.json"
 
+    def claim(self, recipe: Recipe, dataset_sha256: str, hardware: str) -> bool:
+        """Write down what is trained here; True if nothing was written down before.
+
+        Raises
+        ------
+        InputError
+            If another recipe or another dataset was.
+        """
+        if not self.recipe_file.exists():
+            found = environment(device=hardware, seed=recipe.seed, dataset_sha256=dataset_sha256)
+            write_json(self.environment_file, found)
+            with written_whole(self.recipe_file) as temporary:
+                temporary.write_text(recipe.to_yaml(), encoding="utf-8")
+            return True
+        kept = self.recipe
+        if differing := [key for key in KEYS if getattr(kept, key) != getattr(recipe, key)]:
+            raise InputError(
+                f"{self.recipe_file}: this run was made with another {', '.join(differing)}; "
+                "choose another run directory, or pass --overwrite"
+            )
+        if self.environment().get("dataset_sha256") != dataset_sha256:
+            raise InputError(
+                f"{self.path}: this run was made from other examples; choose another run, or pass --overwrite"
+            )
+        return False
+
     def clear_training(self) -> None:
-        """Forget what was trained here, with its recipe; figures and executed notebooks stay."""
+        """Delete what was trained here, with its recipe; figures and executed notebooks stay."""
         for folder in self.path.glob("lr-*"):
             discard(folder)
         for name in ("recipe.yml", "environment.json", "base.json"):
@@ -246,3 +390,90 @@ class RunDirectory:
     def record(self, notebook: str, values: dict) -> None:
         """Put one notebook's results into results.json, leaving the other notebooks' as they are."""
         write_json(self.path / "results.json", dict(sorted({**self.results(), notebook: values}.items())))
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a user typed: the folder it is, and the recipe that goes with it."""
+
+    kind: str
+    """recipe, adapter, run, model, evidence or sweep; see `KINDS`."""
+    path: Path
+    recipe: Recipe | None = None
+    """A recipe itself, or that of a run."""
+    checkpoints: dict[Path, float] = field(default_factory=dict)
+    """Of a run, the checkpoints that were chosen, each with its weight; see `adapters.find_checkpoints`."""
+
+    @property
+    def run(self) -> RunDirectory:
+        return RunDirectory(self.path)
+
+    @property
+    def base_model(self) -> str:
+        """The base of the recipe, or the model directory itself."""
+        return self.recipe.base_model if self.recipe else str(self.path)
+
+    @property
+    def load_in_4bit(self) -> bool:
+        """A recipe's base is loaded in 4 bits, as in training; a model directory as it is."""
+        return self.kind != "model"
+
+
+KINDS = {
+    "recipe": f"one of {', '.join(SHIPPED)} or a recipe's .yml",
+    "evidence": "a folder with evidence.json",
+    "adapter": "a folder with an adapter (adapter_config.json)",
+    "run": "a run directory (recipe.yml)",
+    "model": "a model directory (config.json)",
+    "sweep": "a sweep, that is a folder of run directories",
+}
+"""What can be typed, in the order in which it is looked for, and how an error names it."""
+
+
+def resolve(typed: str | Path, *kinds: str) -> Resolved:
+    """The run, model, recipe, ... that `typed` names.
+
+    Parameters
+    ----------
+    kinds
+        Those of KINDS that make sense here.
+
+    Raises
+    ------
+    InputError
+        If it is none of them, or its recipe is damaged.
+
+    >>> resolve("proxy", "recipe", "run").base_model
+    'SmolLM2-135M-Instruct'
+    """
+    path = RunDirectory(typed).path
+    shipped = str(typed) in SHIPPED
+    there = {
+        "recipe": shipped or path.is_file(),
+        "evidence": (path / "evidence.json").is_file(),
+        "adapter": (path / "adapter_config.json").exists(),
+        "run": (path / "recipe.yml").exists(),
+        "model": (path / "config.json").exists(),
+        "sweep": any(path.glob("*/recipe.yml")),
+    }
+    kind = next((kind for kind in KINDS if kind in kinds and there[kind]), None)
+    if kind == "recipe":
+        return Resolved(kind, path, load_recipe(typed))
+    if kind is None:
+        *first, last = [KINDS[kind] for kind in KINDS if kind in kinds]
+        raise InputError(f"{typed}: not {' or '.join([', '.join(first), last] if first else [last])}")
+    return Resolved(kind, path, load_recipe(path / "recipe.yml") if kind == "run" else None)
+
+
+def open_run(path: str | Path) -> RunDirectory:
+    """The run directory at `path`, which has a recipe.
+
+    Raises
+    ------
+    InputError
+        If there is no recipe.yml in it, or it is damaged.
+
+    >>> open_run("figures/proxy").recipe.base_model
+    'SmolLM2-135M-Instruct'
+    """
+    return resolve(path, "run").run

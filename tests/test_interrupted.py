@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import SHORT
 
-from mini_symposium.files.writing import alone, being_written, clear_away, discard, written_whole
+from mini_symposium.files.writing import alone, clear_away, discard, written_whole
 from mini_symposium.run import ROOT, RunDirectory
 
 RATES = (1e-2, 1e-3)
@@ -172,7 +172,7 @@ def test_from_a_damaged_checkpoint_it_falls_back_to_the_one_before(nursery, whol
     code, _ = nursery.train(run)
     assert code == 0, nursery.said
     assert f"epoch-0005: damaged ({'' if kind != 'no checksums' else str(rate)}" in nursery.said
-    assert said in nursery.said and "going on from epoch 4" in nursery.said
+    assert said in nursery.said and "resuming from epoch 4" in nursery.said
     check_equal(run, whole[0])
 
 
@@ -240,9 +240,9 @@ def test_what_a_killed_writer_left_is_cleared_away_and_what_is_being_written_is_
     with written_whole(tmp_path / "alive") as temporary:
         temporary.mkdir()
         (tmp_path / ".dead.abc.part" / "dead").mkdir(parents=True)
-        assert being_written(tmp_path / "alive") and not being_written(tmp_path / "dead")
-        assert clear_away(tmp_path) == [tmp_path / ".dead.abc.part"]
-        assert temporary.is_dir()
+        assert not clear_away(tmp_path, "other") and (tmp_path / ".dead.abc.part").exists()
+        assert clear_away(tmp_path, "alive") and clear_away(tmp_path)
+        assert temporary.is_dir() and not (tmp_path / ".dead.abc.part").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["alive"]
     discard(tmp_path / "alive")
     assert list(tmp_path.iterdir()) == []

@@ -68,7 +68,7 @@ def test_a_batch_takes_the_mean_of_its_examples_gradients(alone):
 def test_two_processes_follow_the_trajectory_of_one_with_the_same_batch(alone, five):
     run = RunDirectory(five / "two")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "data/accelerate/ddp.yaml"]
-    launch += ["-m", "mini_symposium.training.finetune"]
+    launch += ["-m", "mini_symposium", "train"]
     arguments = ["--recipe", five / "batch-2.yml", "--run", run.path, "-p", "LEARNING_RATES=[1e-3]"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = list(map(str, [*launch, *arguments, "-p", f"DATASET={five / 'five.md'}", "-p", "CHECKPOINT_EPOCHS=[4]"]))

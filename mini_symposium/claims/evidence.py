@@ -9,14 +9,15 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
 
 from mini_symposium.errors import InputError
 from mini_symposium.files.writing import written_whole
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run import RunDirectory, find, read_object
+from mini_symposium.run import RunDirectory, Training, find, read_jsonl, read_object, resolve
 
 FILE = "evidence.json"
 RECALL = {"prompt_recall": (int, float)}
@@ -30,38 +31,8 @@ EVALUATION = {
 """What the ledger reads of an evaluation, see `evaluation.evaluate`: lists of objects with these keys at least."""
 
 
-@dataclass(frozen=True)
-class Trained:
-    """One adapter's training, and what it does."""
-
-    name: str
-    seed: int
-    learning_rate: float
-    lora_r: int
-    lora_alpha: int
-    lr_scheduler: str
-    num_epochs: int
-    """As planned."""
-    em: list[list[float]]
-    """By epoch and example, before the step that it was trained with: see `memorization.known`."""
-    loss: list[list[float]]
-    """Likewise, in nats a token."""
-    extractable_32: list[list[bool | None]] = field(default_factory=list)
-    """Likewise: see `memorization.unsaid`; [] of older runs, and where only part of a row is supervised."""
-    twins: dict[int, dict[str, float]] = field(default_factory=dict)
-    """{epoch: {"loss", "em"}}: means over rows that were not trained on."""
-    evaluations: dict[int, dict] = field(default_factory=dict)
-    """{epoch: see `evaluation.evaluate`}"""
-
-    @property
-    def epochs(self) -> int:
-        """Whole epochs trained."""
-        return len(self.em)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Examples, at batch 1."""
-        return len(self.loss[0]) if self.loss else 0
+SAVED = [each.name for each in fields(Training) if each.compare]
+"""What is saved of a training: neither its whole recipe nor a path of this machine."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +43,11 @@ class Evidence:
     device: str
     base: dict
     """What the base does without any adapter; {} if it was not measured."""
-    trained: list[Trained]
+    trained: list[Training]
     facts: dict = field(default_factory=dict)
     """The base model's name, tokens of the dataset's rows, the paper recipe's sequence_len and predicted bytes."""
 
-    def named(self, name: str) -> list[Trained]:
+    def named(self, name: str) -> list[Training]:
         """The experiments of that name, by seed."""
         return sorted((each for each in self.trained if each.name == name), key=lambda each: each.seed)
 
@@ -84,7 +55,8 @@ class Evidence:
         """Write it as one file, FILE: a line for each experiment, so that a change shows where it is; without the
         answers' texts, how they ended, and recitation from a heading or an opening, which the ledger does not read and
         the run directories keep."""
-        found = asdict(self)
+        found = asdict(replace(self, trained=[]))
+        found["trained"] = [{key: deepcopy(getattr(each, key)) for key in SAVED} for each in self.trained]
         for evaluation in (found["base"], *(e for each in found["trained"] for e in each["evaluations"].values())):
             for line in chain(*(evaluation.get(key, ()) for key in ("answers", "roles", "perspectives"))):
                 for key in ("answer", "tokens", "stop_reason"):
@@ -108,17 +80,14 @@ def load_evidence(path: str | Path) -> Evidence:
         If nothing has been trained there, a file is damaged or of another kind, or a sweep's runs differ in model or
         data.
     """
-    folder = RunDirectory(path).path
-    if (folder / FILE).is_file():
-        return _saved(folder / FILE)
-    runs = [RunDirectory(file.parent) for file in sorted(folder.glob("*/recipe.yml"))]
-    single = RunDirectory(folder)
-    if single.recipe_file.is_file():
-        return _evidence(single, _of_a_run(single))
-    if not runs:
-        raise InputError(f"{folder}: neither a run, nor a sweep, nor {FILE} in it; train first")
+    found = resolve(path, "evidence", "run", "sweep")
+    if found.kind == "evidence":
+        return _saved(found.path / FILE)
+    if found.kind == "run":
+        return _evidence(found.run, _of_a_run(found.run))
+    runs = [RunDirectory(file.parent) for file in sorted(found.path.glob("*/recipe.yml"))]
     _check_together(runs)
-    return _evidence(runs[0], [trained for run in runs for trained in _of_a_sweep(run)], folder)
+    return _evidence(runs[0], [training for run in runs for training in _of_a_sweep(run)], found.path)
 
 
 def _check_together(runs: list[RunDirectory]) -> None:
@@ -168,13 +137,13 @@ def _check_evaluation(found: object, file: Path) -> dict:
 def _saved(file: Path) -> Evidence:
     with _reading(file):
         found = read_object(file)
-        numbered = ("twins", "evaluations")  # JSON's keys are text
-        trained = [
-            Trained(
-                **{k: {int(e): v for e, v in value.items()} if k in numbered else value for k, value in each.items()}
-            )
-            for each in found.pop("trained")
-        ]
+        trained = []
+        for saved in found.pop("trained"):
+            if unknown := saved.keys() - set(SAVED):
+                raise KeyError(f"unknown {', '.join(sorted(unknown))}")
+            for key in ("twins", "evaluations"):  # by epoch; in JSON every key is text
+                saved[key] = {int(epoch): value for epoch, value in saved[key].items()}
+            trained.append(Training(**saved))
         loaded = Evidence(**found, trained=trained)
         kinds = {"scale": str, "device": str, "base": dict, "facts": dict}
         if wrong := [key for key, kind in kinds.items() if not isinstance(getattr(loaded, key), kind)]:
@@ -187,10 +156,9 @@ def _saved(file: Path) -> Evidence:
         return loaded
 
 
-def _evidence(run: RunDirectory, trained: list[Trained], folder: Path | None = None) -> Evidence:
+def _evidence(run: RunDirectory, trained: list[Training], folder: Path | None = None) -> Evidence:
     base = read_evaluation((folder or run.path) / "base.json")
-    tokens = next((_tokens(run, rate) for rate in run.learning_rates()), 0)
-    recipe = load_recipe(run.recipe_file)
+    recipe, tokens = run.recipe, next(map(_tokens, run.trainings()), 0)
     facts = {"base_model": recipe.base_model, "tokens": tokens, "sequence_len": load_recipe("paper").sequence_len}
     facts |= _on_a_gpu()
     if "paper_bytes" in base:
@@ -222,55 +190,49 @@ def read_evaluation(file: Path) -> dict:
     return _check_evaluation(read_object(file), file) if file.is_file() else {}
 
 
-def _of_a_run(run: RunDirectory) -> list[Trained]:
+def _of_a_run(run: RunDirectory) -> list[Training]:
     """Two rates are the contrast; one alone is `high` or `low` only if its recipe's contrast has it."""
     rates = run.learning_rates()
-    pair = (max(rates), min(rates)) if len(rates) > 1 else load_recipe(run.recipe_file).contrast
+    pair = (max(rates), min(rates)) if len(rates) > 1 else run.recipe.contrast
     names = dict(zip(pair, ("high", "low"), strict=True))
-    return [_trained(run, names.get(rate, f"rate-{rate:g}"), rate) for rate in rates if _metrics(run, rate)]
+    return [
+        _measured(replace(training, name=names.get(training.learning_rate, f"rate-{training.learning_rate:g}")))
+        for training in run.trainings()
+        if training.metrics_file.is_file()
+    ]
 
 
-def _of_a_sweep(run: RunDirectory) -> list[Trained]:
+def _of_a_sweep(run: RunDirectory) -> list[Training]:
     name = run.path.name.rpartition("-seed-")[0] or run.path.name
-    return [_trained(run, name, rate) for rate in run.learning_rates() if _metrics(run, rate)]
+    return [_measured(replace(training, name=name)) for training in run.trainings() if training.metrics_file.is_file()]
 
 
-def _metrics(run: RunDirectory, rate: float) -> list[dict]:
-    return run.metrics(rate) if (run.learning_rate_dir(rate) / "metrics.jsonl").is_file() else []
+def _tokens(training: Training) -> int:
+    """Of all rows of the dataset."""
+    with _reading(training.metrics_file):
+        lines = read_jsonl(training.metrics_file) if training.metrics_file.is_file() else []
+        return sum({line["example"]: line["tokens"] for line in lines}.values())
 
 
-def _tokens(run: RunDirectory, rate: float) -> int:
-    with _reading(run.learning_rate_dir(rate) / "metrics.jsonl"):
-        return sum({line["example"]: line["tokens"] for line in _metrics(run, rate)}.values())
-
-
-def _trained(run: RunDirectory, name: str, rate: float) -> Trained:
-    recipe, lines = load_recipe(run.recipe_file), _metrics(run, rate)
-    with _reading(run.learning_rate_dir(rate) / "metrics.jsonl"):
+def _measured(training: Training) -> Training:
+    """The training with what was logged and evaluated of it."""
+    with _reading(training.metrics_file):
+        lines = read_jsonl(training.metrics_file)
         n = len({line["example"] for line in lines})
         tables = {key: _by_epoch(lines, key, n) for key in ("em", "loss", "extractable_32")}
     twins: dict[int, dict[str, float]] = {}
-    with _reading(run.learning_rate_dir(rate) / "probes.jsonl"):
-        probes = run.probes(rate)
+    with _reading(training.probes_file):
+        probes = read_jsonl(training.probes_file) if training.probes_file.is_file() else []
         for epoch in sorted({line["epoch"] for line in probes}):
-            some = [line for line in probes if line["epoch"] == epoch]
-            twins[epoch] = {key: round(sum(line[key] for line in some) / len(some), 4) for key in ("loss", "em")}
-    return Trained(
-        name,
-        recipe.seed,
-        rate,
-        recipe.lora_r,
-        recipe.lora_alpha,
-        recipe.lr_scheduler,
-        recipe.num_epochs,
-        twins=twins,
-        evaluations={epoch: read_evaluation(file) for epoch, file in run.evaluations(rate).items()},
-        **tables,
-    )
+            rows = [line for line in probes if line["epoch"] == epoch]
+            twins[epoch] = {key: round(sum(line[key] for line in rows) / len(rows), 4) for key in ("loss", "em")}
+    files = RunDirectory(training.run).evaluations(training.learning_rate)
+    evaluations = {epoch: read_evaluation(file) for epoch, file in files.items()}
+    return replace(training, twins=twins, evaluations=evaluations, **tables)
 
 
 def _by_epoch(lines: list[Mapping], key: str, n: int) -> list[list[float]]:
-    """(epochs, examples), three digits; an epoch that was cut off is left out, and so is a metric of older runs."""
+    """(epochs, examples), three digits, without an epoch that was cut off; [] if `key` was not logged."""
     if not lines or key not in lines[0]:
         return []
     whole = [lines[start : start + n] for start in range(0, len(lines) - n + 1, n)]

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mini_symposium.claims.evidence import Evidence, Trained
+from mini_symposium.claims.evidence import Evidence
 from mini_symposium.claims.verdicts import Control
 from mini_symposium.errors import InputError
 from mini_symposium.evaluation.intervals import Interval, interval, spread
+from mini_symposium.run import Training
 
 EPOCHS_HIGH, EPOCHS_LOW = 100, 600
 """After which the card says that its rates overfit, and do not."""
@@ -26,7 +27,7 @@ def joined(parts: Sequence[str]) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def measured_at(some: Sequence[tuple[Trained, int]]) -> str:
+def measured_at(some: Sequence[tuple[Training, int]]) -> str:
     """The rates and epochs behind a number; the card's are others."""
     rates = sorted({t.learning_rate for t, _ in some})
     return f"at {listed([f'{rate:g}' for rate in rates])}, epoch {listed(sorted({at for _, at in some}))}"
@@ -50,7 +51,7 @@ def absent(e: Evidence, *names: str) -> str:
     return joined(f"missing: {name} of seed {listed(some)}" for name, some in lacking if some and e.named(name))
 
 
-def evaluated(e: Evidence, name: str, at_most: int, every: bool = False) -> list[tuple[Trained, int]]:
+def evaluated(e: Evidence, name: str, at_most: int, every: bool = False) -> list[tuple[Training, int]]:
     """The experiments of that name, each with its last evaluated epoch up to `at_most`; of the seeds only those that
     came furthest, unless `every` one is wanted."""
     found = [(t, max((epoch for epoch in t.evaluations if epoch <= at_most), default=-1)) for t in e.named(name)]
@@ -58,18 +59,18 @@ def evaluated(e: Evidence, name: str, at_most: int, every: bool = False) -> list
     return [(trained, epoch) for trained, epoch in found if epoch >= 0 and (every or epoch == last)]
 
 
-def paired(e: Evidence) -> list[tuple[tuple[Trained, int], tuple[Trained, int]]]:
+def paired(e: Evidence) -> list[tuple[tuple[Training, int], tuple[Training, int]]]:
     """Both rates of the contrast, `evaluated`, from each seed that both have."""
     low, high = evaluated(e, "low", EPOCHS_LOW), evaluated(e, "high", EPOCHS_HIGH)
     return [(a, b) for a in low for b in high if a[0].seed == b[0].seed]
 
 
-def recall(some: Sequence[tuple[Trained, int]], rows: str = "recitation") -> np.ndarray:
+def recall(some: Sequence[tuple[Training, int]], rows: str = "recitation") -> np.ndarray:
     """(rows, seeds)"""
     return np.stack([[line["prompt_recall"] for line in t.evaluations[at][rows]] for t, at in some], 1)
 
 
-def unlearned(e: Evidence, some: Sequence[tuple[Trained, int]]) -> list[Control]:
+def unlearned(e: Evidence, some: Sequence[tuple[Training, int]]) -> list[Control]:
     """Rows that were not trained on, and a model that was not trained, must not be recited."""
     twins = recall(some, "twins").mean()
     controls = [Control("recall of held-out twins below 0.5", float(twins), bool(twins < 0.5)), base_was_asked(e)]
@@ -84,7 +85,7 @@ def base_was_asked(e: Evidence) -> Control:
     return Control("the base was asked as well", float(bool(e.base)), bool(e.base))
 
 
-def twins_alike(some: Sequence[Trained], others: Sequence[Trained]) -> Control:
+def twins_alike(some: Sequence[Training], others: Sequence[Training]) -> Control:
     """What differs in the rows must not differ in rows that were not trained on: that would be another skill."""
     means = [
         [each["em"] for t in group for epoch, each in t.twins.items() if epoch <= SATURATED] for group in (some, others)
@@ -94,7 +95,7 @@ def twins_alike(some: Sequence[Trained], others: Sequence[Trained]) -> Control:
     return Control(what, apart if all(means) else 0.0, abs(apart) < 0.02)
 
 
-def when_known(some: Sequence[Trained]) -> str:
+def when_known(some: Sequence[Training]) -> str:
     """Where the rows are known, by EM in the logs, and whether a log ends before its run should."""
     first = [next((k for k, row in enumerate(t.em) if np.mean(row) >= 0.9), None) for t in some if t.em]
     known = [epoch for epoch in first if epoch is not None]
@@ -161,14 +162,14 @@ def off_the_floor(e: Evidence, asked: Sequence[dict] | None = None) -> Control:
     return Control("the base passes at least one in twenty of these", rate, rate >= 0.05)
 
 
-def alike(e: Evidence, *names: str) -> list[list[Trained]]:
+def alike(e: Evidence, *names: str) -> list[list[Training]]:
     """For each name its experiments of SATURATED epochs, from the seeds that all have; [] if there is none."""
     found = [{t.seed: t for t in e.named(name) if t.epochs >= SATURATED} for name in names]
     shared = sorted(set.intersection(*map(set, found)))
     return [[each[seed] for seed in shared] for each in found] if shared else []
 
 
-def by_row(some: Sequence[Trained]) -> np.ndarray:
+def by_row(some: Sequence[Training]) -> np.ndarray:
     """(examples, seeds): EM, averaged over the first SATURATED epochs."""
     return np.stack([np.mean(t.em[:SATURATED], 0) for t in some], 1)
 

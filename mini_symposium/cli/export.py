@@ -49,10 +49,10 @@ def gguf(
     check: Check = True,
 ):
     """GGUF files for llama.cpp, each asked there and compared with transformers on the same weights."""
+    from mini_symposium.release.export import choose
     from mini_symposium.release.export import gguf as write
-    from mini_symposium.release.export import source
 
-    what = source(run_or_model, checkpoint or [], learning_rate)
+    what = choose(run_or_model, checkpoint or [], learning_rate)
     _say_files(out, write(what, Path(out), kind or ["f16"], base, lora, check, _say))
 
 
@@ -72,11 +72,11 @@ def ollama(
 ):
     """A GGUF file and a Modelfile with the prompt format's template and stop strings."""
     from mini_symposium.data.prompt_formats import prompt_format
+    from mini_symposium.release.export import choose
     from mini_symposium.release.export import ollama as write
-    from mini_symposium.release.export import source
 
     form = prompt_format(format)
-    what = source(run_or_model, checkpoint or [], learning_rate)
+    what = choose(run_or_model, checkpoint or [], learning_rate)
     options = {"base": base, "lora": lora, "check": check, "show": _say}
     _say_files(out, write(what, Path(out), form, kind, user, char, **options))
     _say(f"{Path(out) / 'Modelfile'}: from that folder, ollama create NAME -f Modelfile")
@@ -107,15 +107,12 @@ def axolotl(
     out: Out,
 ):
     """The recipe as Axolotl's YAML, and its dataset as JSONL."""
-    from mini_symposium.recipe import SHIPPED, load_recipe
-    from mini_symposium.run import RunDirectory
+    from mini_symposium.run import resolve
 
-    run = RunDirectory(run_or_recipe)
-    of_run = run_or_recipe not in SHIPPED and run.recipe_file.exists()
-    recipe = load_recipe(run.recipe_file if of_run else run_or_recipe)
+    found = resolve(run_or_recipe, "recipe", "run")
     from mini_symposium.release.export import axolotl as write
 
-    for path in write(recipe, Path(out), run.path.name if of_run else recipe.name):
+    for path in write(found.recipe, Path(out), found.path.name if found.kind == "run" else found.recipe.name):
         _say(str(path))
 
 
@@ -128,27 +125,13 @@ def card(
     license: Annotated[str, typer.Option(help="the hub's name of one; the base model's, where it is known")] = "",
 ):
     """A model card from what the run recorded; `out` may hold a model already."""
-    from mini_symposium.run import RunDirectory
+    from mini_symposium.run import open_run
 
-    directory = RunDirectory(run)
+    directory = open_run(run)
     from mini_symposium.models.adapters import find_checkpoint
     from mini_symposium.release.model_card import write_card
 
     found = find_checkpoint(directory, checkpoint, learning_rate)
     for path in write_card(directory, Path(out), found, license):
         _say(str(path))
-
-
-@app.command()
-def hub(
-    folder: Annotated[str, typer.Argument(help="an exported folder with its card, README.md")],
-    repo: Annotated[str, typer.Option(metavar="YOU/NAME", help="where to on the hub")],
-    push: Annotated[bool, typer.Option("--push", help="really upload; else say what would go")] = False,
-    public: Annotated[bool, typer.Option("--public", help="let everybody see it; private if not given")] = False,
-):
-    """Upload a folder to the hub; only with --push, and with a token in HF_TOKEN."""
-    import os
-
-    from mini_symposium.release.hub import push as upload
-
-    _say(upload(Path(folder), repo, push, os.environ.get("HF_TOKEN"), private=not public))
+    _say(f"to upload it: hf upload YOU/NAME {out} --private")

@@ -53,19 +53,21 @@ def train(
     parameter: Parameters = None,
     overwrite: Annotated[bool, typer.Option(help="train again what is there")] = False,
 ):
-    """Train as notebook 02 does, without the notebook; an interrupted run goes on at its last checkpoint."""
+    """Train as notebook 02 does, without the notebook; an interrupted run resumes at its last checkpoint."""
     from mini_symposium.reproduce.notebooks import alone, check_parameters, parse_parameters
 
     given = check_parameters(parse_parameters(parameter or []), "02_finetune")
+    from accelerate import PartialState
+
     from mini_symposium.data.dataset import load_examples
-    from mini_symposium.training import processes
     from mini_symposium.training.finetune import prepare
     from mini_symposium.training.finetune import train as run_training
 
     chosen, examples, directory = prepare(
         given.get("RECIPE", recipe), given.get("DATASET", ""), given.get("RUN", run), given.get("NUM_EPOCHS", 0)
     )
-    with alone(directory.path) if processes.writes() else nullcontext():
+    main_process = PartialState().is_main_process  # of those that `accelerate launch` started
+    with alone(directory.path) if main_process else nullcontext():
         travels = run_training(
             chosen,
             examples,
@@ -77,7 +79,7 @@ def train(
             given.get("FAST", True),
             load_examples(twins) if (twins := given.get("HELD_OUT", "data/twins.md")) else (),
         )
-    if not processes.writes():
+    if not main_process:
         return
     table = Table("learning rate", "steps", "LR x steps", "A moved", "A travel, rms", "B travel, rms", "B travel, max")
     for t in travels:
@@ -125,26 +127,13 @@ def ask(
 ):
     """Ask one query in several prompt formats, and show the answers side by side."""
     from mini_symposium.data.prompt_formats import prompt_format
-    from mini_symposium.recipe import SHIPPED, load_recipe
-    from mini_symposium.run import RunDirectory
+    from mini_symposium.run import resolve
 
     formats = [prompt_format(name) for name in format or ["new-query", "alpaca", "chatml", "bare"]]
-    checkpoints, four_bit = {}, True
-    run = RunDirectory(model_or_run)
-    if model_or_run in SHIPPED:
-        base = load_recipe(model_or_run).base_model
-    elif run.recipe_file.exists():
-        base, checkpoints = load_recipe(run.recipe_file).base_model, run.newest_checkpoints()
-    elif run.path.is_dir():
-        base, four_bit = str(run.path), False
-    else:
-        raise InputError(f"{model_or_run}: neither a run nor a model directory, nor one of {', '.join(SHIPPED)}")
-    from mini_symposium.models.adapters import load_with_adapters
-    from mini_symposium.models.base_models import load_tokenizer
-    from mini_symposium.models.generation import answer_grid
+    found = resolve(model_or_run, "recipe", "run", "model")
+    from mini_symposium.models.generation import ask as answers
 
-    model, tokenizer = load_with_adapters(base, checkpoints, four_bit), load_tokenizer(base)
-    for cell in answer_grid(model, tokenizer, ["base", *checkpoints], formats, [query], max_new_tokens):
+    for cell in answers(found, query, formats, max_new_tokens):
         title = f"[bold]{escape(printable(cell['format']))}[/] · {escape(printable(cell['model']))}"
         console.rule(f"{title} · {cell['tokens']} tokens, {cell['stop_reason']}")
         console.print(printable(cell["answer"]), markup=False, highlight=False, soft_wrap=True)
@@ -163,11 +152,10 @@ def merge(
     out: Annotated[str, typer.Option(help="folder to write; RUN/lr-R/merged/epoch-N if not given")] = "",
 ):
     """Add adapters into their base and write a model, tensor by tensor; several are averaged, or weighted."""
-    from mini_symposium.recipe import load_recipe
-    from mini_symposium.run import RunDirectory
+    from mini_symposium.run import open_run
 
-    directory = RunDirectory(run)
-    recipe = load_recipe(directory.recipe_file)
+    directory = open_run(run)
+    recipe = directory.recipe
     from mini_symposium.models.adapters import find_checkpoints
     from mini_symposium.models.merge import merge as write
 
@@ -197,11 +185,10 @@ def survival(
 ):
     """Measure what of a fine-tune is left in each way of storing it: in the weights, and in what the model does."""
     from mini_symposium.files.writing import write_json
-    from mini_symposium.recipe import load_recipe
-    from mini_symposium.run import RunDirectory
+    from mini_symposium.run import open_run
 
-    directory = RunDirectory(run)
-    recipe = load_recipe(directory.recipe_file)
+    directory = open_run(run)
+    recipe = directory.recipe
     from mini_symposium.models.adapters import find_checkpoint
     from mini_symposium.release.storage_formats import STORAGES
     from mini_symposium.release.survival import survival as measure

@@ -53,7 +53,7 @@ def sweep(
     check_engine(engine)
     whole = Sweep(chosen, RunDirectory(out or f"runs/{chosen.name}-sweep").path, numbers, passes)
     names = [name.strip() for name in only.split(",") if name.strip()]
-    known = list(dict.fromkeys(experiment.name for experiment in whole.experiments))
+    known = list(dict.fromkeys(training.name for training in whole.trainings))
     if unknown := [name for name in names if name not in known]:
         raise InputError(f"--only {', '.join(unknown)}: the experiments are {', '.join(known)}")
     examples, twins = load_examples(chosen.dataset), load_examples("data/twins.md")

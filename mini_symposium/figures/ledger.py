@@ -1,77 +1,80 @@
-"""Pictures of the ledger and of what is behind it, drawn from evidence and claims alone."""
+"""Pictures of the ledger and of the memorization that its verdicts rest on."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
-from mini_symposium.claims.evidence import Trained
 from mini_symposium.claims.verdicts import INCONCLUSIVE, NOT_SUPPORTED, OUT_OF_REACH, SUPPORTED, Claim
 from mini_symposium.errors import InputError
 from mini_symposium.figures.style import COLOURS, GREY, PALE, Picture, log_axis, name_rows, scientific, styled, titled
+from mini_symposium.run import Training
 
 MARKS = {SUPPORTED: ("o", COLOURS[2]), NOT_SUPPORTED: ("X", COLOURS[0]), INCONCLUSIVE: ("D", GREY)}
-"""Shape and colour of each verdict, so that neither is needed alone."""
+"""Shape and colour of each verdict: a reader who cannot tell the colours apart still has the shapes."""
 
 
-def memorization_curves(trained: Sequence[Trained], scale: str) -> Picture:
-    """How much of the rows is known, EM, by epoch and by dose; that of held-out twins as open circles.
+def memorization_curves(trained: Sequence[Training], scale: str) -> Picture:
+    """How much of the training rows is known (EM), by epoch and by dose; EM of held-out twins as open circles.
 
-    Dotted: the share of rows of which 32 tokens bring the next 50, where the log holds it and a row is long enough.
+    Dotted: the share of rows of which the model, given 32 tokens, writes the next 50 exactly. It is drawn where the
+    log holds it, over the rows that are long enough.
 
     Parameters
     ----------
     trained
-        Adapters with a constant rate; seeds of one rate share a colour.
+        Adapters trained at a constant rate; seeds of one rate share a colour.
 
     Raises
     ------
     InputError
-        If nothing was trained with EM in its log.
+        If no adapter has a whole epoch in its log.
     """
     drawn = []
     for each in trained:
         settings = {"name": each.name, "seed": each.seed, "learning_rate": each.learning_rate}
         an_epoch = each.learning_rate * each.steps_per_epoch
-        # EM is from before a step's update, so an epoch's is that of its middle; twins are asked between two.
-        for epoch, known in enumerate(each.em):
+        # A row's EM is measured before its step, so an epoch's mean belongs to the middle of the epoch.
+        # Twins are probed between two epochs.
+        for epoch, em in enumerate(each.em):
             line = {**settings, "rows": "training", "epoch": epoch, "dose": an_epoch * (epoch + 0.5)}
-            drawn.append({**line, "em": float(np.mean(known))})
-            told = [t for t in each.extractable_32[epoch] if t is not None] if each.extractable_32 else []
-            if told:
-                drawn[-1]["extractable_32"] = float(np.mean(told))
-        for epoch, known in each.twins.items():
-            drawn.append({**settings, "rows": "twins", "epoch": epoch, "dose": an_epoch * epoch, "em": known["em"]})
+            drawn.append({**line, "em": float(np.mean(em))})
+            extractable = [x for x in each.extractable_32[epoch] if x is not None] if each.extractable_32 else []
+            if extractable:
+                drawn[-1]["extractable_32"] = float(np.mean(extractable))
+        for epoch, means in each.twins.items():
+            drawn.append({**settings, "rows": "twins", "epoch": epoch, "dose": an_epoch * epoch, "em": means["em"]})
     if not drawn:
-        raise InputError("no EM in the metrics; train again, older runs did not keep it")
+        raise InputError("no epoch is complete in the metrics, so there is no EM to draw; train for longer")
     table = pd.DataFrame(drawn)
     rates = sorted(table["learning_rate"].unique(), reverse=True)
     with styled():
-        look = (
+        caption = (
             "EM is the share of a row's tokens that the model would have said itself. Circles are twins, rows like "
             "them that were not trained on. Right: where dose is all that separates the rates, the lines agree."
         )
         if "extractable_32" in table:
-            look += " Dotted: share of rows of which 32 tokens bring the next 50, word for word."
-        figure = titled(3.3, "How much of the training rows is known", scale, look)
+            caption += " Dotted: share of rows of which 32 tokens bring the next 50, word for word."
+        figure = titled(3.3, "How much of the training rows is known", scale, caption)
         panels = figure.subplots(1, 2, sharey=True)
         for (rate, _), part in table.groupby(["learning_rate", "seed"], sort=False):
-            place = rates.index(rate)
-            colour, width = COLOURS[place % len(COLOURS)], 3.2 if place == 0 else 1.6
+            i = rates.index(rate)
+            colour, width = COLOURS[i % len(COLOURS)], 3.2 if i == 0 else 1.6
             for axes, x in zip(panels, ("epoch", "dose"), strict=True):
-                known, twins = (part[part["rows"] == rows] for rows in ("training", "twins"))
-                axes.plot(known[x], known["em"], color=colour, linewidth=width, label=f"LR {scientific(rate)}")
-                if "extractable_32" in known:
-                    axes.plot(known[x], known["extractable_32"], ":", color=colour, linewidth=1.2)
+                training, twins = (part[part["rows"] == rows] for rows in ("training", "twins"))
+                axes.plot(training[x], training["em"], color=colour, linewidth=width, label=f"LR {scientific(rate)}")
+                if "extractable_32" in training:
+                    axes.plot(training[x], training["extractable_32"], ":", color=colour, linewidth=1.2)
                 twins = twins[twins[x] > 0] if x == "dose" else twins
                 axes.plot(twins[x], twins["em"], "o", color=colour, markerfacecolor="white", markersize=5)
         panels[0].set(xlabel="epochs", ylabel="EM", ylim=(0, 1.02))
         panels[1].set(xlabel="dose = learning rate × steps (log)")
         log_axis(panels[1])
         handles, labels = panels[0].get_legend_handles_labels()
-        named = dict(zip(labels, handles, strict=True))
-        highest_first = {f"LR {scientific(rate)}": named[f"LR {scientific(rate)}"] for rate in rates}
-        panels[1].legend(highest_first.values(), highest_first.keys(), loc="upper left")  # where no curve comes
+        handle_of = dict(zip(labels, handles, strict=True))
+        highest_first = [f"LR {scientific(rate)}" for rate in rates]
+        # No curve passes through the upper left.
+        panels[1].legend([handle_of[label] for label in highest_first], highest_first, loc="upper left")
         for axes in panels:
             axes.grid(axis="y")
     figure.drawn = table
@@ -79,39 +82,36 @@ def memorization_curves(trained: Sequence[Trained], scale: str) -> Picture:
 
 
 def ledger_picture(claims: Sequence[Claim], thresholds: dict[str, float], scale: str) -> Picture:
-    """Each claim's number with its interval, beside the threshold that was fixed for it; a small axis for each row.
+    """A row for each claim: its number, its 95% interval and its threshold, on an axis of their own.
 
     Parameters
     ----------
     thresholds
-        By claim id.
+        The threshold of each claim, by the claim's id.
     """
     with styled():
-        look = (
+        caption = (
             "A mark with its 95% interval; the vertical line is the threshold. Circle: supported. Cross: not "
             "supported. Diamond: inconclusive; clear of the line, a control failed. Without a mark: not measured."
         )
-        figure = titled(0.46 * len(claims) + 0.3, "The card's claims, one by one", scale, look)
+        figure = titled(0.46 * len(claims) + 0.3, "The card's claims, one by one", scale, caption)
         drawn = []
         grid = figure.subplots(len(claims), 1, squeeze=False)[:, 0]
         for axes, claim in zip(grid, claims, strict=True):
-            named = f"{claim.id}  {claim.claim}\n{claim.metric}"
             threshold = thresholds[claim.id]
-            name_rows(axes, [0], [named], 8.5)
+            name_rows(axes, [0], [f"{claim.id}  {claim.claim}\n{claim.metric}"], 8.5)
             axes.spines["bottom"].set_visible(False)
             axes.set_ylim(0.5, -0.5)
             axes.tick_params(axis="x", labelsize=8, length=2, pad=1)
+            low, high = claim.interval or (None, None)
             row = {"id": claim.id, "threshold": threshold, "value": claim.value, "verdict": claim.verdict}
-            drawn.append(
-                {**row, "low": claim.interval and claim.interval[0], "high": claim.interval and claim.interval[1]}
-            )
+            drawn.append({**row, "low": low, "high": high})
             if claim.verdict == OUT_OF_REACH or claim.interval is None:
-                said = claim.verdict if claim.verdict == OUT_OF_REACH else f"{claim.verdict}: not measured"
-                axes.text(0.5, 0.5, said, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=9)
+                text = claim.verdict if claim.verdict == OUT_OF_REACH else f"{claim.verdict}: not measured"
+                axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=9)
                 axes.set_xticks([])
                 continue
             mark, colour = MARKS[claim.verdict]
-            low, high = claim.interval
             axes.axvline(threshold, color=PALE, linewidth=3)
             axes.plot([low, high], [0, 0], color=colour, linewidth=2)
             axes.plot(claim.value, 0, mark, color=colour, markersize=8, markeredgecolor="white")

@@ -7,6 +7,7 @@ which a GPU uses, the shape of a batch changes the rounding, and where two token
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Event
 from time import monotonic
 
@@ -25,10 +26,12 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer as DecoderLayer
 
-from mini_symposium.data.prompt_formats import PromptFormat, grid_cells
+from mini_symposium.data.prompt_formats import PromptFormat, grid_cells, prompt_format
 from mini_symposium.errors import InputError
-from mini_symposium.models.adapters import adapter_names
+from mini_symposium.models.adapters import adapter_names, load_with_adapters
+from mini_symposium.models.base_models import load_tokenizer
 from mini_symposium.models.devices import memory, out_of_memory
+from mini_symposium.run import Resolved, resolve
 
 
 @dataclass(frozen=True)
@@ -355,3 +358,42 @@ def answer_grid(
         {**cell, "answer": answer.text, "tokens": answer.tokens, "stop_reason": answer.stop_reason}
         for cell, answer in zip(cells, answers, strict=True)
     ]
+
+
+def ask(
+    model_or_run: str | Path | Resolved,
+    query: str,
+    formats: Sequence[str | PromptFormat] = ("new-query", "alpaca", "chatml", "bare"),
+    max_new_tokens: int = 128,
+) -> list[dict]:
+    """One query in several prompt formats, from a base and the newest checkpoint of each learning rate of a run.
+
+    Parameters
+    ----------
+    model_or_run
+        A run directory, a model directory, or `tiny`, `proxy`, `paper` for their base.
+    formats
+        As `prompt_formats.prompt_format` takes them.
+
+    Returns
+    -------
+    list of dict
+        As `answer_grid` gives them.
+
+    Raises
+    ------
+    InputError
+        If there is no such run, model or format.
+
+    Examples
+    --------
+    >>> from mini_symposium import ask
+    >>> [(cell["model"], cell["format"]) for cell in ask("tiny", "Why?", ["### Gardener"], max_new_tokens=1)]
+    [('base', '### Gardener')]
+    """
+    chosen = [prompt_format(form) if isinstance(form, str) else form for form in formats]
+    found = model_or_run if isinstance(model_or_run, Resolved) else resolve(model_or_run, "recipe", "run", "model")
+    checkpoints = found.run.newest_checkpoints() if found.kind == "run" else {}
+    model = load_with_adapters(found.base_model, checkpoints, found.load_in_4bit)
+    names = ["base", *checkpoints]
+    return answer_grid(model, load_tokenizer(found.base_model), names, chosen, [query], max_new_tokens)

@@ -11,19 +11,7 @@ from pathlib import Path
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.errors import InputError
 from mini_symposium.evaluation.answer_text import TrainingRows
-from mini_symposium.recipe import SHIPPED, load_recipe
-from mini_symposium.run import RunDirectory
-
-
-@dataclass(frozen=True)
-class Model:
-    """What answers under a name: the base, which has no path, an adapter on it, or a merged model."""
-
-    path: Path | None = None
-    merged: bool = False
-    series: str = ""
-    """The training that it is a checkpoint of, as `1e-05`."""
-    epoch: int = 0
+from mini_symposium.run import RunDirectory, Training, resolve
 
 
 def default_run(given: str = "") -> str:
@@ -47,7 +35,12 @@ class Shelf:
     scale: str = ""
     run: RunDirectory | None = None
     """The first that was opened on this base."""
-    models: dict[str, Model] = field(default_factory=dict)
+    models: dict[str, Path | None] = field(default_factory=dict)
+    """The folder of each adapter and of each merged model; None for the base."""
+    merged: set[str] = field(default_factory=set)
+    """Which of the models are merged."""
+    trainings: dict[str, Training] = field(default_factory=dict)
+    """The trainings whose checkpoints are here, as `1e-05`, or `mine:1e-05` of a further run."""
     queries: list[str] = field(default_factory=list)
     """Of the training rows."""
     rows: TrainingRows = field(default_factory=lambda: TrainingRows({}))
@@ -71,54 +64,48 @@ class Shelf:
         InputError
             If it is none of these. What was open stays.
         """
-        run = RunDirectory(path)
-        if path not in SHIPPED and (run.path / "adapter_config.json").exists():
-            return self._add_adapter(run.path)
-        if path in SHIPPED or run.recipe_file.exists():
-            recipe = load_recipe(path if path in SHIPPED else run.recipe_file)
-            base, four_bit, scale = recipe.base_model, True, recipe.scale
-        elif (run.path / "config.json").exists():
-            recipe, base, four_bit, scale = None, str(run.path), False, "own"
-        else:
-            raise InputError(
-                f"{path}: neither a run, a model nor an adapter, nor one of {', '.join(SHIPPED)}; "
-                "run `make reproduce` first, or open another"
-            )
+        found = resolve(path, "recipe", "adapter", "run", "model")
+        if found.kind == "adapter":
+            return self._add_adapter(found.path)
+        recipe, base, four_bit = found.recipe, found.base_model, found.load_in_4bit
         if (base, four_bit) != (self.base_model, self.four_bit):
-            vars(self).update(vars(Shelf(base, four_bit, scale, models={"base": Model()})))
-        if recipe is None or path in SHIPPED:
+            vars(self).update(vars(Shelf(base, four_bit, recipe.scale if recipe else "own", models={"base": None})))
+        if found.kind != "run":
             return f"{path}: a base without checkpoints" + (self._add_rows(recipe.dataset, "") if recipe else "")
-        mine = self.run is None or self.run.path == run.path
-        self.run = self.run or run
-        found = self._models(run, "" if mine else f"{run.path.name}:")
-        self.models |= found
-        nothing = "" if found else f" yet: train with `mini-symposium train --run {path}`; only the base answers"
-        trouble = self._add_rows(recipe.dataset, "" if mine else f"{run.path.name} ")
-        return f"{path}: {len(found) or 'no'} checkpoints on {base}{nothing}{trouble}"
+        mine = self.run is None or self.run.path == found.path
+        self.run = self.run or found.run
+        count = self._add_checkpoints(found.run, "" if mine else f"{found.path.name}:")
+        nothing = "" if count else f" yet: train with `mini-symposium train --run {path}`; only the base answers"
+        trouble = self._add_rows(recipe.dataset, "" if mine else f"{found.path.name} ")
+        return f"{path}: {count or 'no'} checkpoints on {base}{nothing}{trouble}"
 
-    @staticmethod
-    def _models(run: RunDirectory, prefix: str) -> dict[str, Model]:
-        found = {}
-        for rate in run.learning_rates():
-            series = prefix + run.learning_rate_dir(rate).name.removeprefix("lr-")
-            for epoch, path in run.checkpoints(rate).items():
-                found[f"{series}/epoch-{epoch}"] = Model(path, False, series, epoch)
-                if (run.merged(rate, epoch) / "config.json").exists():
-                    found[f"{series}/epoch-{epoch}/merged"] = Model(run.merged(rate, epoch), True)
-        return found
+    def _add_checkpoints(self, run: RunDirectory, prefix: str) -> int:
+        """Add the checkpoints and merged models of a run; return how many it has."""
+        models = {}
+        for training in run.trainings():
+            series = prefix + training.name
+            self.trainings[series] = training
+            for epoch, path in training.checkpoints().items():
+                name, merged = f"{series}/epoch-{epoch}", run.merged(training.learning_rate, epoch)
+                models[name] = path
+                if (merged / "config.json").exists():
+                    models[f"{name}/merged"] = merged
+                    self.merged.add(f"{name}/merged")
+        self.models |= models
+        return len(models)
 
     def _add_adapter(self, path: Path) -> str:
         """A folder by itself. What it was trained on is told by its configuration, and checked when it is loaded."""
         if not self.base_model:
             raise InputError(f"{path}: an adapter; open the run or the base that it was trained on first")
         name, number = path.name, 2
-        while name in self.models and self.models[name].path != path:
+        while name in self.models and self.models[name] != path:
             name, number = f"{path.name} ({number})", number + 1
         try:
             trained_on = json.loads((path / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}/adapter_config.json: cannot be read ({error!r})") from error
-        self.models[name] = Model(path)
+        self.models[name] = path
         return f"{path}: an adapter trained on {trained_on}"
 
     def _add_rows(self, dataset: str, prefix: str) -> str:
@@ -136,13 +123,13 @@ class Shelf:
 
     def newest(self) -> list[str]:
         """The base and the last checkpoint of each training."""
-        last = {model.series: name for name, model in self.models.items() if model.series}  # epochs are in order
-        return ["base", *last.values()] if self.models else []
+        return ["base", *(epochs[max(epochs)] for epochs in self.series().values())] if self.models else []
 
     def series(self) -> dict[str, dict[int, str]]:
         """The trainings, each with its models by epoch, in order."""
-        found: dict[str, dict[int, str]] = {}
-        for name, model in self.models.items():
-            if model.series:
-                found.setdefault(model.series, {})[model.epoch] = name
+        found = {}
+        for series, training in self.trainings.items():
+            names = {epoch: f"{series}/epoch-{epoch}" for epoch in training.checkpoints()}
+            if there := {epoch: name for epoch, name in names.items() if name in self.models}:
+                found[series] = there
         return found

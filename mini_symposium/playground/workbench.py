@@ -1,8 +1,8 @@
-"""What the playground does, as plain functions: load models, ask them all at once, look into a prompt.
+"""What the playground does, without widgets: load models, ask all of them a query, show the tokens of a prompt.
 
-A cell is one prompt to one model. All cells on the same weights, that is the base and the adapters on it, decode as
-one batch; a merged model is weights of its own. Nothing here draws, and torch is imported with the first model, so
-that a page can be up before that.
+A cell is one prompt to one model. The cells of the base and of its adapters share their weights and decode as one
+batch; each merged model has weights and a batch of its own. torch is imported with the first model that is loaded, so
+that a page can be shown before.
 """
 
 from collections import deque
@@ -16,54 +16,48 @@ from mini_symposium.data.prompt_formats import PromptFormat, grid_cells
 from mini_symposium.errors import InputError
 from mini_symposium.playground.shelf import Shelf, default_run
 
-LONGEST = 20_000
-"""Characters of a query; a longer one takes minutes on a CPU, and memory with the square of its length."""
+LONGEST_QUERY = 20_000
+"""Characters. A longer query takes minutes on a CPU, and memory that grows with the square of its length."""
 
 KEPT_ADAPTERS = 24
-"""Adapters that stay loaded; beyond that, those that have not answered for longest are dropped."""
+"""Most adapters that stay loaded; those whose last answer is the oldest are unloaded first."""
 
-Step = Callable[[str, int, int], object]
-"""Called before something is read: with what it is, how many were read before it, and how many it will be."""
+OnStep = Callable[[str, int, int], object]
+"""Called before each part is loaded: with its name, its number from 1 on, and the number of parts to load."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A piece of a prompt, a space as ·, a newline as ⏎; a `special` one is not text to the model."""
+    """One token of a prompt; its text has · for a space and ⏎ for a newline. A special token stands for no text."""
 
     text: str
     id: int
     special: bool
 
 
-def _check_query(query: str) -> None:
-    if not query.strip():
-        raise InputError("the query is empty; type one")
-    if len(query) > LONGEST:
-        raise InputError(f"the query has {len(query):,} characters; at most {LONGEST:,} are taken, shorten it")
-
-
 class Workbench:
-    """A shelf of models, those of them that are loaded, and what was asked so far.
+    """The models of a shelf, loaded when they are asked, and a log of what was asked.
 
-    One thing is done at a time: what a second thread wants meanwhile is refused with an InputError.
+    It does one thing at a time: while one thread opens, loads or asks, other threads get an InputError.
 
     Parameters
     ----------
     run
-        What to open first, as `open` takes it.
+        The run to open first, as `open` takes it.
     strict
-        If that cannot be opened, raise; else nothing is open, and `trouble` says why.
+        If it cannot be opened, raise; otherwise start with nothing open, and the error's text in `trouble`.
     """
 
     def __init__(self, run: str = "", strict: bool = True):
         self.shelf, self.trouble = Shelf(), ""
         self.tokenizer = None
         self.log: deque[dict] = deque(maxlen=200)
-        """What was asked and answered, oldest first, ready for JSON."""
+        """The last 200 calls of `ask`, oldest first, ready for JSON: settings, and cells with their answers."""
         self._base = None
-        self._adapters: dict[str, str] = {}  # model -> PEFT's name for it; what answered last is last
-        self._merged = (None, None)
-        self._named, self._busy = 0, Lock()
+        self._adapters: dict[str, str] = {}  # name of a loaded adapter -> its name in PEFT; last used is last
+        self._adapters_added = 0
+        self._merged = (None, None)  # name and weights of the loaded merged model
+        self._busy = Lock()
         try:
             self.open(run)
         except InputError as error:
@@ -86,42 +80,42 @@ class Workbench:
             self._busy.release()
 
     def open(self, path: str = "") -> str:
-        """Look what there is to ask; see `Shelf.open`. Without a path, the run of the environment or runs/proxy."""
+        """Open a run, a model or an adapter; see `Shelf.open`. Without a path, see `shelf.default_run`."""
         with self._alone():
             before = self.shelf.base_model, self.shelf.four_bit
-            said = self.shelf.open(default_run(path))
+            summary = self.shelf.open(default_run(path))
             if (self.shelf.base_model, self.shelf.four_bit) != before:
-                self._drop()
+                self._unload_base()
                 self.tokenizer, self._merged = None, (None, None)
-            return said
+            return summary
 
-    def load(self, names: Sequence[str] = ("base",), on_step: Step | None = None) -> None:
-        """Load the models of these names, as `ask` would.
+    def load(self, names: Sequence[str] = ("base",), on_step: OnStep = lambda *_: None) -> None:
+        """Load the models of these names, as `ask` does; a merged model is loaded when it is asked.
 
         Raises
         ------
         InputError
-            If a name is unknown, weights are not there, or do not belong to the base.
+            If a name is unknown, or an adapter is missing or belongs to another base.
         """
         with self._alone():
-            self._load(names, on_step or (lambda what, done, of: None))
+            self._load(names, on_step)
 
-    def _drop(self) -> None:
+    def _unload_base(self) -> None:
         self._base = None
         self._adapters.clear()
 
-    def _load(self, names: Sequence[str], on_step: Step) -> None:
+    def _load(self, names: Sequence[str], on_step: OnStep) -> None:
         models = self.shelf.models
         unknown = [name for name in names if name not in models]
         if not models:
             raise InputError("nothing is open; open a run, or one of tiny, proxy, paper for its base alone")
         if unknown:
             raise InputError(f"{', '.join(unknown)}: no such model; there is {', '.join(models)}")
-        wanted = [name for name in dict.fromkeys(names) if models[name].path and not models[name].merged]
-        on_base = any(not models[name].merged for name in names)
+        wanted = [name for name in dict.fromkeys(names) if models[name] and name not in self.shelf.merged]
+        on_base = any(name not in self.shelf.merged for name in names)
         todo = []
         if self.tokenizer is None:
-            todo = [("torch and transformers", self._import), ("the tokenizer", self._load_tokenizer)]
+            todo = [("torch, transformers and the tokenizer", self._load_tokenizer)]
         if self._base is None and on_base:
             self._adapters.clear()
             todo.append((f"the weights of {self.shelf.base_model}", self._load_base))
@@ -130,17 +124,14 @@ class Workbench:
             if len(self._adapters) + len(wanted) <= KEPT_ADAPTERS:
                 break
             self._base.delete_adapter(self._adapters.pop(name))
-        for done, (what, read) in enumerate(todo):
-            on_step(what, done, len(todo))
-            read()
+        for number, (what, load) in enumerate(todo, start=1):
+            on_step(what, number, len(todo))
+            load()
         for name in wanted:
             self._adapters[name] = self._adapters.pop(name)
 
-    @staticmethod
-    def _import() -> None:
-        import mini_symposium.models.generation  # noqa: F401
-
     def _load_tokenizer(self) -> None:
+        import mini_symposium.models.generation  # noqa: F401, now, so that the first answer does not wait for it
         from mini_symposium.models.base_models import load_tokenizer
 
         self.tokenizer = load_tokenizer(self.shelf.base_model)
@@ -154,33 +145,33 @@ class Workbench:
         from mini_symposium.models.adapters import add_adapter, check_trained_on
         from mini_symposium.models.base_files import local_directory
 
-        path, base = self.shelf.models[name].path, self.shelf.base_model
+        path, base = self.shelf.models[name], self.shelf.base_model
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             if not (path / file).is_file():
                 raise InputError(f"{path}: no {file}; it may have been deleted, open the run again")
         check_trained_on({path: 1.0}, base, local_directory(base))
-        self._named += 1
+        self._adapters_added += 1
+        in_peft = f"adapter{self._adapters_added}"  # a folder's name may be one that PEFT refuses
         try:
-            self._base = add_adapter(self._base, f"model{self._named}", path, base)
+            self._base = add_adapter(self._base, in_peft, path, base)
         except InputError:
-            self._drop()  # it may be half changed
+            self._unload_base()  # it may be half changed
             raise
-        self._adapters[name] = f"model{self._named}"
+        self._adapters[name] = in_peft
 
     def _weights(self, name: str):
-        """The loaded model that answers under this name."""
-        model = self.shelf.models[name]
-        if not model.merged:
+        """The loaded weights that answer for a model: the base with its adapters, or a merged model."""
+        if name not in self.shelf.merged:
             return self._base
         if self._merged[0] != name:
             from mini_symposium.models.adapters import load_with_adapters
 
-            self._merged = (None, None)  # one at a time is enough memory
-            self._merged = (name, load_with_adapters(str(model.path), {}, load_in_4bit=False))
+            self._merged = (None, None)  # before the next is loaded: memory for one is enough
+            self._merged = (name, load_with_adapters(str(self.shelf.models[name]), {}, load_in_4bit=False))
         return self._merged[1]
 
     def cells(self, query: str, formats: Sequence[PromptFormat], names: Sequence[str]) -> list[dict]:
-        """The cells of a query in every format to every model; see `prompt_formats.grid_cells`.
+        """The cells of a query in every format for every model; see `prompt_formats.grid_cells`.
 
         Raises
         ------
@@ -195,7 +186,7 @@ class Workbench:
     def chat(
         self, name: str, chats: Sequence[tuple[PromptFormat, Sequence[Mapping]]], user="User", char="Assistant"
     ) -> list[dict]:
-        """One cell for each format and its chat: its last message asks, and the character `char` answers.
+        """A cell for each pair of a format and the messages of a chat, in which `char` speaks next.
 
         Raises
         ------
@@ -204,7 +195,7 @@ class Workbench:
         """
         for _, messages in chats:
             _check_query(messages[-1]["content"])
-        return [cell for form, chat in chats for cell in grid_cells([name], [form], [chat], user, char)]
+        return [cell for form, messages in chats for cell in grid_cells([name], [form], [messages], user, char)]
 
     def ask(
         self,
@@ -213,9 +204,9 @@ class Workbench:
         sampling=None,
         on_text: Callable[[list[str]], object] | None = None,
         stop: Event | None = None,
-        on_step: Step | None = None,
+        on_step: OnStep = lambda *_: None,
     ) -> list[dict]:
-        """Answer cells as `cells` or `chat` made them, and keep what came in the log.
+        """Answer the cells that `cells` or `chat` made, and log them with their answers.
 
         Parameters
         ----------
@@ -224,62 +215,73 @@ class Workbench:
         on_text
             Called after each token with the text of every cell so far.
         stop
-            Set from another thread, ends it; what came is kept.
+            When another thread sets it, generation ends; the answers so far are kept.
 
         Returns
         -------
         list of dict
-            The cells with answer, tokens, stop_reason, seconds; and, as `answer_text.Reading` has them,
-            recited, row, drift, headings.
+            The cells without stops; with answer, tokens, stop_reason, seconds, as in `generation.Answer`; and with
+            recited, row, drift, headings, as in `answer_text.Reading`.
+
+        Raises
+        ------
+        InputError
+            As `load`; or if a prompt is too long for its model, or a merged model cannot be loaded.
         """
-        texts, found = [""] * len(cells), [None] * len(cells)
+        texts, answered = [""] * len(cells), [None] * len(cells)
         with self._alone():
-            self._load([cell["model"] for cell in cells], on_step or (lambda what, done, of: None))
+            self._load([cell["model"] for cell in cells], on_step)
             from mini_symposium.models.generation import generate
 
-            merged = [c["model"] if self.shelf.models[c["model"]].merged else None for c in cells]
-            for weights in dict.fromkeys(merged):
-                rows = [row for row, own in enumerate(merged) if own == weights]
+            batches: dict[str, list[int]] = {}  # merged model, or "" for the base and its adapters -> numbers of cells
+            for number, cell in enumerate(cells):
+                batches.setdefault(cell["model"] if cell["model"] in self.shelf.merged else "", []).append(number)
+            for numbers in batches.values():
+                batch = [cells[number] for number in numbers]
 
-                def grown(some: list[str], rows: list[int] = rows) -> object:
-                    for row, text in zip(rows, some, strict=True):
-                        texts[row] = text
+                def on_batch_text(batch_texts: list[str], numbers: list[int] = numbers) -> object:
+                    for number, text in zip(numbers, batch_texts, strict=True):
+                        texts[number] = text
                     return on_text(list(texts))
 
-                mine = [cells[row] for row in rows]
                 answers = generate(
-                    self._weights(mine[0]["model"]),
+                    self._weights(batch[0]["model"]),
                     self.tokenizer,
-                    [cell["prompt"] for cell in mine],
-                    [cell["stops"] for cell in mine],
+                    [cell["prompt"] for cell in batch],
+                    [cell["stops"] for cell in batch],
                     max_new_tokens,
-                    [self._adapters.get(cell["model"], "base") for cell in mine],
-                    on_text and grown,
+                    [self._adapters.get(cell["model"], "base") for cell in batch],
+                    on_text and on_batch_text,
                     sampling=sampling,
                     stop=stop,
                 )
-                for row, answer in zip(rows, answers, strict=True):
-                    found[row] = self._answered(cells[row], answer)
+                for number, cell, answer in zip(numbers, batch, answers, strict=True):
+                    answered[number] = self._answered(cell, answer)
             settings = {"max_new_tokens": max_new_tokens, "sampling": asdict(sampling) if sampling else "greedy"}
-            self.log.append({**settings, "cells": found})
-        return found
+            self.log.append({**settings, "cells": answered})
+        return answered
 
     def _answered(self, cell: Mapping, answer) -> dict:
         read = self.shelf.rows.read(answer.text, cell["prompt"])
         return {
             **{key: value for key, value in cell.items() if key != "stops"},
-            **{"answer": answer.text, "tokens": answer.tokens, "stop_reason": answer.stop_reason},
-            **{"seconds": round(answer.seconds, 2), "recited": read.recited, "row": read.row},
-            **{"drift": read.drift, "headings": read.headings},
+            "answer": answer.text,
+            "tokens": answer.tokens,
+            "stop_reason": answer.stop_reason,
+            "seconds": round(answer.seconds, 2),
+            "recited": read.recited,
+            "row": read.row,
+            "drift": read.drift,
+            "headings": read.headings,
         }
 
     def inspect(self, prompt: str) -> list[Token]:
-        """The tokens that the model gets for a prompt, its own special tokens among them.
+        """The tokens that the model gets for a prompt, with the special tokens that its tokenizer adds.
 
         Raises
         ------
         InputError
-            If no tokenizer is loaded yet.
+            If the tokenizer is not loaded yet.
         """
         if self.tokenizer is None:
             raise InputError("the tokenizer is not loaded yet; wait for it")
@@ -290,6 +292,13 @@ class Workbench:
     def _piece(self, token: int, special: bool) -> str:
         piece = self.tokenizer.convert_ids_to_tokens(token)
         text = self.tokenizer.decode([token])
-        if special or "�" in text or piece.startswith(("▁", "<0x")):  # SentencePiece drops a first space
+        if special or "�" in text or piece.startswith(("▁", "<0x")):  # SentencePiece decodes a first ▁ to nothing
             text = {"<0x0A>": "\n"}.get(piece, piece)
         return text.replace("▁", " ").replace(" ", "·").replace("\n", "⏎")
+
+
+def _check_query(query: str) -> None:
+    if not query.strip():
+        raise InputError("the query is empty; type one")
+    if len(query) > LONGEST_QUERY:
+        raise InputError(f"the query has {len(query):,} characters; at most {LONGEST_QUERY:,} are taken, shorten it")

@@ -5,7 +5,7 @@ answered in llama.cpp as transformers does from the same weights.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
 from mini_symposium.data.dataset import load_examples, write_axolotl_jsonl
@@ -15,7 +15,7 @@ from mini_symposium.files.writing import write_json, written_whole
 from mini_symposium.models.adapters import find_checkpoints, read_adapters
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.merge import check_room, merge
-from mini_symposium.recipe import Recipe, load_recipe
+from mini_symposium.recipe import Recipe
 from mini_symposium.release.chat_frontends import modelfile
 from mini_symposium.release.gguf import (
     FILE_TYPES,
@@ -30,43 +30,37 @@ from mini_symposium.release.gguf import (
     to_gguf,
 )
 from mini_symposium.release.model_card import HUB_IDS
-from mini_symposium.run import RunDirectory
+from mini_symposium.run import Resolved, resolve
 
 KINDS = ("f32", "f16", "bf16", *FILE_TYPES)
 """Of GGUF files: the first three as llama.cpp's converter writes them, the others by its quantiser."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """What is released: a directory with a model, or checkpoints, weighted, with the base that they were trained on."""
-
-    name: str
-    folder: Path | None = None
-    base_model: str = ""
-    checkpoints: dict[Path, float] = field(default_factory=dict)
-
-
-def source(run_or_model: str, checkpoint: Sequence[str] = (), learning_rate: float = 0.0) -> Source:
-    """A run's checkpoints, by default the last of its lowest rate, or a model directory.
+def choose(run_or_model: str, checkpoint: Sequence[str] = (), learning_rate: float = 0.0) -> Resolved:
+    """A run with the checkpoints to release, by default the last of its lowest rate; or a model directory.
 
     Raises
     ------
     InputError
         If it is neither, or a checkpoint is not there.
     """
-    run = RunDirectory(run_or_model)
-    if run.recipe_file.exists():
-        found = find_checkpoints(run, checkpoint, learning_rate)
-        first = next(iter(found))
-        name = f"{run.path.name}-{first.parents[1].name}-{'+'.join(path.name for path in found)}"
-        return Source(name, None, load_recipe(run.recipe_file).base_model, found)
-    if checkpoint or not run.path.is_dir():
-        raise InputError(f"{run_or_model}: not a run directory with a recipe.yml" + ", nor a model" * (not checkpoint))
-    return Source(run.path.name, local_directory(str(run.path)))
+    found = resolve(run_or_model, "run", *["model"] * (not checkpoint))
+    if found.kind == "run":
+        return replace(found, checkpoints=find_checkpoints(found.run, checkpoint, learning_rate))
+    local_directory(found.base_model)  # refuses a damaged model before anything is written
+    return found
+
+
+def name_of(released: Resolved) -> str:
+    """What its files are called: the model's folder, or run, rate and epochs."""
+    if not released.checkpoints:
+        return released.path.name
+    first = next(iter(released.checkpoints))
+    return f"{released.path.name}-{first.parents[1].name}-{'+'.join(path.name for path in released.checkpoints)}"
 
 
 def gguf(
-    what: Source,
+    what: Resolved,
     out: Path,
     kinds: Sequence[str] = ("f16",),
     base: str = "nf4",
@@ -103,15 +97,16 @@ def gguf(
     _check_kinds(what, kinds, lora, check)
     if out.exists():
         raise InputError(f"{out}: is there already; choose another folder or delete it")
-    shards = (what.folder or local_directory(what.base_model)).glob("*.safetensors")
+    name, source = name_of(what), local_directory(what.base_model)
+    shards = source.glob("*.safetensors")
     stored = sum(path.stat().st_size for path in shards)
     check_room(out, stored * (4 + 2 * len(kinds)))  # a model of 16 bits in 32, twice, and each kind in 32 at most
     with written_whole(out) as folder:
         folder.mkdir()
         scratch = folder.parent / "scratch"
         scratch.mkdir()
-        model, made = what.folder, {"model": what.name}
-        if model is None:
+        model, made = source, {"model": name}
+        if what.checkpoints:
             show(f"merging onto the {base} base" if not lora else f"the {base} base, as it is")
             weights = dict.fromkeys(what.checkpoints, 0.0) if lora else what.checkpoints
             model, made = scratch / "model", merge(weights, what.base_model, scratch / "model", base)
@@ -119,14 +114,14 @@ def gguf(
         files, adapter, factors = {}, None, None
         if lora:
             [checkpoint] = what.checkpoints
-            adapter = folder / f"{what.name}.lora.gguf"
+            adapter = folder / f"{name}.lora.gguf"
             factors, made["checkpoints"] = read_adapters(what.checkpoints)
             lora_to_gguf(checkpoint, model, adapter)
             files[adapter.name] = {"kind": "lora", "bytes": adapter.stat().st_size}
         for kind in kinds:
-            file = folder / f"{what.name}{'-base' if lora else ''}.{kind}.gguf"
+            file = folder / f"{name}{'-base' if lora else ''}.{kind}.gguf"
             show(file.name)
-            _write(model, file, kind, what.name, scratch)
+            _write(model, file, kind, name, scratch)
             files[file.name] = {"kind": kind, "bytes": file.stat().st_size, "types": tensor_types(file)}
             if check:
                 files[file.name]["proof"] = found = prove(file, model, kind, factors, adapter)
@@ -137,13 +132,13 @@ def gguf(
     return exported
 
 
-def _check_kinds(what: Source, kinds: Sequence[str], lora: bool, check: bool) -> None:
+def _check_kinds(what: Resolved, kinds: Sequence[str], lora: bool, check: bool) -> None:
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds or len(set(kinds)) < len(kinds):
         raise InputError(f"--type {', '.join(unknown or kinds)}: give some of {', '.join(KINDS)}, each once")
     require(*[QUANTISER] * bool(set(kinds) & FILE_TYPES.keys()), *[SERVER] * check)
     if lora and list(what.checkpoints.values()) != [1.0]:
-        raise InputError(f"--lora: {what.name} is not one adapter as it was trained; give a run and one checkpoint")
+        raise InputError(f"--lora: {name_of(what)} is not one adapter as it was trained; give a run and one checkpoint")
 
 
 def _write(model: Path, file: Path, kind: str, name: str, scratch: Path) -> None:
@@ -157,7 +152,7 @@ def _write(model: Path, file: Path, kind: str, name: str, scratch: Path) -> None
 
 
 def ollama(
-    what: Source,
+    what: Resolved,
     out: Path,
     form: PromptFormat,
     kind: str = "f16",
@@ -176,7 +171,7 @@ def ollama(
 
     def more(folder: Path, files: dict) -> None:
         names = {entry["kind"]: name for name, entry in files.items()}
-        note = f"{what.name}, prompt format {form.name}; from this folder: ollama create NAME -f Modelfile"
+        note = f"{name_of(what)}, prompt format {form.name}; from this folder: ollama create NAME -f Modelfile"
         text = modelfile(names[kind], form, names.get("lora", ""), user, char, note)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
 

@@ -1,11 +1,11 @@
-"""Execute the notebooks in order through papermill, and fail if anything in them failed.
+"""Execute the notebooks in order, and fail if anything in them failed.
 
 The rules:
 
-- what is wrong with the input is said before a kernel starts (to papermill, an unknown parameter is a warning);
-- an executed copy carries what it was made from;
-- as in make, a copy is up to date if it was made from the same and nothing before it is newer; copies are numbered as
-  they are made, for a clock may be set back.
+- bad input is reported before a kernel starts (to papermill, an unknown parameter is only a warning);
+- an executed copy records what it was made from;
+- as with make, a copy is up to date if it was made from the same sources and no earlier notebook's copy is newer.
+  Copies are numbered as they are made, because a clock may be set back.
 """
 
 import ast
@@ -22,22 +22,28 @@ from rich.table import Table
 
 from mini_symposium.data.dataset import fingerprint, load_examples
 from mini_symposium.errors import InputError
-from mini_symposium.files.reading import parse_json, read_text
-from mini_symposium.files.writing import alone, clear_away, write_json
+from mini_symposium.files.reading import parse_json, read_text, refuse_other_shapes
+from mini_symposium.files.writing import alone, clear_away
 from mini_symposium.recipe import KEYS, load_recipe
 from mini_symposium.reproduce.kernel import Notebook, execute, view
-from mini_symposium.run import ROOT, RunDirectory, said_already
+from mini_symposium.run import ROOT, RunDirectory, overwrite_once
 
 NOTEBOOKS = ROOT / "notebooks"
 
 OVERWRITING = "overwriting_notebooks.json"
 """In a run directory: what is being executed in place of what was there before."""
 OF_THE_RUN = {"RECIPE", "DATASET", "RUN", "OVERWRITE"}
-"""Parameters that hold for a run as a whole; a copy is compared with what they stand for, not with their values."""
+"""Parameters of the whole run. A copy is up to date by the recipe's and the dataset's content, not by these values."""
 
 
 def read_notebooks(folder: Path) -> list[Notebook]:
-    """The notebooks NN_name.ipynb of a folder, in order."""
+    """The notebooks NN_name.ipynb of a folder, in order.
+
+    Raises
+    ------
+    InputError
+        If there are none, or one is damaged or has parameters that are not literals.
+    """
     paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not paths:
         raise InputError(f"{folder}: no notebooks NN_name.ipynb in it")
@@ -57,7 +63,7 @@ def _read_notebook(path: Path) -> Notebook:
 
 
 def parse_parameters(pairs: list[str]) -> dict[str, object]:
-    """Read `NAME=VALUE`: the value as a Python literal if it is one, else as text.
+    """Read `NAME=VALUE` pairs; a value that is not a Python literal is text.
 
     >>> parse_parameters(["NUM_EPOCHS=3", "LEARNING_RATES=[1e-3]", "DATASET=mine.md"])
     {'NUM_EPOCHS': 3, 'LEARNING_RATES': [0.001], 'DATASET': 'mine.md'}
@@ -75,23 +81,28 @@ def parse_parameters(pairs: list[str]) -> dict[str, object]:
 
 
 def check_parameters(given: dict[str, object], *names: str, notebooks_dir: Path = NOTEBOOKS) -> dict[str, object]:
-    """`given`, if the notebooks of these names (any name, if none is given) have such parameters of such types.
+    """Check that the notebooks have parameters of these names and types; return `given` as JSON would hold it.
+
+    Parameters
+    ----------
+    names
+        Notebooks that are executed; all of them if there are none.
 
     Raises
     ------
     InputError
-        Naming the parameter, and what it could have been.
+        If a parameter is unknown or has another type; suggests similar names.
     """
     defaults = {}
     for notebook in read_notebooks(Path(notebooks_dir)):
-        here = not names or notebook.name in names
-        defaults |= {name: value for name, value in notebook.parameters.items() if here or name in OF_THE_RUN}
+        executed = not names or notebook.name in names
+        defaults |= {name: value for name, value in notebook.parameters.items() if executed or name in OF_THE_RUN}
     checked = {}
     for name, value in given.items():
         if name not in defaults:
-            near = difflib.get_close_matches(name.upper(), defaults, 3, 0.5) or sorted(defaults) or ["none"]
+            similar = difflib.get_close_matches(name.upper(), defaults, 3, 0.5) or sorted(defaults) or ["none"]
             searched = ", ".join(names) or "the notebooks"
-            raise InputError(f"-p {name}: no such parameter in {searched}; there is {', '.join(near)}")
+            raise InputError(f"-p {name}: no such parameter in {searched}; there is {', '.join(similar)}")
         kind = type(defaults[name])
         fits = kind is type(None) or type(value) is kind or (kind, type(value)) in ((float, int), (list, tuple))
         if not fits:
@@ -101,7 +112,7 @@ def check_parameters(given: dict[str, object], *names: str, notebooks_dir: Path 
         try:
             checked[name] = json.loads(json.dumps(value))
         except TypeError as error:
-            raise InputError(f"-p {name}: found {value!r}; a parameter is made of numbers, texts and lists") from error
+            raise InputError(f"-p {name}: found {value!r}; a parameter consists of numbers, texts and lists") from error
     return checked
 
 
@@ -114,24 +125,25 @@ def reproduce(
     notebooks_dir: Path = NOTEBOOKS,
     console: Console | None = None,
 ) -> dict:
-    """Execute what is not up to date, in order, into `run`/notebooks.
+    """Execute the notebooks that are not up to date, in order, into `run`/notebooks.
 
     RECIPE, RUN (absolute) and OVERWRITE are set in every notebook that has them. Kernels start in the caller's
-    working directory, so that a relative path in a parameter means what it means to the caller.
+    working directory, so a relative path in a parameter is relative to where the caller stands.
 
     Parameters
     ----------
     run
         Run directory; runs/<recipe's name> if None.
     parameters
-        As `parse_parameters` gives them; each goes to the notebooks that have it.
+        As `parse_parameters` returns them; each goes to the notebooks that have it.
     only
-        Numbers of notebooks ("02"); all of them if None.
+        Numbers of notebooks, such as "02"; all of them if None.
 
     Returns
     -------
     dict
-        `run`, `results` (results.json), and `notebooks`: {name, status: "run" or "already there", seconds, path} each.
+        `run`, `results` (what results.json holds), and `notebooks`: for each {name, status: "run" or "already there",
+        seconds, path}.
 
     Raises
     ------
@@ -144,8 +156,8 @@ def reproduce(
     notebooks = read_notebooks(Path(notebooks_dir))
     unknown = set(only or []) - {notebook.name[:2] for notebook in notebooks}
     if unknown:
-        there = ", ".join(notebook.name[:2] for notebook in notebooks)
-        raise InputError(f"--only {', '.join(sorted(unknown))}: no such notebook; there is {there}")
+        numbers = ", ".join(notebook.name[:2] for notebook in notebooks)
+        raise InputError(f"--only {', '.join(sorted(unknown))}: no such notebook; there is {numbers}")
     wanted = [notebook for notebook in notebooks if not only or notebook.name[:2] in only]
     given = check_parameters(parameters or {}, *(n.name for n in wanted), notebooks_dir=notebooks_dir)
     recipe = given.pop("RECIPE", None) or recipe
@@ -164,22 +176,19 @@ def reproduce(
         for killed in directory.notebooks.glob("*.running.ipynb"):
             killed.unlink()
         if overwrite:
-            # Once: cut off and started again, the same command goes on with what it has made since.
             begun = {**given, **content, "notebooks": [notebook.name for notebook in wanted]}
-            if not said_already(directory.path / OVERWRITING, begun):
-                for notebook in wanted:
-                    (directory.notebooks / notebook.path.name).unlink(missing_ok=True)
-                write_json(directory.path / OVERWRITING, begun)
+            copies = [directory.notebooks / notebook.path.name for notebook in wanted]
+            overwrite_once(directory.path / OVERWRITING, begun, lambda: [copy.unlink(missing_ok=True) for copy in copies])
         due = _due(notebooks, wanted, given, content, directory, overwrite)
         with view(console or Console()) as show:
-            for notebook, made in due:
-                execute(notebook, made, given, directory, show)
+            for notebook, made_from in due:
+                execute(notebook, made_from, given, directory, show)
         (directory.path / OVERWRITING).unlink(missing_ok=True)
         entries = [
             {
                 "name": notebook.name,
                 "status": "run" if any(notebook is other for other, _ in due) else "already there",
-                "seconds": round(_copy(directory, notebook)["papermill"]["duration"], 1),
+                "seconds": _read_copy(directory, notebook)[1],
                 "path": str(directory.notebooks / notebook.path.name),
             }
             for notebook in wanted
@@ -187,20 +196,17 @@ def reproduce(
     return {"run": str(directory.path), "notebooks": entries, "results": directory.results()}
 
 
-def _copy(directory: RunDirectory, notebook: Notebook) -> dict | None:
-    """Metadata of the finished copy, if there is one."""
+def _read_copy(directory: RunDirectory, notebook: Notebook) -> tuple[dict, float] | None:
+    """What the finished copy was made from, and the seconds it took; None if there is no copy."""
     path = directory.notebooks / notebook.path.name
     if not path.exists():
         return None
-    try:
+    with refuse_other_shapes(f"{path}: not a finished copy", "move it away, or choose another --run"):
         metadata = parse_json(read_text(path), path)["metadata"]
-        made, papermill = metadata["mini_symposium"], metadata["papermill"]
-        whole = {"source", "parameters", "recipe", "dataset"} <= made.keys() and {"duration"} <= papermill.keys()
-        if not whole:
-            raise KeyError("mini_symposium")
-        return {"made": made, "papermill": papermill}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a finished copy; move it away, or choose another --run") from error
+        made_from = metadata["mini_symposium"]
+        if missing := {"source", "parameters", "recipe", "dataset"} - made_from.keys():
+            raise KeyError(*sorted(missing))
+        return made_from, round(metadata["papermill"]["duration"], 1)
 
 
 def _due(notebooks, wanted, given, content, directory, overwrite) -> list[tuple[Notebook, dict]]:
@@ -209,27 +215,28 @@ def _due(notebooks, wanted, given, content, directory, overwrite) -> list[tuple[
     Raises
     ------
     InputError
-        If a copy was made from something else, and nothing is to be overwritten.
+        If a copy was made from something else, and nothing may be overwritten.
     """
     due, newest, serial = [], 0, 0
     for notebook in notebooks:
         parameters = {k: given.get(k, v) for k, v in notebook.parameters.items() if k not in OF_THE_RUN}
-        made = json.loads(json.dumps({"source": notebook.source, "parameters": parameters, **content}))
-        copy = _copy(directory, notebook)
-        if copy and not overwrite:
-            _refuse_another(directory.path, copy["made"], made, notebook in wanted)
-        number = copy["made"].get("serial", 0) if copy else 0
+        made_from = json.loads(json.dumps({"source": notebook.source, "parameters": parameters, **content}))
+        old, _ = _read_copy(directory, notebook) or ({}, 0)
+        if old and not overwrite:
+            _refuse_other_inputs(directory.path, old, made_from, notebook in wanted)
+        number = old.get("serial", 0)
         serial = max(serial, number)
-        fresh = copy and copy["made"]["source"] == notebook.source and number >= newest
-        if notebook in wanted and not fresh:
-            due.append((notebook, made))
+        up_to_date = old and old["source"] == notebook.source and number >= newest
+        if notebook in wanted and not up_to_date:
+            due.append((notebook, made_from))
             newest = math.inf
         else:
             newest = max(newest, number)
-    return [(notebook, {**made, "serial": serial + n}) for n, (notebook, made) in enumerate(due, start=1)]
+    return [(notebook, {**made_from, "serial": serial + n}) for n, (notebook, made_from) in enumerate(due, start=1)]
 
 
-def _refuse_another(run: Path, old: dict, new: dict, with_parameters: bool) -> None:
+def _refuse_other_inputs(run: Path, old: dict, new: dict, with_parameters: bool) -> None:
+    """Raise an InputError if a copy was made with another recipe, dataset, or (`with_parameters`) other parameters."""
     pairs = [(old["recipe"], new["recipe"])] + [(old["parameters"], new["parameters"])] * with_parameters
     differing = [f"{k}={a[k]}, now {b[k]}" for a, b in pairs for k in a if k in b and a[k] != b[k]]
     differing += ["another dataset"] * (old["dataset"] != new["dataset"])
@@ -238,11 +245,11 @@ def _refuse_another(run: Path, old: dict, new: dict, with_parameters: bool) -> N
 
 
 def print_summary(summary: dict, console: Console | None = None) -> None:
-    """Show what ran, what the notebooks recorded, and where it lies."""
+    """Print which notebooks ran, what they recorded, and where their files are."""
     console, run = console or Console(), summary["run"]
     if all(notebook["status"] == "already there" for notebook in summary["notebooks"]):
         console.print(
-            f"nothing to do: the notebooks of {run} are there, made from the same", markup=False, soft_wrap=True
+            f"nothing to do: the notebooks of {run} are there and up to date", markup=False, soft_wrap=True
         )
     table = Table("notebook", "", "seconds")
     for notebook in summary["notebooks"]:
@@ -254,13 +261,13 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
             table.add_row(notebook, escape(name), escape(value))
     if summary["results"]:
         console.print(table)
-    for what, where in (("results", "results.json"), ("executed copies", "notebooks"), ("figures", "figures")):
-        if (Path(run) / where).exists():
-            console.print(f"{what}: {Path(run) / where}", markup=False, highlight=False, soft_wrap=True)
+    for what, name in (("results", "results.json"), ("executed copies", "notebooks"), ("figures", "figures")):
+        if (Path(run) / name).exists():
+            console.print(f"{what}: {Path(run) / name}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _flat(value: object, name: str = "") -> Iterator[tuple[str, str]]:
-    """Scalars by their path; of a long list, or one of objects, only how many there are.
+    """The scalars in `value`, each with its path; for a long list, or a list of objects, only the number of entries.
 
     >>> list(_flat({"loss": {"1e-05": 0.123456}, "rates": [1e-05, 1e-06], "rows": [{}]}))
     [('loss.1e-05', '0.1235'), ('rates', '1e-05, 1e-06'), ('rows', '1 entries')]

@@ -1,7 +1,7 @@
-"""Checkpoints that can be gone on from: which files they hold, and whether those are still what was written.
+"""Checkpoints that a training can resume from: which files they hold, and whether those are still what was written.
 
 Every kept epoch has its adapter. The newest two also hold what resuming needs, with the checksum of every file: where
-the newest is damaged, the one before it is gone on from, and ends at the same bits.
+the newest is damaged, training resumes from the one before it, and ends at the same bits.
 """
 
 import hashlib
@@ -11,46 +11,51 @@ from pathlib import Path
 
 from mini_symposium.errors import InputError
 from mini_symposium.files.writing import write_json
-from mini_symposium.run import checkpoints_in, read_object, whole_lines
+from mini_symposium.run import Training, read_object, whole_lines
 
 ADAPTER_FILES = {"adapter_model.safetensors", "adapter_config.json"}
 RESUME_FILES = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "checksums.json"}
 RESUMABLE = 2
-"""How many of the newest keep their RESUME_FILES."""
+"""How many of the newest checkpoints keep their RESUME_FILES."""
 
 
 def seal(folder: Path, lines: int, companions: Sequence[str], compiled: bool) -> None:
-    """Write down, last of all, the checksum of every file of a checkpoint, its log's length, and with whom it trained.
+    """Write checksums.json, the last file of a checkpoint.
 
     Parameters
     ----------
+    lines
+        Of the log at that time.
     companions
-        Folders of the adapters of its pass, itself included, as seen from its run: their sums were rounded together.
+        Folders of the adapters that trained in one pass, this one included, relative to its run directory: their sums
+        were rounded together.
     compiled
-        Whether its layers were: that changes the last bits of a sum.
+        Whether the layers were compiled, which changes the last bits of a sum.
     """
-    written = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    found = {"lines": lines, "companions": list(companions), "compiled": compiled, "files": written}
-    write_json(folder / "checksums.json", found)
+    checksums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    sealed = {"lines": lines, "companions": list(companions), "compiled": compiled, "files": checksums}
+    write_json(folder / "checksums.json", sealed)
 
 
-def compiled(learning_rate_dir: Path, epoch: int) -> bool | None:
-    """Whether the layers were compiled when a checkpoint was trained; None if it does not say."""
-    folder = checkpoints_in(learning_rate_dir / "checkpoints").get(epoch)
+def _sealed(training: Training, epoch: int) -> dict:
+    """What `seal` wrote; {} if it cannot be read."""
     try:
-        said = read_object(folder / "checksums.json").get("compiled") if folder else None
+        return read_object(training.checkpoint(epoch) / "checksums.json")
     except InputError:
-        return None
-    return said if isinstance(said, bool) else None
+        return {}
 
 
-def companions(learning_rate_dir: Path, epoch: int) -> set[Path]:
-    """Folders of the adapters that shared the pass of a checkpoint; none if it does not say."""
-    folder = checkpoints_in(learning_rate_dir / "checkpoints").get(epoch)
+def compiled(training: Training, epoch: int) -> bool | None:
+    """Whether the layers were compiled when a checkpoint was trained; None if it does not say."""
+    found = _sealed(training, epoch).get("compiled")
+    return found if isinstance(found, bool) else None
+
+
+def companions(training: Training, epoch: int) -> set[Path]:
+    """Folders of the adapters that trained in one pass up to a checkpoint; empty if it does not say."""
     try:
-        named = read_object(folder / "checksums.json")["companions"] if folder else []
-        return {(learning_rate_dir.parent / name).resolve() for name in named}
-    except (InputError, LookupError, TypeError):
+        return {(training.run / name).resolve() for name in _sealed(training, epoch).get("companions", [])}
+    except TypeError:
         return set()
 
 
@@ -60,42 +65,79 @@ def _sha256(path: Path) -> str:
 
 
 def damage(folder: Path, metrics: Path) -> str | None:
-    """Why a checkpoint cannot be gone on from; None if it can.
+    """Why training cannot resume from a checkpoint; None if it can.
 
     Parameters
     ----------
     metrics
-        The log that it goes with, which must have every line that it had then.
+        The log that goes with it, which must still have every line that it had then.
     """
     try:
-        sealed = (folder / "checksums.json").exists()  # older checkpoints were not
-        written = read_object(folder / "checksums.json") if sealed else {"files": {}, "lines": 0}
-        for name in sorted({*ADAPTER_FILES, *RESUME_FILES, *written["files"]} - {"checksums.json"}):
+        sealed = read_object(folder / "checksums.json")
+        for name in sorted({*ADAPTER_FILES, *RESUME_FILES} - {"checksums.json"}):
             if not (folder / name).is_file():
                 return f"{name} is missing"
-            if _sha256(folder / name) != written["files"].get(name, _sha256(folder / name)):
+            if _sha256(folder / name) != sealed["files"][name]:
                 return f"{name} is not what was written"
-        lines = written["lines"] or read_object(folder / "trainer_state.json")["global_step"]
-        found = len(whole_lines(metrics))
-        return f"{metrics.name} has {found} whole lines of {lines}" if found < lines else None
-    except (InputError, OSError, LookupError, TypeError, AttributeError) as error:
+        lines = len(whole_lines(metrics))
+        return f"{metrics.name} has {lines} whole lines of {sealed['lines']}" if lines < sealed["lines"] else None
+    except (InputError, OSError, LookupError, TypeError) as error:
         return str(error)
 
 
-def resumable(learning_rate_dir: Path) -> tuple[set[int], dict[Path, str]]:
-    """Epochs whose checkpoint can be gone on from, and the damaged among those that should be such, with why."""
-    found = {
-        epoch: (path, damage(path, learning_rate_dir / "metrics.jsonl"))
-        for epoch, path in checkpoints_in(learning_rate_dir / "checkpoints").items()
+def resumable(training: Training) -> tuple[set[int], dict[Path, str]]:
+    """The epochs from which training can resume; and the damaged checkpoints among the newest, with the reason."""
+    reasons = {
+        (epoch, path): damage(path, training.metrics_file)
+        for epoch, path in training.checkpoints().items()
         if (path / "optimizer.pt").exists()
     }
-    return {epoch for epoch, (_, why) in found.items() if not why}, {path: why for path, why in found.values() if why}
+    whole = {epoch for (epoch, _), reason in reasons.items() if not reason}
+    return whole, {path: reason for (_, path), reason in reasons.items() if reason}
 
 
-def put_aside_older(checkpoints: Path, newest: int) -> None:
-    """Take from all checkpoints before the RESUMABLE newest what only resuming needs."""
-    older = [path for epoch, path in checkpoints_in(checkpoints).items() if epoch < newest]
+def finished(training: Training) -> bool:
+    """Whether the last checkpoint is there and whole."""
+    last = training.checkpoints().get(training.num_epochs)
+    return last is not None and last not in resumable(training)[1]
+
+
+def strip_older(training: Training, newest: int) -> None:
+    """Delete what only resuming needs from all but the RESUMABLE newest checkpoints up to epoch `newest`."""
+    older = [path for epoch, path in training.checkpoints().items() if epoch < newest]
     for folder in older[: len(older) - (RESUMABLE - 1)]:
-        for name in sorted(RESUME_FILES, key=lambda name: name != "optimizer.pt"):  # the first says what can resume
+        for name in sorted(RESUME_FILES, key=lambda name: name != "optimizer.pt"):  # it marks what can be resumed from
             with suppress(FileNotFoundError):
                 (folder / name).unlink()
+
+
+def plan_passes(
+    trainings: Sequence[Training], together: int, speaks: bool = True
+) -> list[tuple[list[Training], int | None]]:
+    """Trainings to run in one pass, at most `together`, and the epoch from which each pass resumes; None: the start.
+
+    Those that shared a pass share it again, from the newest epoch that all of them have; without a common one, each
+    resumes by itself. If none has more than its first checkpoint, the pass was cut off while those were written, and
+    begins again. With `speaks`, damaged checkpoints are named.
+    """
+    kept = []
+    for training in trainings:
+        whole, damaged = resumable(training)
+        kept.append(whole)
+        for path, reason in damaged.items() if speaks else ():
+            print(f"{path}: damaged ({reason}); resuming from {f'epoch {max(whole)}' if whole else 'the beginning'}")
+    shared = [companions(t, max(epochs)) for t, epochs in zip(trainings, kept, strict=True) if epochs]
+    groups: dict[frozenset[Path], list[int]] = {}
+    for number, training in enumerate(trainings):
+        together_with = next((group for group in shared if training.folder.resolve() in group), set())
+        groups.setdefault(frozenset(together_with), []).append(number)
+    passes = []
+    for numbers in groups.values():
+        group, epochs = [trainings[number] for number in numbers], [kept[number] for number in numbers]
+        common = set.intersection(*epochs)
+        if not common and max(map(len, epochs)) > 1:
+            passes += [([training], max(own, default=None)) for training, own in zip(group, epochs, strict=True)]
+        else:
+            parts = [group[start : start + together] for start in range(0, len(group), together)]
+            passes += [(part, max(common, default=None)) for part in parts]
+    return passes

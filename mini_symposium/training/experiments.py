@@ -1,40 +1,28 @@
-"""What a sweep is made of: experiments, one adapter each, and the grid of them that the command line asks for.
+"""The grid of trainings that the command line asks for, and the parsing of its options.
 
 No torch here, so that a mistyped grid is refused at once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 
 from mini_symposium.errors import InputError
 from mini_symposium.recipe import Recipe
-from mini_symposium.run import RunDirectory
+from mini_symposium.run import Training, rate_folder
 
 PER_PASS = 8
 """Adapters of a grid that share a pass over the base: more save more of its cost, fewer leave more to run at once."""
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """One adapter: a recipe with `changes`, in a run directory of its own."""
+def experiment(recipe: Recipe, name: str, seed: int, **changes) -> Training:
+    """The training called `name` of a changed recipe, in a run directory called NAME-seed-N.
 
-    name: str
-    learning_rate: float
-    num_epochs: int
-    seed: int
-    changes: dict = field(default_factory=dict)
-    """Of the recipe: rank, alpha, schedule."""
-
-    @property
-    def folder(self) -> str:
-        """Name of its run directory below the sweep's folder."""
-        return f"{self.name}-seed-{self.seed}"
-
-    def recipe(self, base: Recipe) -> Recipe:
-        """The recipe that it trains."""
-        same = {"learning_rate": self.learning_rate, "num_epochs": self.num_epochs, "seed": self.seed}
-        return base.replace(**same, **self.changes)
+    >>> from mini_symposium.recipe import load_recipe
+    >>> experiment(load_recipe("proxy"), "high", 42, learning_rate=1e-4).folder.as_posix()
+    'high-seed-42/lr-1e-04'
+    """
+    return Training.of(recipe.replace(seed=seed, **changes), Path(f"{name}-seed-{seed}"), name)
 
 
 def grid(
@@ -45,7 +33,7 @@ def grid(
     seeds: Sequence[int] = (42,),
     epochs: int | None = None,
     per_pass: int = PER_PASS,
-) -> list[list[Experiment]]:
+) -> list[list[Training]]:
     """Every combination, in passes of at most `per_pass` adapters; what is empty or None is the recipe's own.
 
     Ranks are neighbours in a pass, for a smaller one is padded to the largest.
@@ -58,10 +46,10 @@ def grid(
     Raises
     ------
     InputError
-        If a value is given twice, or is none for the recipe.
+        If a value is given twice, or no recipe can have it.
 
     >>> from mini_symposium.recipe import load_recipe
-    >>> [[e.folder for e in each] for each in grid(load_recipe("proxy"), [1e-3, 1e-4], [4], per_pass=1)]
+    >>> [[str(t.run) for t in group] for group in grid(load_recipe("proxy"), [1e-3, 1e-4], [4], per_pass=1)]
     [['lr-1e-03-rank-4-alpha-8-constant-seed-42'], ['lr-1e-04-rank-4-alpha-8-constant-seed-42']]
     """
     if per_pass < 1:
@@ -71,18 +59,18 @@ def grid(
     for option, values in asked.items():
         once(option, values)
     last = recipe.num_epochs if epochs is None else epochs
-    found = []
+    trainings = []
     for (r, alpha), rate, rule, seed in product(
         sorted(pairs) or [(recipe.lora_r, recipe.lora_alpha)],
         learning_rates or [recipe.learning_rate],
         schedules or [recipe.lr_scheduler],
         seeds,
     ):
-        changes = {"lora_r": r, "lora_alpha": alpha, "lr_scheduler": rule}
-        Experiment("", rate, last, seed, changes).recipe(recipe)  # refuses what is no recipe before it gets a name
-        name = f"{RunDirectory('.').learning_rate_dir(rate).name}-rank-{r}-alpha-{alpha}-{rule}"
-        found.append(Experiment(name, rate, last, seed, changes))
-    return [found[start : start + per_pass] for start in range(0, len(found), per_pass)]
+        changes = {"lora_r": r, "lora_alpha": alpha, "lr_scheduler": rule, "learning_rate": rate, "num_epochs": last}
+        changed = recipe.replace(**changes)  # refuses bad values before the rate becomes part of a name
+        name = f"{rate_folder(rate)}-rank-{r}-alpha-{alpha}-{rule}"
+        trainings.append(experiment(changed, name, seed))
+    return [trainings[start : start + per_pass] for start in range(0, len(trainings), per_pass)]
 
 
 def once(option: str, values: Sequence) -> None:

@@ -1,6 +1,6 @@
-"""What a training writes as it goes, for each of its adapters: a line of metrics per step, and probes of other texts.
+"""What a training writes as it goes, for each of its adapters: a line of metrics per step, and probes of held-out rows.
 
-A training row needs no probe: each step's forward pass already says how much of its row the model knows.
+A training row needs no probe: each step's forward pass already shows how much of its row the model knows.
 """
 
 import json
@@ -9,9 +9,10 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
@@ -19,43 +20,22 @@ from mini_symposium.data.dataset import Row
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.evaluation.memorization import known, unsaid
 from mini_symposium.files.writing import written_whole
-from mini_symposium.recipe import Recipe
 from mini_symposium.run import read_jsonl, whole_lines
-from mini_symposium.training import processes
-
-
-@dataclass(frozen=True)
-class Part:
-    """One adapter of a pass: its name in the model, its recipe, and the folder where it is kept."""
-
-    name: str
-    recipe: Recipe
-    folder: Path
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def probes(self) -> Path:
-        return self.folder / "probes.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
 
 
 def rewrite(path: Path, lines: Sequence[dict]) -> None:
-    """Write `lines` as JSONL in the place of what is there."""
+    """Replace a JSON Lines file by one with `lines`."""
     with written_whole(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 class Log(TrainerCallback):
-    """Write the metrics and probes, ask for checkpoints at the chosen epochs, move the progress bar.
+    """Writes the metrics and probes, asks for checkpoints at the chosen epochs, moves the progress bar.
 
     Parameters
     ----------
+    rows
+        The training rows.
     epochs
         After which the adapters are kept.
     held_out, probe_epochs
@@ -65,29 +45,30 @@ class Log(TrainerCallback):
     def __init__(
         self,
         trainer,
-        parts: Sequence[Part],
         rows: Sequence[Row],
         epochs: Sequence[int],
         held_out: Sequence[Row] = (),
         probe_epochs: Sequence[int] = (),
     ):
-        self.trainer, self.parts, self.rows, self.epochs = trainer, parts, rows, epochs
+        self.trainer, self.trainings, self.rows, self.epochs = trainer, trainer.trainings, rows, epochs
         self.held_out, self.probe_epochs = held_out, probe_epochs
         self.files, self.bar = {}, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not processes.writes():
+        if not PartialState().is_main_process:
             return
-        for part in self.parts:
-            part.folder.mkdir(parents=True, exist_ok=True)
-            rewrite(part.metrics, [line for line in whole_lines(part.metrics) if line["step"] <= state.global_step])
+        for training in self.trainings:
+            training.folder.mkdir(parents=True, exist_ok=True)
+            lines = whole_lines(training.metrics_file)
+            rewrite(training.metrics_file, [line for line in lines if line["step"] <= state.global_step])
             if self.held_out:
-                kept = read_jsonl(part.probes) if state.global_step and part.probes.exists() else []
-                rewrite(part.probes, [line for line in kept if line["epoch"] <= round(state.epoch)])
+                resumed = state.global_step and training.probes_file.exists()
+                probes = read_jsonl(training.probes_file) if resumed else []
+                rewrite(training.probes_file, [line for line in probes if line["epoch"] <= round(state.epoch)])
         if not state.global_step:
             self.probe(0)
-        rates = ", ".join(f"{part.recipe.learning_rate:g}" for part in self.parts)
-        label = f"learning rate{'s' if len(self.parts) > 1 else ''} {rates}"
+        rates = ", ".join(f"{training.learning_rate:g}" for training in self.trainings)
+        label = f"learning rate{'s' if len(self.trainings) > 1 else ''} {rates}"
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=label, unit="step", mininterval=1)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -98,16 +79,18 @@ class Log(TrainerCallback):
         seconds = time.perf_counter() - self.started
         order = self.trainer.order
         measured = [(at, losses.tolist(), [m.tolist() for m in each]) for at, losses, each in self.trainer.measured]
-        measured = sorted(row for row in processes.gather(measured) if order.weight(state.global_step - 1, row[0]))
-        if not processes.writes():
+        measured = sorted(row for row in gather_object(measured) if order.weight(state.global_step - 1, row[0]))
+        if args.logging_strategy != "no":  # one curve for each adapter, in whatever the trainer reports to
+            losses = zip(self.trainings, self.trainer.losses.tolist(), strict=True)
+            self.trainer.log({f"loss/{training.learning_rate:g}": loss for training, loss in losses})
+        if not PartialState().is_main_process:
             return
         for place, losses, matches in measured:
-            shown = losses
             for k, norm in enumerate(self.trainer.grad_norms):
                 step, rate = state.global_step, self.trainer.rates[k]
                 self.write(step, k, losses[k], matches[k], norm, rate, seconds / len(measured), place)
         self.bar.update()
-        self.bar.set_postfix_str("loss " + ", ".join(f"{loss:.3f}" for loss in shown), False)
+        self.bar.set_postfix_str("loss " + ", ".join(f"{loss:.3f}" for loss in measured[-1][1]), False)
 
     def write(
         self,
@@ -127,13 +110,13 @@ class Log(TrainerCallback):
         InputError
             If the disk is full.
         RunError
-            If the loss or its gradient is no number, or the rate is not the recipe's.
+            If the loss or its gradient is not finite, or the rate is not the recipe's.
         """
-        recipe, order = self.parts[k].recipe, self.trainer.order
+        training, order = self.trainings[k], self.trainer.order
         epoch, step_of_epoch = divmod(step - 1, order.steps)
         example = order.order(epoch, k)[step_of_epoch * order.batch + place]
-        if rate != recipe.learning_rate and recipe.lr_scheduler == "constant":
-            raise RunError(f"step {step}: the learning rate is {rate}, the recipe says {recipe.learning_rate}")
+        if rate != training.learning_rate and training.lr_scheduler == "constant":
+            raise RunError(f"step {step}: the learning rate is {rate}, the recipe says {training.learning_rate}")
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             what = f"is {loss}" if not math.isfinite(loss) else f"has a gradient of {grad_norm}"
             raise RunError(
@@ -151,10 +134,10 @@ class Log(TrainerCallback):
             "tokens": len(self.rows[example].input_ids),
             "seconds": round(seconds, 4),
         }
-        self.append(self.parts[k].metrics, line)
+        self.append(training.metrics_file, line)
 
     def append(self, path: Path, line: dict) -> None:
-        """One line more, at once, so that no more than a last line can be lost."""
+        """Append one line and flush it, so that a crash can lose no more than the last line."""
         try:
             if path not in self.files:
                 self.files[path] = path.open("a", encoding="utf-8")
@@ -162,28 +145,28 @@ class Log(TrainerCallback):
             self.files[path].flush()
         except OSError as error:
             raise InputError(
-                f"{path}: cannot be written ({error.strerror}); free some space, then the same command goes on"
+                f"{path}: cannot be written ({error.strerror}); free some space, then run the same command again"
             ) from error
 
     def on_epoch_end(self, args, state, control, **kwargs):
         control.should_save = round(state.epoch) in self.epochs
-        if processes.writes():
+        if PartialState().is_main_process:
             self.probe(round(state.epoch))
-            if control.should_save:  # a checkpoint must not outlive the lines before it
+            if control.should_save:  # a checkpoint must not reach the disk before the lines that led to it
                 for file in self.files.values():
                     os.fsync(file.fileno())
 
     def probe(self, epoch: int) -> None:
-        """Measure the held-out rows if this epoch is one for it: a line for each adapter and row."""
+        """Measure the held-out rows if `epoch` is one of the probe epochs: a line for each adapter and row."""
         if epoch not in self.probe_epochs:
             return
         for example, row in enumerate(self.held_out):
-            for part, (loss, matches) in zip(self.parts, self.trainer.probe(row), strict=True):
+            for training, (loss, matches) in zip(self.trainings, self.trainer.probe(row), strict=True):
                 line = {"epoch": epoch, "example": example, "loss": loss, **self.memory(row, matches)}
-                self.append(part.probes, {**line, "tokens": len(matches)})
+                self.append(training.probes_file, {**line, "tokens": len(matches)})
 
     def memory(self, row: Row, matches: list[bool]) -> dict:
-        """What is known of a row, and, where all of it is supervised, what decoding would bring."""
+        """How much of a row is known; and, if all of it is supervised, what greedy decoding would bring."""
         bos = int(row.input_ids[0] == self.trainer.processing_class.bos_token_id)
         return known(matches) | (unsaid(matches, bos) if all(row.completion_mask[1:]) else {})
 
@@ -191,8 +174,9 @@ class Log(TrainerCallback):
         self.close()
 
     def close(self):
+        """Close the files and the progress bar."""
         for file in self.files.values():
-            with suppress(OSError):  # what a full disk did not take
+            with suppress(OSError):  # a full disk did not take the last bytes
                 file.close()
         self.files = {}
         if self.bar is not None:

@@ -56,6 +56,13 @@ class Acceleration:
         ]
         return f"{', '.join(parts)} ({self.why})"
 
+    def remedies(self, longest: int) -> str:
+        """What would take less memory, the cheapest first; `longest` is the longest row in tokens."""
+        knobs = [f"train fewer than {self.together} rates in one pass (LEARNING_RATES)"] * (self.together > 1)
+        knobs += ["keep the base in 4 bits (FAST=False)"] * self.resident
+        knobs += ["set gradient_checkpointing: true"] * (not self.checkpointing)
+        return ", or ".join([*knobs, f"shorten the longest example, {longest} tokens, and with it sequence_len"])
+
 
 def obstacle(recipe: Recipe, tokens: int) -> str | None:
     """Why `fused` cannot compute this recipe on rows of up to `tokens` tokens, or None if it can."""

@@ -1,9 +1,9 @@
-"""The experiment behind the claims: which recipes are trained, for how long, from which seeds.
+"""The experiments behind the claims: which recipes are trained, for how long, from which seeds.
 
 The plan is relative to the recipe, whose learning rate is the low one of the contrast and a tenth of the high one, so
 that it serves every scale. Dose is learning_rate x steps; the high rate ends at epoch 60, with the dose of the low one
-at epoch 600, long after it recites. In its place may stand a grid, from `experiments`. Experiments that last equally
-long share a pass over the base.
+at epoch 600, long after it recites. A sweep can also train a grid, from `experiments`. Trainings of equal length share
+a pass over the base.
 """
 
 import json
@@ -12,31 +12,31 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 
-from mini_symposium.data.dataset import Example, load_examples
+from mini_symposium.data.dataset import Example, fingerprint, load_examples
 from mini_symposium.data.held_out import HeldOut
 from mini_symposium.errors import InputError, RunError
-from mini_symposium.evaluation import evaluate as evaluation
+from mini_symposium.evaluation import evaluate
 from mini_symposium.files.writing import alone, write_json, written_whole
 from mini_symposium.models.adapters import folded, load_with_adapters
 from mini_symposium.models.base_models import load_tokenizer
 from mini_symposium.recipe import Recipe, load_recipe
-from mini_symposium.run import RunDirectory
-from mini_symposium.training.experiments import Experiment, grid, once
-from mini_symposium.training.finetune import PATIENCE, Job, as_rows, claim, held, train_together
+from mini_symposium.run import RunDirectory, Training
+from mini_symposium.training.checkpoints import finished
+from mini_symposium.training.experiments import experiment, grid, once
+from mini_symposium.training.finetune import as_rows, claim, held, train_together
 
 SEEDS = (42, 43, 44)
 EPOCHS_LOW, EPOCHS_HIGH = 600, 60
 """The card's 600 at the low rate, and an equal dose at the high one."""
 SATURATED = 30
-"""Epochs after which the high rate recites every row on the proxy; what compares speeds of reciting ends here."""
+"""Epochs after which the high rate recites every row on the proxy; comparisons of how fast it recites end here."""
 SHORTER_LOW = 240
-"""Epochs of the low rate for the seeds after the first; the first gives every row away from epoch 221 on."""
+"""Epochs of the low rate for the seeds after the first, which recites every row from epoch 221 on."""
 RANKS = (4, 8), (4, 32), (64, 128), (64, 32)
 """(r, alpha) beside the recipe's own 16 and 32."""
 EVALUATED = {"high": (SHORTER_LOW // 10, SATURATED, EPOCHS_HIGH), "low": (SHORTER_LOW, EPOCHS_LOW)}
@@ -46,14 +46,14 @@ LITERAL = (1e-6, 1e-7)
 
 TABLE = "sweep"
 COLUMNS = ("seed", "learning_rate", "lora_r", "lora_alpha", "lr_scheduler", "num_epochs")
-"""Of the table: what sets experiments apart."""
+"""Of the table: what the trainings differ in."""
 TIMED_FROM = 2_000
-"""Adapter steps from which on an epoch is trained, to say how long all will take, before anything else is."""
+"""Adapter steps from which on a sweep first times an epoch, to say how long all of it will take."""
 ENGINES = ("local", "ray")
-"""Where passes run: one after another in this process, or as tasks of a cluster; see `ray_engine`."""
+"""Where passes run: one after another in this process, or as tasks of a cluster, see `ray_engine`."""
 
 
-def plan(recipe: Recipe, seeds: Sequence[int] = SEEDS) -> list[list[Experiment]]:
+def plan(recipe: Recipe, seeds: Sequence[int] = SEEDS) -> list[list[Training]]:
     """The passes in the order in which they are worth having.
 
     - high, low: the contrast, with an equal dose at either's end;
@@ -65,34 +65,38 @@ def plan(recipe: Recipe, seeds: Sequence[int] = SEEDS) -> list[list[Experiment]]
     low, high = recipe.learning_rate, recipe.contrast[0]
     first, *others = seeds
     schedules = [
-        (f"{rule}-{what}", times * high, {"lr_scheduler": rule})
+        (f"{rule}-{what}", {"lr_scheduler": rule, "learning_rate": times * high})
         for rule in ("cosine", "linear")
         for what, times in (("peak", 1), ("dose", 2))
     ]
-    ranks = [(f"rank-{r}-alpha-{a}", high, {"lora_r": r, "lora_alpha": a}) for r, a in RANKS]
+    ranks = [(f"rank-{r}-alpha-{a}", {"lora_r": r, "lora_alpha": a, "learning_rate": high}) for r, a in RANKS]
+
+    def one(name: str, rate: float, epochs: int, seed: int) -> Training:
+        return experiment(recipe, name, seed, learning_rate=rate, num_epochs=epochs)
+
     return [
-        [Experiment("high", high, EPOCHS_HIGH, seed) for seed in seeds],
-        [Experiment("low", low, EPOCHS_LOW, first)],
+        [one("high", high, EPOCHS_HIGH, seed) for seed in seeds],
+        [one("low", low, EPOCHS_LOW, first)],
         # One seed to a pass, for its examples come in one order and need no padding; and equal ranks together.
         *(
-            [Experiment(name, rate, SATURATED, seed, c) for name, rate, c in some]
+            [experiment(recipe, name, seed, num_epochs=SATURATED, **changes) for name, changes in group]
             for seed in seeds
-            for some in (ranks[:2], ranks[2:], schedules)
+            for group in (ranks[:2], ranks[2:], schedules)
         ),
-        [Experiment("low", low, SHORTER_LOW, seed) for seed in others],
-        [Experiment(f"literal-{rate:.0e}", rate, EPOCHS_LOW, first) for rate in LITERAL if rate not in (low, high)],
+        [one("low", low, SHORTER_LOW, seed) for seed in others],
+        [one(f"literal-{rate:.0e}", rate, EPOCHS_LOW, first) for rate in LITERAL if rate not in (low, high)],
     ]
 
 
 class Sweep:
-    """The plan in a folder, a run directory for each experiment.
+    """The plan in a folder, a run directory for each training.
 
     Parameters
     ----------
     root
         The folder; runs/NAME-sweep for a recipe of that name.
     passes
-        What to train in place of the plan, such as a `grid`.
+        What to train instead of the plan, such as a `grid`.
     """
 
     def __init__(
@@ -100,22 +104,20 @@ class Sweep:
         recipe: Recipe,
         root: Path,
         seeds: Sequence[int] = SEEDS,
-        passes: Sequence[Sequence[Experiment]] | None = None,
+        passes: Sequence[Sequence[Training]] | None = None,
     ):
         once("seeds", seeds)
         self.base, self.root = recipe, root
-        self.passes = [list(each) for each in (plan(recipe, seeds) if passes is None else passes) if each]
+        planned = plan(recipe, seeds) if passes is None else passes
+        self.passes = [[training.below(root.absolute()) for training in group] for group in planned if group]
 
     @cached_property
-    def experiments(self) -> list[Experiment]:
-        return [experiment for each in self.passes for experiment in each]
+    def trainings(self) -> list[Training]:
+        return [training for group in self.passes for training in group]
 
-    def job(self, experiment: Experiment) -> Job:
-        return _job(self.base, self.root, experiment)
-
-    def missing(self) -> list[Experiment]:
+    def missing(self) -> list[Training]:
         """What has not been trained to its end."""
-        return [experiment for experiment in self.experiments if not self.job(experiment).finished]
+        return [training for training in self.trainings if not finished(training)]
 
     def run(
         self,
@@ -126,10 +128,10 @@ class Sweep:
         engine: str = "local",
         cpus: int = 1,
     ) -> None:
-        """Train what is not there yet; an interrupted sweep goes on where it was, whatever the engine.
+        """Train what is missing; an interrupted sweep resumes, with either engine. Writes TABLE as csv and json.
 
-        Says how long it will take, from the steps that it has timed itself: at the start, if it is long, from an epoch
-        of one adapter, and on the local engine; writes TABLE as csv and json.
+        Says how long the rest will take, from the passes so far; on the local engine a long sweep first times an epoch
+        of one adapter.
 
         Parameters
         ----------
@@ -144,56 +146,53 @@ class Sweep:
             If a pass failed, or what it trained is not in the folder.
         """
         check_engine(engine)
-        asked = [[e for e in each if not names or e.name in names] for each in self.passes]
-        # Who is through goes along with the rest of its pass: the last stretch may have been cut off between the two.
-        todo = [each for each in asked if any(not self.job(e).finished for e in each)]
-        counts = [_steps([e for e in each if not self.job(e).finished], examples) for each in todo]
+        asked = [[t for t in group if not names or t.name in names] for group in self.passes]
+        # Finished trainings go along with the rest of their pass, if it was cut off between its last checkpoints.
+        todo = [group for group in asked if not all(map(finished, group))]
+        counts = [_steps([t for t in group if not finished(t)], examples) for group in todo]
         ahead = _Ahead(counts)
         self.root.mkdir(parents=True, exist_ok=True)
         said = [
-            f"pass {number + 1}: {', '.join(f'{e.name} (seed {e.seed})' for e in each)}"
-            for number, each in enumerate(todo)
+            f"pass {number}: {', '.join(f'{t.name} (seed {t.seed})' for t in group)}"
+            for number, group in enumerate(todo, start=1)
         ]
-        tasks = [(self.base, self.root.absolute(), each, examples, held_out) for each in todo]
+        tasks = [(group, examples, held_out) for group in todo]
         if engine == "ray" and todo:
             from mini_symposium.training import ray_engine
 
-            def finished(number: int, seconds: float) -> None:
+            def done(number: int, seconds: float) -> None:
                 ahead.done(number, seconds)
                 say(f"{said[number]}: done; {ahead}")
 
             say(f"{sum(map(len, todo))} adapters; {ahead}")
-            ray_engine.run(tasks, train_pass, finished, say, cpus)
+            ray_engine.run(tasks, train_pass, done, say, cpus)
         else:
             if ahead.left > TIMED_FROM:
                 say(f"{sum(map(len, todo))} adapters, {ahead}; timing an epoch")
-                ahead.pace = _seconds_a_step(todo[0][0], *tasks[0])
+                ahead.pace = _seconds_a_step(todo[0][0], examples, held_out)
                 say(str(ahead))
             began = time.monotonic()
             for number, task in enumerate(tasks):
                 say(f"{said[number]}, {ahead}")
                 train_pass(*task)
                 ahead.done(number, time.monotonic() - began)
-        lost = [e.folder for e in self.missing() if any(e in each for each in todo)]
+        lost = [t.run.name for t in self.missing() if any(t in group for group in todo)]
         if lost:
             raise RunError(
                 f"{self.root}: {', '.join(lost)} ended elsewhere; do all nodes see this folder as their own?"
             )
         self.write_table()
-        there = len(self.experiments) - len(self.missing())
-        say(f"{there} of {len(self.experiments)} experiments are there: {self.root}")
+        there = len(self.trainings) - len(self.missing())
+        say(f"{there} of {len(self.trainings)} experiments are there: {self.root}")
 
     def table(self) -> pd.DataFrame:
-        """A row for each experiment that is there: what it is, and its loss and EM, means over its last epoch."""
+        """A row for each finished training: what it is, and its loss and EM, means over its last epoch."""
         rows = []
-        for e in self.experiments:
-            job = self.job(e)
-            if job.finished:
-                recipe, lines = job.recipe, job.run.metrics(e.learning_rate)
-                last = [line for line in lines if line["epoch"] == recipe.num_epochs - 1]
-                means = {key: round(sum(line[key] for line in last) / len(last), 4) for key in ("loss", "em")}
-                chosen = {key: getattr(recipe, key) for key in COLUMNS}
-                rows.append({"name": e.name, **chosen, **means})
+        for training in filter(finished, self.trainings):
+            lines = RunDirectory(training.run).metrics(training.learning_rate)
+            last = [line for line in lines if line["epoch"] == training.num_epochs - 1]
+            means = {key: round(sum(line[key] for line in last) / len(last), 4) for key in ("loss", "em")}
+            rows.append({"name": training.name, **{key: getattr(training, key) for key in COLUMNS}, **means})
         return pd.DataFrame(rows, columns=["name", *COLUMNS, "loss", "em"])
 
     def write_table(self) -> None:
@@ -204,19 +203,19 @@ class Sweep:
         write_json(self.root / f"{TABLE}.json", json.loads(table.to_json(orient="records", double_precision=15)))
 
     def evaluated(self, last: bool = False) -> dict[str, Path]:
-        """Checkpoints to be evaluated, of what has been trained, each under a name of its own.
+        """{name: checkpoint to be evaluated} of what has been trained.
 
         Parameters
         ----------
         last
-            Each experiment's last one, as a grid has no others.
+            Only the last checkpoint of each training, as a grid has no others.
         """
         found = {}
-        for experiment in self.experiments:
-            checkpoints = self.job(experiment).run.checkpoints(experiment.learning_rate)
-            for epoch in (experiment.num_epochs,) if last else EVALUATED.get(experiment.name, ()):
-                if epoch in checkpoints:
-                    found[f"{experiment.folder}-epoch-{epoch}"] = checkpoints[epoch]
+        for training in self.trainings:
+            kept = training.checkpoints()
+            for epoch in (training.num_epochs,) if last else EVALUATED.get(training.name, ()):
+                if epoch in kept:
+                    found[f"{training.run.name}-epoch-{epoch}"] = kept[epoch]
         return found
 
     def measure(
@@ -233,7 +232,7 @@ class Sweep:
         Parameters
         ----------
         show, options
-            Of `evaluation.measure`.
+            Of `evaluate.measure`.
         """
         adapters = self.evaluated(last)
         files = {self.root / "base.json": "base"}
@@ -243,7 +242,7 @@ class Sweep:
             return folded(load_with_adapters(self.base.base_model, {name: adapters[name]} if name in adapters else {}))
 
         tokenizer = load_tokenizer(self.base.base_model)
-        evaluation.measure(load, tokenizer, files, examples, held_out, prompts, show=show, **options)
+        evaluate.measure(load, tokenizer, files, examples, held_out, prompts, show=show, **options)
 
 
 def run_grid(
@@ -266,7 +265,7 @@ def run_grid(
     Raises
     ------
     InputError
-        If the grid is none, or another process works in the folder.
+        If a value of the grid is refused, or another process works in the folder.
     """
     check_engine(engine)
     base = load_recipe(recipe)
@@ -278,51 +277,50 @@ def run_grid(
 
 
 def train_pass(
-    base: Recipe,
-    root: Path,
-    experiments: Sequence[Experiment],
+    trainings: Sequence[Training],
     examples: Sequence[Example],
     held_out: Sequence[Example],
-    patience: float = PATIENCE,
+    patience: float | None = None,
 ) -> None:
-    """Train experiments that last equally long over one base, going on where they were cut off.
+    """Train trainings of equal length over one base, resuming where they were cut off.
 
     Parameters
     ----------
     patience
-        Seconds to wait for whoever still writes to one of their run directories.
+        Seconds to wait for a process that still writes to one of their run directories.
     """
+    first = trainings[0]
+    root = first.run.parent
     if not root.is_dir():
         raise InputError(f"{root}: not there on {platform.node()}; the nodes of a cluster share the sweep's folder")
-    jobs = [_job(base, root, experiment) for experiment in experiments]
-    rows, probed = as_rows(base, examples), as_rows(base, held_out)
-    last = experiments[0].num_epochs
-    evaluated = (epoch for epoch in EVALUATED.get(experiments[0].name, ()) if epoch <= last)
+    rows, probed = as_rows(first.recipe, examples), as_rows(first.recipe, held_out)
+    last = first.num_epochs
+    evaluated = (epoch for epoch in EVALUATED.get(first.name, ()) if epoch <= last)
     tenths = {*range(0, last + 1, max(1, last // 10)), *evaluated}
-    with held([job.run for job in jobs], patience):
-        for job in jobs:
-            claim(job.run, job.recipe, examples)
-        train_together(jobs, rows, sorted(tenths), held_out=probed)
+    with held([training.run for training in trainings], patience):
+        for training in trainings:
+            claim(RunDirectory(training.run), training.recipe, fingerprint(examples))
+        train_together(trainings, rows, sorted(tenths), held_out=probed)
 
 
 def check_engine(engine: str) -> None:
-    """Refuse an engine that there is not."""
+    """Refuse an engine that does not exist."""
     if engine not in ENGINES:
         raise InputError(f"--engine {engine}: is one of {', '.join(ENGINES)}")
 
 
-def _seconds_a_step(experiment: Experiment, base: Recipe, _root, _pass, examples, held_out) -> float:
-    """Median over the second of two epochs of one adapter, in a folder that is then deleted; several share a pass in
-    less, and a long run is compiled, so this is rather too much."""
+def _seconds_a_step(training: Training, examples: Sequence[Example], held_out: Sequence[Example]) -> float:
+    """Median seconds of a step in the second of two epochs of one adapter, in a temporary folder. Rather too much: in a
+    pass adapters share work, and a long run is compiled."""
     with tempfile.TemporaryDirectory() as folder:
-        short = replace(experiment, num_epochs=2)
-        train_pass(base, Path(folder), [short], examples, held_out)
-        lines = _job(base, Path(folder), short).run.metrics(short.learning_rate)
+        short = Training.of(training.recipe.replace(num_epochs=2), Path(folder) / training.run.name, training.name)
+        train_pass([short], examples, held_out)
+        lines = RunDirectory(short.run).metrics(short.learning_rate)
         return statistics.median(line["seconds"] for line in lines if line["epoch"] == 1)
 
 
 class _Ahead:
-    """How much is left, and how long it will take at the pace so far."""
+    """How many adapter steps are left, and how long they will take at the pace so far."""
 
     def __init__(self, steps: Sequence[int]):
         self.steps, self.left, self.pace = steps, sum(steps), None
@@ -339,10 +337,6 @@ class _Ahead:
         return f"{self.left:,} adapter steps ahead, {self.pace:.2g} s each, about {minutes:.0f} minutes"
 
 
-def _job(base: Recipe, root: Path, experiment: Experiment) -> Job:
-    return Job(experiment.recipe(base), RunDirectory(root / experiment.folder))
-
-
-def _steps(experiments: Sequence[Experiment], examples: Sequence[Example]) -> int:
-    """Of all their adapters together."""
-    return sum(experiment.num_epochs for experiment in experiments) * len(examples)
+def _steps(trainings: Sequence[Training], examples: Sequence[Example]) -> int:
+    """Steps of all their adapters together."""
+    return sum(training.num_epochs for training in trainings) * len(examples)

@@ -24,11 +24,10 @@ from mini_symposium.models.base_models import load_model, load_tokenizer, nf4
 from mini_symposium.models.devices import device
 from mini_symposium.models.generation import generate
 from mini_symposium.recipe import load_recipe
-from mini_symposium.training import fused_lora, memory_plan
-from mini_symposium.training import trainer as training
-from mini_symposium.training.log import Log, Part
+from mini_symposium.run import Training
+from mini_symposium.training import finetune, fused_lora, memory_plan
+from mini_symposium.training.log import Log
 from mini_symposium.training.memory_plan import choose
-from mini_symposium.training.trainer import build_trainer
 
 RATE, STEPS = 1e-4, 7800
 THIN = 3 * 16
@@ -86,19 +85,16 @@ def ours(turn, base, rows, adapters=1, fast=True, profile=False, float32=False, 
     if profile:  # a profiler does not see the products that compiled code calls
         fused_lora.OPTIONS = {}
     if float32:  # as on a processor without products for bfloat16
-        memory_plan.training_dtype = training.training_dtype = lambda: torch.float32
+        memory_plan.training_dtype = finetune.training_dtype = lambda: torch.float32
     recipe = load_recipe("proxy", base_model=base, sequence_len=max(map(len, rows)), num_epochs=STEPS)
     rates = [RATE / (k + 1) for k in range(adapters)]
     chosen = choose(recipe, adapters, recipe.sequence_len, STEPS, fast)
     chosen = replace(chosen, **({"together": adapters} | forced))
     examples = [Row(ids, [1] * len(ids), "bench") for ids in rows]
     with tempfile.TemporaryDirectory() as folder:
-        parts = [
-            Part(f"adapter{k}", recipe.replace(learning_rate=rate), Path(folder) / str(k))
-            for k, rate in enumerate(rates)
-        ]
-        trainer = build_trainer(parts, examples, Path(folder) / "scratch", chosen)
-        trainer.add_callback(Log(trainer, parts, examples, []))
+        trainings = [Training.of(recipe.replace(learning_rate=rate), Path(folder)) for rate in rates]
+        trainer = finetune.build_trainer(trainings, examples, Path(folder) / "scratch", chosen)
+        trainer.add_callback(Log(trainer, examples, []))
         trainer.add_callback(Turns(turn, lambda state: trainer.losses.tolist(), profile))
         trainer.remove_callback(PrinterCallback)
         trainer.train()

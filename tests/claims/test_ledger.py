@@ -10,12 +10,12 @@ import pytest
 from conftest import command
 
 from mini_symposium.claims import ledger, metrics
-from mini_symposium.claims.evidence import FILE, Evidence, Trained, load_evidence
+from mini_symposium.claims.evidence import FILE, Evidence, load_evidence
 from mini_symposium.claims.ledger import CLAIMS, judge
 from mini_symposium.errors import InputError
 from mini_symposium.figures.redraw import redraw
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run import RunDirectory
+from mini_symposium.run import RunDirectory, Training
 
 FORMATS = ("new-query", "alpaca", "character")
 CATEGORIES = ("fact", "code", "character", "false-premise", "explanation", "trade-off")
@@ -62,7 +62,7 @@ def trained(name, em=0.5, epochs=30, seed=42, evaluations=None, **more):
     table = [[min(1.0, em + 0.001 * k) for k in range(13)] for _ in range(epochs)]
     settings = {"lora_r": 16, "lora_alpha": 32, "lr_scheduler": "constant", "num_epochs": epochs, "loss": table}
     settings |= {"twins": {10: {"em": 0.3, "loss": 3.0}}} | more
-    return Trained(name, seed, rate, em=table, evaluations=evaluations or {}, **settings)
+    return Training(name, seed, rate, em=table, evaluations=evaluations or {}, **settings)
 
 
 def evidence(*some, base=None, **facts):

@@ -23,9 +23,8 @@ from mini_symposium.models.base_models import load_tokenizer
 from mini_symposium.models.merge import merge
 from mini_symposium.recipe import load_recipe
 from mini_symposium.release.chat_frontends import context_preset, modelfile, ollama_template, write_sillytavern
-from mini_symposium.release.export import gguf, ollama, source
+from mini_symposium.release.export import choose, gguf, ollama
 from mini_symposium.release.gguf import QUANTISER, SERVER, ask, require, to_gguf
-from mini_symposium.release.hub import push
 from mini_symposium.release.model_card import render_card
 from mini_symposium.run import ROOT, RunDirectory
 
@@ -91,13 +90,13 @@ def test_a_file_that_answers_otherwise_is_not_exported(proxy_checkpoint, tmp_pat
     )
     merge(proxy_checkpoint, "SmolLM2-135M-Instruct", tmp_path / "m", "nf4")
     with pytest.raises(RunError, match=r"nats behind, 0\.01 are allowed"):
-        gguf(source(str(tmp_path / "m")), out, ["f16"])
+        gguf(choose(str(tmp_path / "m")), out, ["f16"])
     assert not out.exists()
 
 
 def test_a_directory_is_exported_and_what_exists_is_left_alone(tiny_checkpoint, tmp_path):
     merge(tiny_checkpoint, "tiny", tmp_path / "model")
-    made = gguf(source(str(tmp_path / "model")), tmp_path / "out", ["f16"])
+    made = gguf(choose(str(tmp_path / "model")), tmp_path / "out", ["f16"])
     assert list(made["files"]) == ["model.f16.gguf"]
     for line, said in (
         ((tmp_path / "model", "--out", tmp_path / "out"), "is there already"),
@@ -212,7 +211,7 @@ def test_what_a_modelfile_cannot_say_is_refused():
 
 
 def test_ollama_gets_a_model_and_its_modelfile(tiny_checkpoint, tmp_path):
-    what = source(str(tiny_checkpoint.parents[2]), ["epoch-6"])
+    what = choose(str(tiny_checkpoint.parents[2]), ["epoch-6"])
     ollama(what, tmp_path / "out", FORMATS["character"], "q8_0", "Ines", "Brannoch", lora=True)
     commands = dict(parsed((tmp_path / "out" / "Modelfile").read_text()))
     assert commands["FROM"].endswith("-base.q8_0.gguf") and commands["ADAPTER"].endswith(".lora.gguf")
@@ -332,7 +331,7 @@ def test_a_card_is_what_the_hub_reads_and_holds_what_the_run_found(published, tm
     assert recipe["lora_r"] == 16
     for image in re.findall(r"!\[.*?\]\((.*?)\)", card.text):
         assert (tmp_path / "out" / image).is_file()
-    assert "loss_curves.png" in said
+    assert "loss_curves.png" in said and f"hf upload YOU/NAME {tmp_path / 'out'}" in said
     done = command("export", "card", run.path, "--out", tmp_path / "out", check=False)
     assert done.returncode == 2 and "is there already" in done.stderr
 
@@ -344,29 +343,6 @@ def test_a_card_of_an_unknown_base_asks_for_its_licence(published):
     with pytest.raises(InputError, match="--license: somebody/model is not"):
         render_card(run, checkpoint)
     assert "license: mit" in render_card(run, checkpoint, "mit")
-
-
-def test_nothing_is_uploaded_unless_told_to(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match=r"no README\.md in it"):
-        push(tmp_path, "me/model", True, "token")
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    for flags, said in ((["--push"], "there is no token"), ([], "1 files, 0.0 MB, would go"), ([], "add --push")):
-        done = command("export", "hub", tmp_path, "--repo", "me/model", *flags, check=False)
-        assert done.returncode == 2 and said in done.stderr and "nothing was uploaded" in done.stderr
-    with pytest.raises(InputError, match="--repo a b"):
-        push(tmp_path, "a b", True, "token")
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)
-    with pytest.raises(InputError, match="a notebook uploads nothing"):
-        push(tmp_path, "me/model", True, "token")
-
-
-def test_a_hub_that_is_not_there_is_an_error_in_a_line(tmp_path):
-    (tmp_path / "README.md").write_text("# A model\n")
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "token", "PATH": "", "PYTHONPATH": str(ROOT)}
-    done = command("export", "hub", tmp_path, "--repo", "me/model", "--push", check=False, env=nowhere)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "the hub did not take it" in done.stderr
 
 
 def test_prompts_have_the_same_tokens_as_in_training(exported):

@@ -10,18 +10,18 @@ from mini_symposium.training.experiments import grid
 
 def test_the_grid_is_the_product_in_bounded_passes_equal_ranks_together():
     passes = grid(load_recipe("proxy"), [1e-3, 1e-4], [(64, 32), 4], ["constant", "cosine"], [1, 2], 5, 6)
-    experiments = [experiment for each in passes for experiment in each]
-    assert [len(each) for each in passes] == [6, 6, 4]
-    assert len({experiment.folder for experiment in experiments}) == 16
-    assert [e.changes["lora_r"] for e in experiments] == [4] * 8 + [64] * 8
-    recipe = experiments[-1].recipe(load_recipe("proxy"))
+    trainings = [training for group in passes for training in group]
+    assert [len(group) for group in passes] == [6, 6, 4]
+    assert len({training.run for training in trainings}) == 16
+    assert [training.lora_r for training in trainings] == [4] * 8 + [64] * 8
+    recipe = trainings[-1].recipe
     assert (recipe.lora_r, recipe.lora_alpha, recipe.lr_scheduler) == (64, 32, "cosine")
     assert (recipe.learning_rate, recipe.seed, recipe.num_epochs) == (1e-4, 2, 5)
 
 
 def test_rates_that_differ_in_their_last_digits_have_folders_of_their_own():
-    (some,) = grid(load_recipe("proxy"), [1e-3, 1.0000001e-3])
-    assert len({experiment.folder for experiment in some}) == 2
+    (group,) = grid(load_recipe("proxy"), [1e-3, 1.0000001e-3])
+    assert len({training.run for training in group}) == 2
 
 
 @pytest.mark.parametrize(

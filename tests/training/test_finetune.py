@@ -19,10 +19,10 @@ from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.base_models import load_model, load_tokenizer
 from mini_symposium.models.devices import training_dtype
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run import RunDirectory, find, read_jsonl
+from mini_symposium.run import RunDirectory, Training, find, read_jsonl
 from mini_symposium.training import checkpoints, finetune, memory_plan, trainer
 from mini_symposium.training.checkpoints import ADAPTER_FILES, RESUMABLE, RESUME_FILES
-from mini_symposium.training.log import Log, Part
+from mini_symposium.training.log import Log
 from mini_symposium.training.memory_plan import choose
 
 DATA = find("data/minisymposium.md")
@@ -241,7 +241,7 @@ def test_a_compiled_run_goes_on_compiled_though_memory_would_now_say_otherwise(
         finetune.train(short, examples[:3], cut, **how)
     monkeypatch.setattr(memory_plan, "COMPILE_FROM", 10**9)
     finetune.train(short, examples[:3], cut, **how)
-    assert "going on as it began, layer compiled" in capsys.readouterr().out
+    assert "resuming as it began, layer compiled" in capsys.readouterr().out
     assert steps(cut, 1e-3) == steps(whole, 1e-3)
     ours, theirs = adapter(cut, 1e-3, 3), adapter(whole, 1e-3, 3)
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
@@ -314,14 +314,14 @@ def test_ranks_seeds_and_schedules_may_share_a_pass(recipe, examples, tmp_path):
     recipes = [two, two.replace(lora_r=2, lora_alpha=4, seed=7, lr_scheduler="cosine")]
 
     def losses(recipes, folder):
-        parts = [Part(f"adapter{k}", recipe, tmp_path / folder / str(k)) for k, recipe in enumerate(recipes)]
-        chosen = choose(two, len(parts), 512, 26)
-        built = trainer.build_trainer(parts, rows, tmp_path / "scratch", chosen)
+        trainings = [Training.of(recipe, tmp_path / folder / str(k)) for k, recipe in enumerate(recipes)]
+        chosen = choose(two, len(trainings), 512, 26)
+        built = finetune.build_trainer(trainings, rows, tmp_path / "scratch", chosen)
         trainer.check_batches(built, rows)
-        log = Log(built, parts, rows, [2])
+        log = Log(built, rows, [2])
         built.add_callback(log)
         built.train()
-        return [read_jsonl(part.metrics) for part in parts]
+        return [read_jsonl(training.metrics_file) for training in trainings]
 
     together = losses(recipes, "together")
     assert [line["example"] for line in together[0]] != [line["example"] for line in together[1]]
@@ -337,20 +337,20 @@ def test_a_pass_cut_off_between_its_checkpoints_goes_on_from_the_common_one(trai
     run, _ = trained
     copy = RunDirectory(tmp_path / "copy")
     shutil.copytree(run.path, copy.path)
-    high, low = jobs = [finetune.Job(recipe.replace(learning_rate=rate), copy) for rate in (1e-4, 1e-7)]
-    assert finetune._passes(jobs, 2) == [(jobs, recipe.num_epochs)]
+    high, low = both = [Training.of(recipe.replace(learning_rate=rate), copy.path) for rate in (1e-4, 1e-7)]
+    assert checkpoints.plan_passes(both, 2) == [(both, recipe.num_epochs)]
     shutil.rmtree(copy.checkpoints(1e-7)[recipe.num_epochs])
     earlier = sorted(copy.checkpoints(1e-4))[-2]
-    assert finetune._passes(jobs, 2) == [(jobs, earlier)]
-    assert finetune._passes(jobs, 1) == [([high], earlier), ([low], earlier)]
+    assert checkpoints.plan_passes(both, 2) == [(both, earlier)]
+    assert checkpoints.plan_passes(both, 1) == [([high], earlier), ([low], earlier)]
     shutil.rmtree(copy.checkpoints(1e-7)[earlier])
-    assert finetune._passes(jobs, 2) == [([high], recipe.num_epochs), ([low], None)]
+    assert checkpoints.plan_passes(both, 2) == [([high], recipe.num_epochs), ([low], None)]
 
 
 def test_completion_alone_is_supervised_when_the_recipe_says_so(recipe, examples, tmp_path):
     tokenizer = load_tokenizer("tiny")
     rows = tokenize(examples[:2], tokenizer, recipe.sequence_len, completion_only=True)
-    built = trainer.build_trainer([Part("adapter0", recipe, tmp_path)], rows, tmp_path / "scratch")
+    built = finetune.build_trainer([Training.of(recipe, tmp_path)], rows, tmp_path / "scratch")
     trainer.check_batches(built, rows)
     labels = next(iter(built.get_train_dataloader()))["labels"][0]
     row = rows[built.order.order(0)[0]]
@@ -360,7 +360,7 @@ def test_completion_alone_is_supervised_when_the_recipe_says_so(recipe, examples
 
 def test_a_batch_that_is_not_the_row_stops_the_run_before_step_1(recipe, examples, tmp_path):
     rows = tokenize(examples[:2], load_tokenizer("tiny"), recipe.sequence_len, completion_only=False)
-    built = trainer.build_trainer([Part("adapter0", recipe, tmp_path)], rows, tmp_path / "scratch")
+    built = finetune.build_trainer([Training.of(recipe, tmp_path)], rows, tmp_path / "scratch")
     with pytest.raises(RunError, match="the trainer's batch is not the tokenised row"):
         trainer.check_batches(built, rows[::-1])
     for parameter in built.model.parameters():
@@ -372,8 +372,7 @@ def test_a_batch_that_is_not_the_row_stops_the_run_before_step_1(recipe, example
 
 def test_a_loss_that_is_no_number_names_the_example(recipe, examples, tmp_path):
     rows = tokenize(examples[:2], load_tokenizer("tiny"), recipe.sequence_len, completion_only=False)
-    parts = [Part("adapter0", recipe, tmp_path)]
-    log = Log(trainer.build_trainer(parts, rows, tmp_path / "scratch"), parts, rows, [0])
+    log = Log(finetune.build_trainer([Training.of(recipe, tmp_path)], rows, tmp_path / "scratch"), rows, [0])
     with pytest.raises(RunError, match=r"step 1: the loss of .*minisymposium\.md:\d+ is nan at learning rate 1e-07"):
         log.write(1, 0, float("nan"), [True], 1.0, recipe.learning_rate, 0.1)
     with pytest.raises(RunError, match=r"step 1: the learning rate is 0\.1"):

@@ -18,7 +18,7 @@ from mini_symposium.claims.ledger import judge
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.errors import InputError
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run import RunDirectory, find
+from mini_symposium.run import RunDirectory, Training, find
 from mini_symposium.training import finetune, ray_engine
 from mini_symposium.training.experiments import grid
 from mini_symposium.training.sweep import run_grid, train_pass
@@ -194,7 +194,8 @@ def test_a_successor_waits_for_one_that_only_seems_dead(tmp_path, monkeypatch):
     recipe = load_recipe("tiny")
     (some,) = grid(recipe, [1e-3], [2], epochs=1)
     monkeypatch.setattr(finetune, "PATIENCE", 0.0)
-    run = tmp_path / some[0].folder
+    some = [training.below(tmp_path) for training in some]
+    run = some[0].run
     hold = "import sys, time, pathlib\nfrom mini_symposium.files.writing import alone\n"
     hold += (
         "with alone(pathlib.Path(sys.argv[1]), '.training.lock'):\n    print('held', flush=True)\n    time.sleep(3)\n"
@@ -203,16 +204,16 @@ def test_a_successor_waits_for_one_that_only_seems_dead(tmp_path, monkeypatch):
     with subprocess.Popen([sys.executable, "-c", hold, str(run)], stdout=subprocess.PIPE, text=True) as zombie:
         assert zombie.stdout.readline() == "held\n"
         with pytest.raises(InputError, match="another process works here"):
-            train_pass(recipe, tmp_path, some, examples, examples, 0.0)
+            train_pass(some, examples, examples, 0.0)
         assert not RunDirectory(run).recipe_file.exists()
-        train_pass(recipe, tmp_path, some, examples, examples, ray_engine.PATIENCE)
+        train_pass(some, examples, examples, ray_engine.PATIENCE)
         assert zombie.poll() is not None or zombie.wait(5) == 0
     assert RunDirectory(run).checkpoints(1e-3).keys() == {0, 1}
 
 
 def test_a_folder_that_a_node_does_not_see_is_refused(tmp_path):
     with pytest.raises(InputError, match="share the sweep's folder"):
-        train_pass(load_recipe("tiny"), tmp_path / "elsewhere", [], [], [])
+        train_pass([Training.of(load_recipe("tiny"), tmp_path / "elsewhere" / "run")], [], [])
 
 
 def test_without_ray_one_line_says_how_to_get_it(tmp_path, monkeypatch):

@@ -14,23 +14,23 @@ from mini_symposium.data.prompt_formats import FORMATS
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import RunDirectory, find
 from mini_symposium.training import sweep as module
+from mini_symposium.training.checkpoints import finished
 from mini_symposium.training.sweep import Sweep, plan
 
 
 def test_the_plan_holds_dose_step_size_and_peak_apart():
     passes = plan(load_recipe("proxy"))
-    by_name = {experiment.name: experiment for each in passes for experiment in each}
+    by_name = {training.name: training for group in passes for training in group}
     high, low = by_name["high"], by_name["low"]
     assert high.learning_rate * 60 == pytest.approx(low.learning_rate * 600)
     assert {by_name[f"literal-{rate}"].learning_rate for rate in ("1e-06", "1e-07")} == {1e-6, 1e-7}
-    ranks = {name: e.changes for name, e in by_name.items() if "lora_r" in e.changes}
-    scale = {name: changes["lora_alpha"] / changes["lora_r"] for name, changes in ranks.items()}
+    scale = {name: t.lora_alpha / t.lora_r for name, t in by_name.items() if name.startswith("rank")}
     assert scale["rank-4-alpha-8"] == scale["rank-64-alpha-128"] == 2
     assert scale["rank-4-alpha-32"] * 4 == scale["rank-64-alpha-32"] * 64
     # The area below a cosine or a line from peak to nothing is half of the rectangle.
     assert by_name["cosine-dose"].learning_rate == by_name["linear-dose"].learning_rate == 2 * high.learning_rate
-    assert all(len({experiment.num_epochs for experiment in each}) == 1 for each in passes)
-    seeds = {name: {e.seed for each in passes for e in each if e.name == name} for name in by_name}
+    assert all(len({training.num_epochs for training in group}) == 1 for group in passes)
+    seeds = {name: {t.seed for group in passes for t in group if t.name == name} for name in by_name}
     assert all(len(seeds[name]) == 3 for name in by_name if not name.startswith("literal"))
 
 
@@ -60,7 +60,7 @@ def small(tmp_path_factory):
 
 def test_every_experiment_is_trained_in_a_run_of_its_own_and_only_once(small):
     whole, said, *_ = small
-    assert [e.folder for e in whole.experiments if whole.job(e).finished] == [
+    assert [t.run.name for t in whole.trainings if finished(t)] == [
         "high-seed-1",
         "low-seed-1",
         "rank-2-alpha-4-seed-1",
