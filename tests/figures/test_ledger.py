@@ -1,0 +1,79 @@
+"""The pictures of the ledger and of memorization hold the numbers that they were given."""
+
+import numpy as np
+import pytest
+
+from mini_symposium.claims.verdicts import INCONCLUSIVE, NOT_SUPPORTED, OUT_OF_REACH, SUPPORTED, Claim
+from mini_symposium.errors import InputError
+from mini_symposium.figures.ledger import MARKS, ledger_picture, memorization_curves
+from mini_symposium.run import Training
+
+
+def training(learning_rate=1e-4, seed=42, ems=(0.2, 0.6), **more):
+    """A training on four rows, whose EM in epoch k is ems[k]."""
+    table = [[em] * 4 for em in ems]
+    return Training("high", seed, learning_rate, 16, 32, "constant", len(ems), em=table, loss=table, **more)
+
+
+def curves(axes) -> list[list[float]]:
+    return [list(line.get_ydata()) for line in axes.lines]
+
+
+def test_em_is_drawn_at_the_middle_of_its_epoch_and_twins_between_epochs():
+    picture = memorization_curves([training(twins={0: {"em": 0.1}, 2: {"em": 0.3}})], "proxy")
+    by_epoch, by_dose = picture.axes
+    assert curves(by_epoch) == [[0.2, 0.6], [0.1, 0.3]]
+    assert curves(by_dose) == [[0.2, 0.6], [0.3]]  # a log axis has no place for dose 0
+    np.testing.assert_allclose(by_dose.lines[0].get_xdata(), [2e-4, 6e-4])
+    np.testing.assert_allclose(by_dose.lines[1].get_xdata(), [8e-4])
+    assert list(picture.drawn["rows"]) == ["training", "training", "twins", "twins"]
+
+
+def test_extractable_rows_are_averaged_where_they_are_long_enough():
+    table = [[None, None, None, None], [None, True, False, True]]
+    picture = memorization_curves([training(extractable_32=table)], "proxy")
+    dotted = next(line for line in picture.axes[0].lines if line.get_linestyle() == ":")
+    np.testing.assert_allclose(dotted.get_ydata(), [np.nan, 2 / 3])
+    assert "Dotted" in picture.texts[1].get_text()
+    assert "Dotted" not in memorization_curves([training()], "proxy").texts[1].get_text()
+
+
+def test_seeds_of_a_rate_share_its_colour_and_the_legend_names_each_rate_once():
+    several = [training(1e-5), training(1e-4), training(1e-4, seed=43)]
+    low, high, other = (line.get_color() for line in memorization_curves(several, "proxy").axes[0].lines[::2])
+    assert high == other != low
+    legend = memorization_curves(several, "proxy").axes[1].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["LR 1e-4", "LR 1e-5"]
+
+
+def test_a_run_without_a_whole_epoch_is_refused():
+    with pytest.raises(InputError, match="no epoch is complete"):
+        memorization_curves([training(ems=())], "proxy")
+
+
+def claim(key, verdict, **more):
+    return Claim(key, "it recites", "recall", verdict, "proxy", **more)
+
+
+LEDGER = [
+    claim("C1", SUPPORTED, value=0.9, interval=(0.8, 1.0)),
+    claim("C2", NOT_SUPPORTED, value=0.2, interval=(0.1, 0.3)),
+    claim("C3", INCONCLUSIVE, value=0.7, interval=(0.5, 0.9)),
+    claim("C4", INCONCLUSIVE),
+    claim("C5", OUT_OF_REACH, value=6.5),
+]
+
+
+def test_each_row_shows_its_number_interval_and_threshold_or_says_why_not():
+    picture = ledger_picture(LEDGER, {c.id: 0.7 for c in LEDGER}, "proxy")
+    for axes, row in zip(picture.axes[:3], LEDGER[:3], strict=True):
+        threshold, interval, mark = axes.lines
+        assert (threshold.get_xdata()[0], list(interval.get_xdata())) == (0.7, list(row.interval))
+        assert (mark.get_xdata()[0], mark.get_marker(), mark.get_color()) == (row.value, *MARKS[row.verdict])
+        low, high = axes.get_xlim()
+        assert low < min(row.interval[0], 0.7) and high > max(row.interval[1], 0.7)
+    assert [axes.texts[0].get_text() for axes in picture.axes[3:]] == ["inconclusive: not measured", OUT_OF_REACH]
+    names = [axes.get_yticklabels()[0].get_text() for axes in picture.axes]
+    assert names[0] == "C1  it recites\nrecall"
+    assert list(picture.drawn["verdict"]) == [c.verdict for c in LEDGER]
+    assert picture.drawn["low"].isna().tolist() == [False, False, False, True, True]
