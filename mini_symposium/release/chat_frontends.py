@@ -11,56 +11,32 @@ from mini_symposium.files.writing import write_json, written_whole
 
 PARTS = ("anchorBefore", "system", "wiBefore", "description", "personality", "scenario", "wiAfter", "persona")
 STORY = "".join(f"{{{{#if {part}}}}}{{{{{part}}}}}\n{{{{/if}}}}" for part in (*PARTS, "anchorAfter"))
-"""What SillyTavern knows of a character and a chat, as Handlebars: a line or more for each part that is there."""
+"""What SillyTavern knows of a character and a chat, as a Handlebars template: a block for each part that is set."""
 
 BY_PLACE = ("first_input_sequence", "last_input_sequence", "first_output_sequence", "user_alignment_message")
+"""Fields of a format that treat a message by its place in the chat."""
 
-HOLE = "\0"
-"""Stands for what somebody says, while the text around it is found out."""
+CONTENT = "\0"
+"""Stands for a message's text when the text that the format puts around it is found."""
 
 
-def around(form: PromptFormat, role: str, user: str = "User", char: str = "Assistant") -> tuple[str, str]:
-    """What a format puts before and after what `role` (system, user, assistant) says.
+def text_around(form: PromptFormat, role: str, user: str = "User", char: str = "Assistant") -> tuple[str, str]:
+    """The text that a format puts before and after a message of `role`: system, user or assistant.
 
     >>> from mini_symposium.data.prompt_formats import FORMATS
-    >>> around(FORMATS["new-query"], "user")
+    >>> text_around(FORMATS["new-query"], "user")
     ('### New Query\\n', '\\n\\n')
     """
-    messages = [{"role": role, "content": HOLE}, {"role": "user", "content": HOLE}]
-    rest = form.render_chat(messages[1:], user, char)
-    parts = form.render_chat(messages, user, char).removesuffix(rest).split(HOLE)
+    messages = [{"role": role, "content": CONTENT}, {"role": "user", "content": CONTENT}]
+    second = form.render_chat(messages[1:], user, char)
+    parts = form.render_chat(messages, user, char).removesuffix(second).split(CONTENT)
     if len(parts) != 2:
-        raise InputError(f"{form.name}: a NUL, or nothing, stands where a message should; mend its sequences")
+        raise InputError(f"{form.name}: a sequence holds a NUL character; remove it")
     return parts[0], parts[1]
 
 
-def context_preset(form: PromptFormat) -> dict:
-    """SillyTavern's context preset for a format: its story string stands in the prompt as a narrator's message would.
-
-    Names are left to SillyTavern; they end an answer only where the format writes them before each message, since a
-    line such as `Noor: yes` may stand in an answer otherwise.
-    """
-    before, after = around(replace(form, macro=False), "system")
-    # Each part ends its line; `{{trim}}` would take the newlines after it as well.
-    story = before + STORY + (after[1:] if after.startswith("\n") else "{{trim}}" + after)
-    return {
-        "name": form.name,
-        "story_string": story,
-        "example_separator": "",
-        "chat_start": "",
-        "use_stop_strings": False,
-        "names_as_stop_strings": form.names_behavior == "always",
-        "story_string_position": 0,
-        "story_string_depth": 1,
-        "story_string_role": 0,
-        "always_force_name2": True,
-        "trim_sentences": False,
-        "single_line": False,
-    }
-
-
 def write_sillytavern(formats: Sequence[PromptFormat], out: Path) -> list[Path]:
-    """Write instruct/NAME.json and context/NAME.json for each format: folders as SillyTavern's own data has them.
+    """Write instruct/NAME.json and context/NAME.json for each format: the folders of SillyTavern's own data.
 
     Raises
     ------
@@ -79,38 +55,41 @@ def write_sillytavern(formats: Sequence[PromptFormat], out: Path) -> list[Path]:
     return [out / kind / name for name in names for kind in ("instruct", "context")]
 
 
-def ollama_template(form: PromptFormat, user: str = "User", char: str = "Assistant") -> str:
-    """A format as a template of Ollama's, in Go's language: each message by its role, then the line to generate from.
+def context_preset(form: PromptFormat) -> dict:
+    """SillyTavern's context preset for a format; its story string is rendered like a system message.
 
-    Raises
-    ------
-    InputError
-        If the format treats the first or last message in another way: such a template would not be short, and wrong
-        wherever Ollama cuts a long chat.
+    SillyTavern adds the names of user and character as stop strings only where the format writes a name before each
+    message. Elsewhere a line such as `Noor: yes` may be part of an answer.
     """
-    odd = [key for key in BY_PLACE if getattr(form, key)]
-    if odd:
-        raise InputError(f"{form.name}: has {', '.join(odd)}; an Ollama template knows messages by role alone")
-
-    def said(role: str) -> str:
-        before, after = (text.replace("{{", '{{ "{{" }}') for text in around(form, role, user, char))
-        return f"{before}{{{{ .Content }}}}{after}"
-
-    asked, answered, told = (said(role) for role in ("user", "assistant", "system"))
-    opening = form.render(HOLE, user, char).split(HOLE)[1].removeprefix(around(form, "user", user, char)[1])
-    cases = f'{{{{ if eq .Role "user" }}}}{asked}{{{{ else if eq .Role "assistant" }}}}{answered}{{{{ else }}}}{told}'
-    return f"{{{{ range .Messages }}}}{cases}{{{{ end }}}}{{{{ end }}}}" + opening.replace("{{", '{{ "{{" }}')
+    before, after = text_around(replace(form, macro=False), "system")
+    # STORY ends with a newline. If `after` begins with one, that is dropped; else `{{trim}}` removes STORY's own. It
+    # would also remove the newlines behind it.
+    story = before + STORY + (after[1:] if after.startswith("\n") else "{{trim}}" + after)
+    return {
+        "name": form.name,
+        "story_string": story,
+        "example_separator": "",
+        "chat_start": "",
+        "use_stop_strings": False,
+        "names_as_stop_strings": form.names_behavior == "always",
+        "story_string_position": 0,
+        "story_string_depth": 1,
+        "story_string_role": 0,
+        "always_force_name2": True,
+        "trim_sentences": False,
+        "single_line": False,
+    }
 
 
 def modelfile(
     model: str, form: PromptFormat, adapter: str = "", user: str = "User", char: str = "Assistant", note: str = ""
 ) -> str:
-    """Ollama's recipe for a model: its file, the format's template and stop strings, and an adapter if there is one.
+    """Ollama's Modelfile: the GGUF file `model`, the format's template and stop strings, and the adapter's GGUF if any.
 
     Raises
     ------
     InputError
-        If the format holds what a Modelfile cannot: three quotation marks in a row, or invisible characters.
+        If a sequence of the format holds three quotation marks in a row or an invisible character.
     """
     lines = [f"# {line}" for line in note.splitlines()] + [f"FROM ./{model}"]
     lines += [f"ADAPTER ./{adapter}"] if adapter else []
@@ -119,8 +98,38 @@ def modelfile(
     return "\n".join(lines) + "\n"
 
 
+def ollama_template(form: PromptFormat, user: str = "User", char: str = "Assistant") -> str:
+    """A format in Ollama's template language, which is Go's: every message by its role, then the line to generate from.
+
+    Raises
+    ------
+    InputError
+        If the format treats the first or last message differently. The template would be long, and wrong wherever
+        Ollama cuts a long chat.
+    """
+    by_place = [key for key in BY_PLACE if getattr(form, key)]
+    if by_place:
+        raise InputError(f"{form.name}: has {', '.join(by_place)}; an Ollama template knows messages by role alone")
+
+    def turn(role: str) -> str:
+        before, after = map(_escaped, text_around(form, role, user, char))
+        return f"{before}{{{{ .Content }}}}{after}"
+
+    generate_from = form.render(CONTENT, user, char).split(CONTENT)[1]
+    generate_from = generate_from.removeprefix(text_around(form, "user", user, char)[1])
+    return (
+        f'{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{turn("user")}'
+        f'{{{{ else if eq .Role "assistant" }}}}{turn("assistant")}{{{{ else }}}}{turn("system")}'
+        f"{{{{ end }}}}{{{{ end }}}}{_escaped(generate_from)}"
+    )
+
+
+def _escaped(text: str) -> str:
+    return text.replace("{{", '{{ "{{" }}')
+
+
 def _quoted(text: str, form: PromptFormat) -> str:
-    """In Ollama's quotation marks: it keeps newlines between them, and drops what cannot be printed."""
+    """`text` in Ollama's quotation marks: newlines are kept between them, invisible characters would be dropped."""
     if '"""' in text or any(not (c.isprintable() or c in "\n\t") for c in text):
         raise InputError(f'{form.name}: a sequence holds """ or an invisible character, which no Modelfile can')
     return f'"""{text}"""'
