@@ -148,6 +148,8 @@ _watch: dict = {"inside": None, "seen": []}
 def _audit(event, arguments):
     if _watch["inside"] is None:
         return
+    if event in ("os.remove", "os.rmdir") and arguments[1] != -1:
+        return  # what lies in a folder that `shutil.rmtree` deletes; the folder itself is checked
     writes = event in CHANGES or (event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES)
     both = event in ("os.rename", "os.link", "os.symlink")
     places = [str(place) for place in arguments[: 1 + both]]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import SHORT
 
-from mini_symposium.files.writing import alone, clear_away, discard, written_whole
+from mini_symposium.files.writing import alone, discard, written_whole
 from mini_symposium.run import ROOT, RunDirectory
 
 RATES = (1e-2, 1e-3)
@@ -234,26 +234,6 @@ def test_ctrl_c_keeps_everything_and_says_how_to_go_on(nursery, whole, tmp_path)
     assert leftovers(run) == []
     assert nursery.train(run)[0] == 0, nursery.said
     check_equal(run, whole[0])
-
-
-def test_what_a_killed_writer_left_is_cleared_away_and_what_is_being_written_is_not(tmp_path):
-    with written_whole(tmp_path / "alive") as temporary:
-        temporary.mkdir()
-        (tmp_path / ".dead.abc.part" / "dead").mkdir(parents=True)
-        assert not clear_away(tmp_path, "other") and (tmp_path / ".dead.abc.part").exists()
-        assert clear_away(tmp_path, "alive") and clear_away(tmp_path)
-        assert temporary.is_dir() and not (tmp_path / ".dead.abc.part").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["alive"]
-    discard(tmp_path / "alive")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_lock_may_be_taken_again_by_its_own_process(tmp_path):
-    with alone(tmp_path), alone(tmp_path), alone(tmp_path, ".other"):
-        code = "import sys, pathlib, mini_symposium.files.writing as w\nwith w.alone(pathlib.Path(sys.argv[1])): pass"
-        other = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
-        assert "another process works here" in other.stderr
-    assert subprocess.run([sys.executable, "-c", code, tmp_path]).returncode == 0
 
 
 @pytest.mark.soak

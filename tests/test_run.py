@@ -1,12 +1,9 @@
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from mini_symposium.errors import InputError
-from mini_symposium.files.writing import write_json, written_whole
 from mini_symposium.run import RunDirectory, find, read_jsonl
 
 
@@ -20,25 +17,6 @@ def test_folder_name_of_a_learning_rate_parses_back(tmp_path, rate):
 def test_folder_names_are_short():
     assert RunDirectory("x").learning_rate_dir(1e-5).name == "lr-1e-05"
     assert RunDirectory("x").learning_rate_dir(2.5e-5).name == "lr-2.5e-05"
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
-    write_json(tmp_path / "a.json", {"old": 1})
-    with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "a.json") as temporary:
-        temporary.write_text("half")
-        raise ZeroDivisionError
-    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_a_full_disk_is_said_in_one_line(tmp_path):
-    with (
-        pytest.raises(InputError, match=r"a\.json: cannot be written \(No space left"),
-        written_whole(tmp_path / "a.json"),
-        Path("/dev/full").open("w") as full,
-    ):
-        full.write("x" * 100_000)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_line_cut_by_a_crash_is_left_out_and_a_damaged_one_is_named(tmp_path):

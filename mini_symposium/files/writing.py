@@ -1,15 +1,15 @@
-"""Files and folders that are there whole or not at all, whenever the process, or the machine, comes to its end.
+"""Files and folders that are there whole or not at all, even if the process is killed or the machine crashes.
 
-What is written goes to a folder with a name of its own, `.epoch-0007.x1y2.part`, reaches the disk, and is renamed. The
-folder is locked while its writer lives, so that what a killed one left behind can be told from what is being written.
+A file is written in a new folder beside its place, such as `.epoch-0007.x1y2.part`, flushed to disk, and renamed. The
+folder is locked while its writer lives, so that the leftovers of a killed writer can be told from a file that is being
+written.
 """
 
-import fcntl
+import errno
 import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,12 +17,15 @@ from pathlib import Path
 from mini_symposium.errors import InputError
 
 PART = ".part"
-"""How the name of such a folder ends."""
+"""The end of such a folder's name."""
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a file system without locks answers."""
 
 
 @contextmanager
-def written_whole(path: str | Path):
-    """Yield a temporary sibling of `path` to write to; rename it into place if nothing went wrong.
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; if nothing goes wrong, it is renamed to `path`.
 
     Works for a file and for a directory (the body then makes the directory itself).
 
@@ -32,24 +35,19 @@ def written_whole(path: str | Path):
         If the disk is full or the directory cannot be written. `path` is as it was.
     """
     path = Path(path)
-    folder = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder, lock = _folder_beside(path)
-        yield folder / path.name
-        _reach_disk(folder / path.name)
-        (folder / path.name).replace(path)
-        _sync(path.parent)
+        with _folder_beside(path) as folder:
+            yield folder / path.name
+            _reach_disk(folder / path.name)
+            (folder / path.name).replace(path)
+            _sync(path.parent)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
         raise InputError(
             f"{path}: cannot be written ({error.strerror}); free some space or choose another --run"
         ) from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
 
 
 def write_json(path: str | Path, value) -> None:
@@ -61,110 +59,99 @@ def write_json(path: str | Path, value) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a folder such that it is never there in half."""
-    folder, lock = _folder_beside(path)
-    try:
+    """Delete a folder so that it is never there in part."""
+    with _folder_beside(path) as folder:
         path.replace(folder / path.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
 
 
-def clear_away(folder: Path, name: str = "") -> list[Path]:
-    """Delete what killed writers of `folder`/`name`, or of anything below `folder`, left behind; return it."""
-    left = []
-    for part in sorted(folder.glob(f".{name}.*{PART}") if name else folder.rglob(f".*{PART}")):
-        with _abandoned(part) as abandoned:
-            if abandoned:
-                shutil.rmtree(part, ignore_errors=True)
-                left.append(part)
-    return left
+def clear_away(folder: Path, name: str = "") -> bool:
+    """Delete what killed writers left behind of `folder`/`name`, or of anything below `folder` if no name is given.
 
-
-def being_written(path: Path) -> bool:
-    """Whether a process that lives is writing `path`."""
-    for folder in path.parent.glob(f".{path.name}.*{PART}"):
-        with _abandoned(folder) as abandoned:
-            if not abandoned:
-                return True
-    return False
-
-
-@contextmanager
-def _abandoned(folder: Path) -> Iterator[bool]:
-    """Whether no writer lives, and none begins meanwhile; where a disk has no locks nobody knows, so it is no."""
-    lock = None
-    try:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = True
-    except OSError as error:
-        free = isinstance(error, FileNotFoundError)
-    try:
-        yield free
-    finally:
-        if lock is not None:
-            os.close(lock)
+    Returns
+    -------
+    bool
+        Whether a living process is writing there. True as well for any leftovers on a file system without locks.
+    """
+    being_written = False
+    for part in folder.glob(f".{name}.*{PART}") if name else list(folder.rglob(f".*{PART}")):
+        try:
+            lock = _lock(part / LOCK)
+        except OSError:  # its writer has it
+            being_written = True
+            continue
+        if lock.is_locked:
+            shutil.rmtree(part, ignore_errors=True)
+        being_written |= not lock.is_locked
+        lock.release()
+    return being_written
 
 
 @contextmanager
-def alone(folder: Path, name: str = ".lock", patience: float = 0.0) -> Iterator[None]:
-    """Hold `folder`; a second process is refused. The lock ends with the process, however that ends.
+def alone(folder: Path, name: str = LOCK, patience: float = 0.0) -> Iterator[None]:
+    """Keep other processes from working in `folder`, until the end of the block or of the process.
 
     Parameters
     ----------
     name
-        Of the lock: one folder may have several; "" locks the folder itself and leaves no file.
+        Of the lock file; a folder may have several.
     patience
-        Seconds to wait for it; a killed process may leave a child that takes a moment to notice.
+        Seconds to wait for another process to end.
+
+    Raises
+    ------
+    InputError
+        If another process works there, or the folder cannot be written.
     """
-    held = (os.getpid(), folder.absolute(), name)
-    if held in _held:
-        yield
-        return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / name, os.O_RDWR | os.O_CREAT if name else os.O_RDONLY, 0o666)
+        lock = _lock(folder / name, patience, reentrant=True)
+    except TimeoutError:
+        raise InputError(f"{folder}: another process works here; wait for it, or choose another --run") from None
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --run") from error
     try:
-        until = time.monotonic() + patience
-        while not _locked(lock):
-            if time.monotonic() >= until:
-                raise InputError(f"{folder}: another process works here; wait for it, or choose another --run")
-            time.sleep(0.1)
-        _held.add(held)
         yield
     finally:
-        _held.discard(held)
-        os.close(lock)
+        lock.release()
 
 
-_held: set[tuple[int, Path, str]] = set()
-"""What this process holds: to hold it again is no second process."""
+def _lock(path: Path, patience: float = 0.0, reentrant: bool = False):
+    """Take the lock file `path`, which ends with the process; if `reentrant`, this process may take it several times.
 
+    Missing folders are made. On a file system without locks nobody is stopped, and the lock's `is_locked` is False.
 
-def _locked(lock: int) -> bool:
-    """Take a lock, if nobody has it; on a disk that has no locks nobody ever does."""
+    Raises
+    ------
+    TimeoutError
+        If somebody else has the lock for `patience` more seconds.
+    OSError
+        If the file cannot be written.
+    """
+    from filelock import FileLock  # here, because its import takes a third as long as `--help`
+
+    lock = FileLock(path, is_singleton=reentrant, thread_local=False, fallback_to_soft=False)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
+        lock.acquire(timeout=patience)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return lock
 
 
-def _folder_beside(path: Path) -> tuple[Path, int]:
-    """A new locked folder to write `path` in, and the lock."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent))
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        with suppress(OSError):  # a disk that has no locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # and was not cleared away in the moment before it was locked
-            return folder, lock
-        os.close(lock)
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """A new folder to write `path` in, locked until it is deleted at the end of the block."""
+    folder, lock = None, None
+    try:
+        while lock is None:
+            folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent))
+            with suppress(FileNotFoundError):  # another process cleared it away before it was locked
+                lock = _lock(folder / LOCK, patience=60)
+        yield folder
+    finally:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        if lock:
+            lock.release()
 
 
 def _reach_disk(path: Path) -> None:

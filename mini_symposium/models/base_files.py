@@ -126,7 +126,7 @@ def local_directory(base_model: str) -> Path:
     if base_model in BUILDERS:
         folder = cache_directory() / f"{base_model}-1"
         if not folder.is_dir():
-            with alone(folder.parent, "", patience=3600):  # somebody else may be making it
+            with alone(folder.parent, patience=3600):  # somebody else may be making it
                 clear_away(folder.parent, folder.name)
                 if not folder.is_dir():
                     with written_whole(folder) as temporary:

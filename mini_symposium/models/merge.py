@@ -27,7 +27,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from mini_symposium import __version__
 from mini_symposium.errors import InputError
-from mini_symposium.files.writing import being_written, clear_away, write_json, written_whole
+from mini_symposium.files.writing import clear_away, write_json, written_whole
 from mini_symposium.models.adapters import Factors, check_trained_on, read_adapters
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.devices import device
@@ -84,9 +84,8 @@ def merge(
         raise InputError(f"by_chance, dtype={dtype!r}: only bfloat16 is rounded by chance")
     if out.exists():
         raise InputError(f"{out}: is there already; choose another folder or delete it")
-    if being_written(out):
+    if clear_away(out.parent, out.name):
         raise InputError(f"{out}: another process is writing it; wait for it, or choose another folder")
-    clear_away(out.parent, out.name)
     weights = checkpoint if isinstance(checkpoint, Mapping) else {checkpoint: 1.0}
     source = local_directory(base_model)
     factors, adapters = read_adapters(weights)
