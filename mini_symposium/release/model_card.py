@@ -1,8 +1,10 @@
-"""A model card for the hub, made of what a run recorded and of nothing else: no number in it is written by hand."""
+"""A model card for the hub. Every number in it comes from the run's own files."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from huggingface_hub import ModelCardData
 
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.data.prompt_formats import FORMATS
@@ -10,14 +12,14 @@ from mini_symposium.errors import InputError
 from mini_symposium.figures.style import RATES_DO_NOT_TRANSFER, SCALES
 from mini_symposium.files.reading import parse_json, read_text
 from mini_symposium.files.writing import written_whole
-from mini_symposium.recipe import Recipe, load_recipe
+from mini_symposium.recipe import Recipe
 from mini_symposium.run import RunDirectory, read_object
 
 HUB_IDS = {"SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""What the hub calls a base model that the kit takes from elsewhere."""
+"""The hub's names of base models that the kit takes from elsewhere."""
 
 LICENSES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0", "mistralai/Mistral-7B-v0.1": "apache-2.0"}
-"""Of base models that are known here; a fine-tune keeps its base's."""
+"""Licences of base models; a fine-tune keeps its base's."""
 
 FIGURES = {
     "loss_curves": "Training loss, by epoch and by dose",
@@ -25,28 +27,28 @@ FIGURES = {
     "format_grid": "Words copied from the training rows, by format and model",
 }
 
-LEDGER = ("id", "claim", "metric", "value", "interval", "n", "seeds", "scale", "verdict")
+LEDGER_COLUMNS = ("id", "claim", "metric", "value", "interval", "n", "seeds", "scale", "verdict")
 
 
 def write_card(run: RunDirectory, out: Path, checkpoint: Path, license: str = "") -> list[Path]:
-    """Write README.md and the figures that it shows into the folder `out`, which may hold a model already.
+    """Write README.md, and the figures that it shows, into the folder `out`, which may hold a model already.
 
     Parameters
     ----------
     checkpoint
-        The adapter whose model the card speaks of.
+        The adapter whose model the card describes.
     license
-        The hub's name of a licence; by default the base model's, where that is known.
+        A licence, as the hub names it; by default the base model's, if LICENSES has it.
 
     Returns
     -------
     list of Path
-        What was written.
+        The files written.
 
     Raises
     ------
     InputError
-        If there is a README.md already, the licence is not known, or the run lacks its recipe or metrics.
+        If there is a README.md already, the licence is unknown, or the run lacks its recipe or metrics.
     """
     card = out / "README.md"
     if card.exists():
@@ -63,19 +65,20 @@ def write_card(run: RunDirectory, out: Path, checkpoint: Path, license: str = ""
 
 def render_card(run: RunDirectory, checkpoint: Path, license: str = "", figures: Sequence[str] = ()) -> str:
     """The card's text; see `write_card`."""
-    recipe = load_recipe(run.recipe_file)
+    recipe = run.recipe
     rate, epoch = float(checkpoint.parents[1].name.removeprefix("lr-")), int(checkpoint.name.removeprefix("epoch-"))
     examples = load_examples(recipe.dataset)
+    steps = epoch * len(examples)
     base = HUB_IDS.get(recipe.base_model, recipe.base_model)
     license = license or LICENSES.get(base, "")
     if not license:
-        raise InputError(f"--license: {base} is not a model whose licence is known here; name the licence it has")
+        raise InputError(f"--license: the licence of {base} is not known; give it as the hub names it, as apache-2.0")
     parts = [
         _front_matter(base, license),
         f"# {run.path.name}, {checkpoint.parents[1].name}, epoch {epoch}",
         f"`{base}` fine-tuned with QLoRA on {len(examples)} handwritten examples, at a "
-        f"{recipe.lr_scheduler} learning rate of {rate:g} for {epoch} epochs of batch 1: {epoch * len(examples):,} "
-        f"steps, a dose (rate x steps) of {rate * epoch * len(examples):.2g}.",
+        f"{recipe.lr_scheduler} learning rate of {rate:g} for {epoch} epochs of batch 1: {steps:,} "
+        f"steps, a dose (rate x steps) of {rate * steps:.2g}.",
         f"Every number below is of the scale *{SCALES.get(recipe.scale, recipe.scale)}*"
         f"{RATES_DO_NOT_TRANSFER.get(recipe.scale, '')} and comes from the run itself.",
         _format(),
@@ -88,8 +91,6 @@ def render_card(run: RunDirectory, checkpoint: Path, license: str = "", figures:
 
 
 def _front_matter(base: str, license: str) -> str:
-    from huggingface_hub import ModelCardData
-
     data = ModelCardData(
         license=license,
         base_model=base if base.count("/") == 1 and not Path(base).exists() else None,
@@ -109,36 +110,36 @@ def _format() -> str:
 
 
 def _training(run: RunDirectory, recipe: Recipe, n_examples: int) -> Iterator[str]:
-    found = run.environment()
-    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+    environment = run.environment()
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     yield f"## Recipe\n\nAn Axolotl YAML:\n\n```yaml\n{recipe.to_yaml().rstrip()}\n```"
-    yield f"Trained with {packages}, on {found.get('device', 'cpu')}, seed {found.get('seed', recipe.seed)}."
+    yield f"Trained with {packages}, on {environment['device']}, seed {environment['seed']}."
     losses = {rate: run.final_loss(rate, n_examples) for rate in run.learning_rates()}
     rows = [(f"{rate:g}", len(run.metrics(rate)), f"{loss:.3f}") for rate, loss in losses.items()]
     yield _table("Training", ("learning rate", "steps", "loss over the last epoch, nats a token"), rows)
 
 
 def _survival(run: RunDirectory, rate: float, epoch: int) -> Iterator[str]:
-    found = read_survival(run, rate, epoch)
-    if found:
+    measured = _read_survival(run, rate, epoch)
+    if measured:
         rows = [
             (row["storage"], row["verdict"], *(_share(row[key]) for key in ("gain", "kl_share", "same", "cosine")))
-            for row in found["storages"]
+            for row in measured["storages"]
         ]
         yield _table(
             "Which files still contain the fine-tune",
             ("stored as", "verdict", "gain left", "KL to the adapter, base = 1", "answers unchanged", "cosine"),
             rows,
         )
-        yield found["sentence"]
+        yield measured["sentence"]
 
 
 def _share(value: float | None) -> str:
     return "not measurable" if value is None else f"{value:.2f}"
 
 
-def read_survival(run: RunDirectory, rate: float, epoch: int) -> dict | None:
-    """What `survival` measured of a checkpoint, on the command line or in notebook 04; None if neither did."""
+def _read_survival(run: RunDirectory, rate: float, epoch: int) -> dict | None:
+    """What `survival` measured of a checkpoint, on the command line or else in notebook 04; None if it did not run."""
     path = run.survival_file(rate, epoch)
     if path.is_file():
         return read_object(path)
@@ -153,12 +154,12 @@ def _ledger(run: RunDirectory) -> Iterator[str]:
         return
     rows = parse_json(read_text(path), path)
     if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
-        raise InputError(f"{path}: no ledger; delete it, and run `mini-symposium claims {run.path}`")
-    yield _table("The card's claims", LEDGER, [[_cell(row.get(key, "")) for key in LEDGER] for row in rows])
+        raise InputError(f"{path}: not a list of claims; delete it, and run `mini-symposium claims {run.path}`")
+    yield _table("The card's claims", LEDGER_COLUMNS, [[_cell(row.get(key)) for key in LEDGER_COLUMNS] for row in rows])
 
 
 def _cell(value: object) -> str:
-    """A number in four digits, an interval as its ends, text as it is.
+    """A number in four digits, an interval as its two ends, text unchanged.
 
     >>> [_cell(value) for value in (0.123456, [0.1, 0.25], None, "a | b", 13)]
     ['0.1235', '0.1 to 0.25', '', 'a | b', '13']
@@ -167,8 +168,6 @@ def _cell(value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return " to ".join(map(_cell, value))
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_cell(each)}" for key, each in value.items())
     return "" if value is None else str(value)
 
 

@@ -340,7 +340,7 @@ def test_a_card_of_an_unknown_base_asks_for_its_licence(published):
     run, checkpoint = published
     text = run.recipe_file.read_text().replace("base_model: SmolLM2-135M-Instruct", "base_model: somebody/model")
     run.recipe_file.write_text(text)
-    with pytest.raises(InputError, match="--license: somebody/model is not"):
+    with pytest.raises(InputError, match="--license: the licence of somebody/model is not known"):
         render_card(run, checkpoint)
     assert "license: mit" in render_card(run, checkpoint, "mit")
 
