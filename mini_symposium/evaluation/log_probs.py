@@ -7,7 +7,7 @@ much that depends on the prompt's format (`posix`), and as the probability that 
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +20,8 @@ from mini_symposium.data.prompt_formats import PromptFormat
 from mini_symposium.data.text_overlap import HAN
 from mini_symposium.errors import InputError
 from mini_symposium.evaluation.memorization import known, unsaid
-from mini_symposium.models.adapters import adapter_names
-from mini_symposium.models.devices import memory
 from mini_symposium.models.generation import Answer, generate
-
-SHARE = 0.25
-"""Of the free memory, what the logits of a batch may fill."""
+from mini_symposium.models.predictions import predict
 
 
 @dataclass(frozen=True)
@@ -34,41 +30,6 @@ class LogProb:
 
     log_p: float
     tokens: int
-
-
-@torch.inference_mode()
-def _predictions(
-    model: PreTrainedModel, sequences: Sequence[Sequence[int]], adapters: Sequence[str] | None, free: int | None
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """(index, logits (T, V) in float32) of each sequence; those of like length share a batch.
-
-    Padded on the right, where a causal model does not look, so that positions count as they do for a row alone.
-    """
-    model.eval()
-    room = getattr(model.config, "max_position_embeddings", None)
-    longest = max(map(len, sequences), default=0)
-    if room and longest > room:
-        raise InputError(f"a row of {longest} tokens exceeds the model's {room}; shorten it")
-    ordered = sorted(range(len(sequences)), key=lambda k: -len(sequences[k]))
-    one = max(1, longest) * model.config.vocab_size * (model.dtype.itemsize + 8)
-    fit = max(1, int(SHARE * (memory() if free is None else free) / one))
-    for first in range(0, len(ordered), fit):
-        some = ordered[first : first + fit]
-        width = len(sequences[some[0]])
-        ids = torch.zeros(len(some), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, k in enumerate(some):
-            ids[row, : len(sequences[k])] = torch.tensor(sequences[k])
-            mask[row, : len(sequences[k])] = 1
-        chosen = None if adapters is None else [adapters[k] for k in some]
-        output = model(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            use_cache=False,
-            **adapter_names(model, chosen),
-        )
-        for row, k in enumerate(some):
-            yield k, output.logits[row, : len(sequences[k])].float()
 
 
 def teacher_forced(
@@ -97,7 +58,7 @@ def teacher_forced(
             raise InputError(f"{row.source}: no supervised token, so there is nothing to predict")
     found: list[dict] = [{}] * (len(rows) * len(adapters))
     names = [name for name in adapters for _ in rows]
-    for k, logits in _predictions(model, [row.input_ids for row in rows] * len(adapters), names, free):
+    for k, logits in predict(model, [row.input_ids for row in rows] * len(adapters), names, free):
         row = rows[k % len(rows)]
         kept = torch.tensor(row.completion_mask[1:], dtype=torch.bool)
         labels = torch.tensor(row.input_ids[1:])
@@ -137,7 +98,7 @@ def answer_log_probs(
     """
     pairs = [_pair(tokenizer, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     found = [LogProb(0.0, 0)] * len(pairs)
-    for k, logits in _predictions(model, [prompt + answer for prompt, answer in pairs], adapters, free):
+    for k, logits in predict(model, [prompt + answer for prompt, answer in pairs], adapters, free):
         prompt, answer = pairs[k]
         if answer:
             predicted = logits[len(prompt) - 1 : -1].log_softmax(-1)
@@ -263,6 +224,6 @@ def han_mass(
     pieces = torch.tensor(han_pieces(tokenizer), device=model.device)
     found = [0.0] * len(prompts)
     sequences = [list(tokenizer(prompt).input_ids) for prompt in prompts]
-    for k, logits in _predictions(model, sequences, adapters, free):
+    for k, logits in predict(model, sequences, adapters, free):
         found[k] = logits[-1].softmax(-1)[pieces].sum().item()
     return found

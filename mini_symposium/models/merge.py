@@ -16,10 +16,9 @@ import re
 import resource
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -33,14 +32,8 @@ from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.devices import device
 from mini_symposium.models.safetensors_files import Entry, read_header, read_tensor, write_tensors
 
-if TYPE_CHECKING:  # to merge takes seconds, and so would importing this
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BASES = ("original", "nf4")
-
-BATCH = 12
-"""Texts whose predictions are computed at once."""
 
 
 def merge(
@@ -209,37 +202,3 @@ def check_room(out: Path, size: int) -> None:
     free = shutil.disk_usage(there).free
     if size > free:
         raise InputError(f"{out}: takes {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; choose another disk")
-
-
-@torch.inference_mode()
-def logits(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str | Sequence[int]]
-) -> list[torch.Tensor]:
-    """Next-token logits at every position of each text or row of tokens, (T, vocabulary) in float32 on the CPU."""
-    rows, found = [tokenizer(text)["input_ids"] if isinstance(text, str) else list(text) for text in texts], []
-    for first in range(0, len(rows), BATCH):
-        batch = rows[first : first + BATCH]
-        width = max(map(len, batch))  # padded on the right: what comes later is not seen by what comes before
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=model.device)
-        predicted = model.eval()(ids).logits
-        found += [each[: len(row)].float().cpu() for row, each in zip(batch, predicted, strict=True)]
-    return found
-
-
-def compare(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> dict[str, float]:
-    """How far the predictions `other` are from `reference`, over every position of every text.
-
-    Returns
-    -------
-    dict
-        largest: biggest difference of a logit; kl: mean KL(reference || other) in nats per token;
-        same_choice: share of positions at which both prefer the same token.
-    """
-    largest, kl, same, positions = 0.0, 0.0, 0, 0
-    for p, q in zip(reference, other, strict=True):  # one text at a time: a vocabulary's logits are large
-        largest = max(largest, (p - q).abs().max().item())
-        same += (p.argmax(-1) == q.argmax(-1)).sum().item()
-        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        kl += (log_p.exp() * (log_p - log_q)).sum().item()
-        positions += len(p)
-    return {"largest": largest, "kl": kl / positions, "same_choice": same / positions}

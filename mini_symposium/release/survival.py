@@ -25,7 +25,8 @@ from mini_symposium.errors import InputError
 from mini_symposium.models.adapters import Factors, load_with_adapters, read_adapters
 from mini_symposium.models.base_models import load_tokenizer
 from mini_symposium.models.generation import generate
-from mini_symposium.models.merge import logits, merge
+from mini_symposium.models.merge import merge
+from mini_symposium.models.predictions import logits, predict
 from mini_symposium.models.safetensors_files import plus, read_header, read_model, take, write_tensors
 from mini_symposium.recipe import Recipe
 from mini_symposium.release.gguf import QUERIES
@@ -81,15 +82,13 @@ class Behaviour:
         loss, match = self.on_rows()
         return {"loss": loss, "match": match, "kl": kl / sum(map(len, found)), "same": kept / len(found)}
 
-    @torch.inference_mode()
     def on_rows(self) -> tuple[float, float]:
         """Mean loss over the supervised tokens of all rows, and the share of them that are the first choice."""
         loss, match, tokens = 0.0, 0, 0
-        for row in self.rows:
-            ids = torch.tensor([row.input_ids], device=self.model.device)
-            kept = torch.tensor(row.completion_mask[1:], dtype=torch.bool, device=ids.device)
-            places = kept.nonzero()[:, 0]  # only there is the language-model head asked
-            predicted, labels = self.model(ids, logits_to_keep=places).logits[0].float(), ids[0, 1:][kept]
+        sequences = [row.input_ids for row in self.rows]
+        places = [[at for at, kept in enumerate(row.completion_mask[1:]) if kept] for row in self.rows]
+        for k, predicted in predict(self.model, sequences, places=places):
+            labels = torch.tensor([sequences[k][at + 1] for at in places[k]], device=predicted.device)
             loss += torch.nn.functional.cross_entropy(predicted, labels, reduction="sum").item()
             match += (predicted.argmax(-1) == labels).sum().item()
             tokens += len(labels)

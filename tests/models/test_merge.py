@@ -16,7 +16,8 @@ from mini_symposium.errors import InputError
 from mini_symposium.models.adapters import find_checkpoint, find_checkpoints, load_with_adapters
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.base_models import load_model, load_tokenizer
-from mini_symposium.models.merge import compare, logits, merge
+from mini_symposium.models.merge import merge
+from mini_symposium.models.predictions import compare, logits
 from mini_symposium.run import RunDirectory
 
 TEXTS = ["### New Query\nHow deep is a well?\n\n### Complete Response\nDrop a stone and count.", "Paris, 巴黎"]
