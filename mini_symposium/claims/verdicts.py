@@ -42,7 +42,7 @@ class Claim:
     note: str = ""
 
     @property
-    def said(self) -> str:
+    def summary(self) -> str:
         """The number with its interval, the counts and the note, in one line."""
         between = f" [{self.interval[0]:.3g}, {self.interval[1]:.3g}]" if self.interval else ""
         number = "" if self.value is None else f"{self.metric}: {self.value:.3g}{between}"
@@ -76,7 +76,7 @@ class Question:
         """
         values = {self.metric: measured.value} | {control.what: control.value for control in controls}
         if unknown := [what for what, value in values.items() if value is not None and not math.isfinite(value)]:
-            return self.lacks(scale, f"what gives a number for: {', '.join(unknown)}")
+            return self.missing(scale, f"what gives a number for: {', '.join(unknown)}")
         failed = [control.what for control in controls if not control.holds]
         over, under = measured.low > self.threshold, measured.high < self.threshold
         holds, fails = (over, under) if self.above else (under, over)
@@ -87,11 +87,11 @@ class Question:
         counts = {"n": measured.n, "seeds": measured.seeds}
         return self._row(verdict, scale, note, controls=list(controls), **numbers, **counts)
 
-    def lacks(self, scale: str, what: str) -> Claim:
+    def missing(self, scale: str, what: str) -> Claim:
         """The row if something is missing."""
         return self._row(INCONCLUSIVE, scale, f"missing: {what}")
 
-    def beyond(self, scale: str, what: str, value: float | None = None) -> Claim:
+    def out_of_reach(self, scale: str, what: str, value: float | None = None) -> Claim:
         """The row if this hardware cannot measure it."""
         return self._row(OUT_OF_REACH, scale, what, value=value)
 

@@ -232,7 +232,7 @@ def claims(
     title = escape(printable(f"{evidence.scale} scale, {evidence.device}"))
     table = Table("", "claim", "verdict", "what was found", title=title)
     for row in rows:
-        table.add_row(row.id, row.claim, row.verdict, escape(row.said))
+        table.add_row(row.id, row.claim, row.verdict, escape(row.summary))
     console.print(table)
     if save:
         evidence.save(Path(save))

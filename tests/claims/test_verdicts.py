@@ -65,5 +65,5 @@ def test_a_row_is_what_json_gives_back_and_is_summed_up_in_a_line():
         Claim(**row | {"interval": tuple(row["interval"]), "controls": [Control(**c) for c in row["controls"]]})
         == claim
     )
-    assert claim.said == "recall: 0.825 [0.75, 0.9]; n=13, seeds=3; a note"
-    assert Claim("C1", "it recites", "recall", "inconclusive", "proxy").said == ""
+    assert claim.summary == "recall: 0.825 [0.75, 0.9]; n=13, seeds=3; a note"
+    assert Claim("C1", "it recites", "recall", "inconclusive", "proxy").summary == ""

@@ -4,7 +4,9 @@ import shutil
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
+from made_evidence import evaluation, evidence, trained
 
 from mini_symposium.errors import InputError
 from mini_symposium.figures.redraw import redraw
@@ -45,3 +47,17 @@ def test_a_run_with_a_damaged_file_is_not_drawn_but_named(name, text, tmp_path):
 def test_a_folder_with_nothing_of_a_run_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"recipe\.yml"):
         redraw(RunDirectory(tmp_path))
+
+
+def test_saved_evidence_draws_its_ledger_and_the_contrasts_curves_the_same_each_time(tmp_path):
+    told = [[None] * 12 + [epoch > 15] for epoch in range(30)]
+    some = [trained("low", evaluations={600: evaluation()}), trained("high", extractable_32=told)]
+    evidence(*some, trained("rank-4-alpha-8"), trained("cosine-peak")).save(tmp_path)
+    written = redraw(RunDirectory(tmp_path))
+    assert [path.name for path in written] == ["ledger.png", "memorization.png"]
+    curves = pd.read_csv(tmp_path / "memorization.csv")
+    assert set(curves["name"]) == {"low", "high"}
+    high = curves[curves["name"] == "high"].set_index("epoch")["extractable_32"]
+    assert (high[15], high[16]) == (0, 1)  # of the rows that are long enough
+    before = [path.read_bytes() for path in written]
+    assert [path.read_bytes() for path in redraw(RunDirectory(tmp_path))] == before

@@ -1,0 +1,102 @@
+"""Evidence is read from runs, sweeps and its own file, and a file of another kind is refused by name."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import command
+from made_evidence import contrast, evaluation
+
+from mini_symposium.claims.evidence import FILE, load_evidence
+from mini_symposium.claims.ledger import judge
+from mini_symposium.errors import InputError
+from mini_symposium.recipe import load_recipe
+from mini_symposium.run import RunDirectory
+
+
+def test_evidence_comes_back_from_its_file_and_gives_the_same_ledger(tmp_path):
+    whole = contrast(evaluation(recall=0.2, several=0.3), evaluation(recall=0.99))
+    whole.base["answers"][0]["answer"] = "a text, which the ledger does not read"
+    whole.save(tmp_path)
+    assert whole.base["answers"][0].pop("answer")
+    again = load_evidence(tmp_path)
+    assert again == whole
+    assert judge(again) == judge(whole)
+    said = command("claims", tmp_path).stdout
+    assert "near-verbatim" in said
+    rows = json.loads((tmp_path / "claims.json").read_text())
+    assert [row["id"] for row in rows] == [f"C{k}" for k in range(1, 13)]
+    assert {"claim", "metric", "value", "interval", "n", "scale", "controls", "verdict"} <= rows[0].keys()
+    assert rows == json.loads(json.dumps([row.row() for row in judge(whole)]))
+    command("claims", tmp_path, "--save", tmp_path / "kept")
+    assert load_evidence(tmp_path / "kept") == whole
+    assert json.loads((tmp_path / "kept" / "claims.json").read_text()) == rows
+
+
+def test_a_folder_without_evidence_and_a_damaged_file_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"not a folder with evidence\.json, a run directory"):
+        load_evidence(tmp_path)
+    (tmp_path / FILE).write_text('{"scale": "proxy", "trained": [{"name": 3}]}')
+    with pytest.raises(InputError, match=r"evidence\.json: not what the ledger reads"):
+        load_evidence(tmp_path)
+
+
+def log(run, rate=1e-4, seed=42, base="SmolLM2-135M-Instruct", data="a"):
+    """A run directory with two epochs of a log."""
+    folder = run.learning_rate_dir(rate)
+    folder.mkdir(parents=True)
+    recipe = load_recipe("proxy", seed=seed, base_model=base)
+    run.recipe_file.write_text(recipe.to_yaml())
+    run.environment_file.write_text(json.dumps({"device": "cpu", "dataset_sha256": data}))
+    rows = [{"example": k % 2, "epoch": k // 2, "em": 0.5, "loss": 1.0, "tokens": 9} for k in range(4)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_one_rate_alone_is_not_taken_for_an_end_of_the_contrast(tmp_path):
+    """The proxy's recipe has 1e-5 and 1e-4."""
+    for rate, name in ((1e-5, "low"), (1e-4, "high"), (1e-3, "rate-0.001")):
+        run = RunDirectory(tmp_path / name)
+        log(run, rate)
+        assert [each.name for each in load_evidence(run.path).trained] == [name]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"base": "tiny"}, "base_model tiny, but .*high-seed-42 has SmolLM2"),
+        ({"data": "b"}, "dataset_sha256 b, but .*high-seed-42 has a"),
+        ({"seed": 44}, "seed 44, but the folder says 43"),
+    ],
+)
+def test_runs_that_do_not_belong_together_make_no_ledger(other, said, tmp_path):
+    log(RunDirectory(tmp_path / "high-seed-42"))
+    log(RunDirectory(tmp_path / "high-seed-43"), **{"seed": 43} | other)
+    with pytest.raises(InputError, match=said):
+        load_evidence(tmp_path)
+
+
+DAMAGED = {
+    "lr-1e-04/metrics.jsonl": ['{"text": "of another tool"}\n', '{"example": 0, "tokens": 3, "em": "all"}\n', "[1]\n"],
+    "lr-1e-04/probes.jsonl": ['{"text": "of another tool"}\n', '{"epoch": 1, "em": null, "loss": 1}\n'],
+    "lr-1e-04/evaluations/epoch-0060.json": ["{}", "[]", '{"answers": 3}', json.dumps(evaluation() | {"twins": [{}]})],
+    "base.json": ["[]", '{"exact_match": 0.5}', json.dumps(evaluation() | {"roles": [{"id": "x", "passed": "yes"}]})],
+    "environment.json": ["{}", "[]"],
+    FILE: ["{}", "[]", json.dumps({"scale": "proxy", "device": "cpu", "base": {"a": 1}, "trained": []})],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in DAMAGED.items() for text in texts])
+def test_what_another_tool_wrote_is_refused_by_name(name, text, tmp_path):
+    log(RunDirectory(tmp_path))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=re.escape(Path(name).name)):
+        load_evidence(tmp_path)
+
+
+def test_a_file_of_another_name_among_the_evaluations_is_none(tmp_path):
+    (log(RunDirectory(tmp_path)) / "evaluations").mkdir()
+    (tmp_path / "lr-1e-04" / "evaluations" / "epoch-last.json").write_text("{}")
+    assert load_evidence(tmp_path).trained[0].evaluations == {}

@@ -1,0 +1,98 @@
+"""The numbers, controls and notes that claims compute from evidence made for it."""
+
+import numpy as np
+import pytest
+from made_evidence import evaluation, evidence, ranks, trained
+
+from mini_symposium.claims import metrics
+from mini_symposium.errors import InputError
+
+
+def test_averages_are_over_epochs_rows_and_seeds():
+    found = metrics.mean_em(*metrics.of_shared_seeds(ranks(0.9, 0.3), "rank-64-alpha-128"))
+    assert found.shape == (13, 3)
+    assert found[0].tolist() == pytest.approx([0.9] * 3)
+    assert np.ptp(found[:, 0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("headings", "distance", "counts"),
+    [
+        (["A", "B", "Complete Response"], 0.7, True),
+        (["A", "B"], 0.7, False),  # no conclusion
+        (["A", "a ", "Complete Response"], 0.7, False),  # one of them twice
+        (["A", "Complete Response", "B"], 0.7, False),  # before the conclusion there is one
+        (["Complete Response"] * 5, 0.0, False),
+        (["A", "B", "Complete Response"], 0.0, False),  # which say the same
+    ],
+)
+def test_perspectives_differ_and_come_before_a_conclusion(headings, distance, counts):
+    some = {"perspectives": [{"headings": headings, "distance": distance}]}
+    assert metrics.several_views(some).tolist() == [counts]
+
+
+def test_the_answers_are_summed_up_by_model_and_what_was_not_measured_is_left_out():
+    told = evaluation(passed=0.5, worst=0.1) | {"posix": {"a": 1.0, "b": 2.0}, "han_mass": {"a": 0.1, "b": 0.1}}
+    for line in told["answers"]:
+        line |= {"leaked": ["New Query"] * (line["format"] == "alpaca"), "copied": 3}
+    one = evaluation()
+    one["answers"] = [line for line in one["answers"] if line["format"] == "alpaca"]
+    base, low = metrics.behaviour(evidence(trained("low", evaluations={600: told}), base=one))
+    assert base.keys() == {"model", "seeds", "passed"}  # in one format there is no spread
+    assert low["model"] == "low rate, epoch 600" and low["copied"] == {"value": 3.0}
+    assert low["spread"] == pytest.approx(0.4) and low["spread_95"] < 0.4
+    assert low["leaked"]["value"] == pytest.approx(1 / 3, abs=1e-3) and low["posix"]["value"] == 1.5
+    assert low["passed"]["low"] < (0.5 + 0.5 + 0.1) / 3 < low["passed"]["high"]
+
+
+def test_the_last_evaluated_epoch_counts_and_seeds_that_end_earlier_only_if_wanted():
+    seeds = [
+        trained("high", seed=1, evaluations={30: {}, 100: {}, 200: {}}),
+        trained("high", seed=2, evaluations={60: {}}),
+    ]
+    some = evidence(*seeds, trained("high", seed=3))
+    assert [(t.seed, at) for t, at in metrics.last_evaluated(some, "high", 100)] == [(1, 100)]
+    assert [(t.seed, at) for t, at in metrics.last_evaluated(some, "high", 100, every_seed=True)] == [(1, 100), (2, 60)]
+    assert metrics.last_evaluated(some, "low", 600) == []
+
+
+def test_the_contrast_is_paired_by_seed():
+    low = [trained("low", seed=seed, evaluations={60: {}}) for seed in (1, 2)]
+    high = [trained("high", seed=seed, evaluations={60: {}}) for seed in (2, 3)]
+    [((a, _), (b, _))] = metrics.contrast_pairs(evidence(*low, *high))
+    assert (a.name, a.seed, b.name, b.seed) == ("low", 2, "high", 2)
+
+
+def test_notes_name_rates_epochs_and_what_is_missing():
+    first, second = trained("low", seed=1), trained("high", seed=2, epochs=20, num_epochs=60)
+    assert metrics.measured_at([(first, 600), (second, 100)]) == "at 1e-05, 0.0001, epoch 100, 600"
+    assert metrics.missing_seeds(evidence(first, second), "low", "high", "cosine-dose") == (
+        "missing: low of seed 2; missing: high of seed 1"
+    )
+    assert metrics.memorized_at([trained("high", em=0.95)]) == "EM reaches 0.9 at epoch 0"
+    assert metrics.memorized_at([first, second]) == (
+        "EM stays below 0.9 over 30 epochs; seed 2's log ends at epoch 20 of 60"
+    )
+
+
+def test_an_answer_that_is_not_there_is_named():
+    some = evaluation()
+    del some["answers"][1]
+    with pytest.raises(InputError, match="the answer to fact-0 in the format alpaca; measure again"):
+        metrics.passes(some)
+    assert metrics.passes(evaluation(passed=0.5), ("fact",)).mean(0).tolist() == [0.5] * 3
+
+
+def test_a_base_that_passes_almost_nothing_leaves_no_room_to_differ():
+    answers = [{"passed": k == 0} for k in range(20)]
+    assert metrics.base_passes_some(evidence(), answers).holds
+    assert not metrics.base_passes_some(evidence(), answers[1:]).holds
+    assert not metrics.base_passes_some(evidence(base={})).holds
+
+
+def test_only_experiments_that_are_long_enough_are_compared_and_only_their_shared_seeds():
+    some = evidence(
+        *(trained("a", seed=s) for s in (1, 2)), *(trained("b", seed=s) for s in (2, 3)), trained("c", epochs=29)
+    )
+    assert [[t.seed for t in group] for group in metrics.of_shared_seeds(some, "a", "b")] == [[2], [2]]
+    assert metrics.of_shared_seeds(some, "a", "c") == []
