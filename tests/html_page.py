@@ -1,4 +1,4 @@
-"""HTML as a browser reads it, for tests that look at tables and cards."""
+"""HTML as a browser reads it, for tests that look at tables and cards; and buttons of widgets, pressed by name."""
 
 from html.parser import HTMLParser
 
@@ -31,3 +31,13 @@ class Page(HTMLParser):
         self.text += data
         if "td" in self.depth or "th" in self.depth:
             self.rows[-1][-1] += data
+
+
+def press(page, name: str) -> None:
+    """Press the button `name` of a playground, or of a box of widgets."""
+
+    def buttons(widget):
+        for child in getattr(widget, "children", ()):
+            yield from [child] if getattr(child, "description", "") == name else buttons(child)
+
+    next(buttons(getattr(page, "box", page))).click()

@@ -167,7 +167,7 @@ def test_text_grows_stop_keeps_it_and_a_second_generate_is_answered(page):
     status(page, "answers stopped after")
     assert len(answer.inner_text()) >= lengths[-1]
     expect(page.locator(".ms-card footer").first).to_contain_text("stopped")
-    press(page, "Greedy, as headless")
+    press(page, "Reset to greedy")
     fill(page, "max_new_tokens", "40")
 
 
@@ -244,7 +244,7 @@ def test_bad_input_is_said_and_the_page_stays_usable(page, tmp_path):
     status(page, "Problem: the query has 100,000 characters")
     fill(page, "Run", str(tmp_path))
     press(page, "Open")
-    status(page, "neither a run")
+    status(page, "a run")
     fill(page, "Query", "Show me a picture.")
     press(page, "Generate")
     status(page, "answers in")

@@ -1,1 +1,7 @@
-"""The playground: a page of widgets over any run's models, and the plain functions below it."""
+"""The playground: a page of widgets for the models of any run, and below it what the page does, without widgets."""
+
+from mini_symposium import lazy
+
+_NAMES = {**dict.fromkeys(("show", "show_epochs", "front_end"), "page"), "Workbench": "workbench"}
+__all__ = list(_NAMES)
+__getattr__ = lazy(__name__, _NAMES)

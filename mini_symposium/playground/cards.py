@@ -1,8 +1,8 @@
-"""The playground's answers as HTML: cards, marks in them, a prompt's tokens, a training by epoch, a chat.
+"""The playground's answers as HTML: answer cards with marks, a prompt's tokens, recitation by epoch, a chat.
 
-What a model, a preset or a person said goes through `tables`' escaping, every piece of it. Nothing is told by colour
-alone: what is recited is underlined and named in brackets, another script has a wavy line and its name, a heading a
-frame. Tints are mixed from the text's own colour, so that light and dark themes both read.
+Every text from a model, a preset or a person goes through `tables.as_html`. No meaning is carried by colour alone:
+recited text is underlined and followed by its row in brackets, another script has a wavy line and its name, a heading
+has a frame.
 """
 
 import html
@@ -15,11 +15,11 @@ from mini_symposium.figures.tables import Shown, as_html, plain, side_by_side
 
 CSS = (Path(__file__).parent / "playground.css").read_text(encoding="utf-8")
 
-_WHY = {"eos": "ended by itself", "stop string": "met a stop string", "length": "cut off", "stopped": "stopped"}
+_ENDINGS = {"eos": "ended by itself", "stop string": "met a stop string", "length": "cut off", "stopped": "stopped"}
 
 
 def marked(text: str, marks: Sequence[Mark]) -> str:
-    """A text with its marks; they may overlap, so it is cut at every edge, and each mark is named where it ends.
+    """A text with its marks, each labelled at its end. Marks may overlap, so the text is cut where any starts or ends.
 
     >>> print(marked("a <b> c", [Mark("recited", 2, 5, "row 3")]))
     a <span class="ms-recited">&lt;b&gt;</span><span class="ms-label">[row 3]</span> c
@@ -35,45 +35,42 @@ def marked(text: str, marks: Sequence[Mark]) -> str:
 
 
 def card(cell: Mapping, rows: TrainingRows, seconds: float | None = None) -> str:
-    """One answer: its format and model, the text with marks, and below it time, tokens, why it ended, what is recited.
+    """One answer: its format and model, the marked text, and a footer with time, tokens, ending and recitation.
 
     Parameters
     ----------
     cell
-        With model, format and prompt; answer, once it has begun; the rest, once it has ended.
+        A cell of `Workbench.cells`; with `answer` while it is generated; as `Workbench.ask` returns it when it is done.
     seconds
-        How long it has been going on, if it goes on.
+        The time so far, of an answer that is being generated.
     """
     read = rows.read(cell.get("answer", ""), cell["prompt"])
-    said = marked(cell.get("answer", ""), read.marks)
-    if not said.strip():
-        said = '<em class="ms-note">…</em>' if "tokens" not in cell else '<em class="ms-note">(empty)</em>'
+    answer = marked(cell.get("answer", ""), read.marks)
+    if not answer.strip():
+        answer = '<em class="ms-note">…</em>' if "tokens" not in cell else '<em class="ms-note">(empty)</em>'
     notes = [f"{seconds:.1f} s"] if seconds is not None else ["waiting"]
     if "tokens" in cell:
-        notes = [f"{cell['seconds']:.1f} s", f"{cell['tokens']} tokens", _WHY[cell["stop_reason"]]]
+        notes = [f"{cell['seconds']:.1f} s", f"{cell['tokens']} tokens", _ENDINGS[cell["stop_reason"]]]
     notes += [f"{read.drift:.0%} of letters in another script"] if read.drift else []
     notes += [f"{read.headings} headings"] if read.headings else []
-    share = f"{_bar(read.recited)}{read.recited:.0%} recited{f' from {as_html(read.row)}' if read.row else ''}"
+    bar = f'<span class="ms-bar" aria-hidden="true"><i style="width: {read.recited:.0%}"></i></span>'
+    share = f"{bar}{read.recited:.0%} recited{f' from {as_html(read.row)}' if read.row else ''}"
     return (
         f"<article><header><b>{as_html(cell['format'])}</b><span>{as_html(cell['model'])}</span></header>"
-        f'<div class="ms-answer">{said}</div>'
+        f'<div class="ms-answer">{answer}</div>'
         f"<footer>{as_html(' · '.join(notes))}<br>{share}</footer></article>"
     )
 
 
-def _bar(share: float) -> str:
-    return f'<span class="ms-bar" aria-hidden="true"><i style="width: {share:.0%}"></i></span>'
-
-
 def inspector(cell: Mapping, tokens: Sequence) -> str:
-    """The exact prompt of a cell, and its tokens (`workbench.Token`) one by one; special ones in a double frame."""
+    """The exact prompt of a cell, and its tokens (`workbench.Token`) one by one; special tokens have a double frame."""
     special = sum(token.special for token in tokens)
     pieces = []
     for token in tokens:
         kind = "ms-token ms-special" if token.special else "ms-token"
         pieces.append(f'<span class="{kind}" title="id {token.id}">{as_html(token.text)}</span>')
         pieces.append("<br>" if token.text.endswith("⏎") else "<wbr>")
-    # A <pre> keeps its spaces and newlines itself.
+    # Inside <pre> plain spaces and newlines are kept.
     prompt = as_html(cell["prompt"]).replace("&nbsp;", " ").replace("<br>", "\n")
     name = f"{as_html(cell['format'])} · {as_html(cell['model'])}"
     return (
@@ -84,48 +81,58 @@ def inspector(cell: Mapping, tokens: Sequence) -> str:
     )
 
 
-def strip(by_epoch: Mapping[int, Mapping], here: int, rows: TrainingRows) -> str:
-    """A training as a row of bars, one for each epoch: how much of the answer is recited; `here` is framed."""
+def recited_by_epoch(cells: Mapping[int, Mapping], chosen: int, rows: TrainingRows) -> str:
+    """A row of bars: how much of the answer is recited after each epoch. The `chosen` epoch has a frame.
+
+    Parameters
+    ----------
+    cells
+        {epoch: cell}, as `card` takes them.
+    """
     bars = []
-    for epoch, cell in by_epoch.items():
+    for epoch, cell in cells.items():
         share = rows.read(cell["answer"], cell["prompt"]).recited if "answer" in cell else None
         text = "–" if share is None else f"{share:.0%}"
         bars.append(
-            f'<div{" class=ms-here" if epoch == here else ""}>{text}<i style="height: {5 * (share or 0):.2f}em"></i>'
-            f"{'▸ ' if epoch == here else ''}{epoch}</div>"
+            f'<div{" class=ms-here" if epoch == chosen else ""}>{text}<i style="height: {5 * (share or 0):.2f}em"></i>'
+            f"{'▸ ' if epoch == chosen else ''}{epoch}</div>"
         )
     label = "share of the answer's words that are recited, by epoch"
     return f'<h3>Recited, by epoch</h3><div class="ms-strip" role="group" aria-label="{label}">{"".join(bars)}</div>'
 
 
-def talk(
-    title: str, messages: Sequence[Mapping], names: Mapping[str, str], rows: TrainingRows, prompt: str = ""
-) -> str:
-    """A chat, each turn under its speaker's name; the character's turns are marked as answers are."""
+def chat(title: str, messages: Sequence[Mapping], names: Mapping[str, str], rows: TrainingRows) -> str:
+    """A chat, each message under its speaker's name; recited text and the like is marked in the assistant's messages.
+
+    Parameters
+    ----------
+    names
+        {role: name} of user and assistant; system messages are under "Scene".
+    """
     turns = []
     for message in messages:
         text = message["content"]
         marks = rows.read(text).marks if message["role"] == "assistant" else ()
-        who = as_html(names.get(message["role"], "Scene"))
-        turns.append(f'<p class="ms-turn"><b>{who}</b><br>{marked(text, marks) or "…"}</p>')
-    said = "".join(turns) or '<p class="ms-note">nothing said yet</p>'
-    return f"<article><header><b>{as_html(title)}</b></header>{said}</article>"
+        speaker = as_html(names.get(message["role"], "Scene"))
+        turns.append(f'<p class="ms-turn"><b>{speaker}</b><br>{marked(text, marks) or "…"}</p>')
+    content = "".join(turns) or hint("nothing said yet")
+    return f"<article><header><b>{as_html(title)}</b></header>{content}</article>"
 
 
 def status(text: str, problem: bool = False) -> str:
-    """The line that says what is going on; a problem is announced at once by a screen reader, the rest when it can."""
-    how = 'role="alert"' if problem else 'role="status" aria-live="polite"'
-    said = f"<b>Problem:</b> {as_html(text)}" if problem else as_html(text)
-    return f'<div class="ms-status{" ms-problem" if problem else ""}" {how}>{said}</div>'
+    """The status line. A screen reader announces a problem at once, any other text when it has finished speaking."""
+    role = 'role="alert"' if problem else 'role="status" aria-live="polite"'
+    content = f"<b>Problem:</b> {as_html(text)}" if problem else as_html(text)
+    return f'<div class="ms-status{" ms-problem" if problem else ""}" {role}>{content}</div>'
 
 
 def hint(text: str) -> str:
-    """What a pane says before there is anything in it."""
+    """A note where there is nothing to show yet."""
     return f'<p class="ms-note">{as_html(text)}</p>'
 
 
 def download(name: str, content: str) -> str:
-    """A link that saves a file from the page itself, `content` in base64; the server need not be this machine."""
+    """A link to a file. Its `content`, in base64, is in the link, so that the server may be another machine."""
     return (
         f'<a download="{html.escape(name)}" href="data:application/octet-stream;base64,{content}">'
         f"Download {as_html(name)}</a>"
@@ -133,7 +140,7 @@ def download(name: str, content: str) -> str:
 
 
 def static(cells: Sequence[Mapping], query: str) -> Shown:
-    """The grid for a page without widgets: the answers side by side, then what of them is recited."""
+    """The grid without widgets: a table of the answers side by side, then a table of what they recite."""
     grid = side_by_side(cells, query)
     rows = [
         (c["format"], c["model"], f"{c['recited']:.0%}", c["row"] or "–", f"{c['drift']:.0%}", c["headings"])
@@ -144,6 +151,6 @@ def static(cells: Sequence[Mapping], query: str) -> Shown:
 
 
 def static_epochs(by_epoch: Mapping[int, Mapping], series: str) -> Shown:
-    """The epoch slider for a page without widgets: what each checkpoint says to the same query."""
+    """The epoch slider without widgets: a table of each checkpoint's answer to the same query."""
     rows = [(e, f"{c['recited']:.0%}", c["row"] or "–", c["answer"][:300]) for e, c in by_epoch.items()]
     return plain([f"{series}, epoch", "recited", "from", "answer"], rows)

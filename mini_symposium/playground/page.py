@@ -1,14 +1,12 @@
 """The playground as a page of widgets: a thin view over `workbench`, for JupyterLab, Notebook 7, VS Code and Voila.
 
-What takes time runs on a thread of its own, one thing at a time; what goes wrong there is said in the status line, and
-the page stays usable. Where nobody looks, under papermill, there is no page: the same question is answered in one pass,
-errors are raised, and a static table comes out.
+What takes time runs as a job on a thread of its own, one at a time. An error in it is shown in the status line, and the
+page stays usable. Under papermill, where nobody looks at widgets, there is no page: the same query is answered in one
+pass, errors are raised, and the result is a static table.
 """
 
 import os
-import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from pathlib import Path
 from threading import Event, Lock, Thread
 from time import monotonic
 
@@ -38,27 +36,28 @@ from mini_symposium.figures.tables import Shown
 from mini_symposium.playground import cards, session
 from mini_symposium.playground.panes import WIDE, WRAP, Chat, Compare, Epochs, Keep
 from mini_symposium.playground.workbench import Workbench
+from mini_symposium.recipe import SHIPPED
 from mini_symposium.run import ROOT
 
 REDRAW = 0.25
-"""Seconds between two drawings of answers that grow."""
+"""Seconds between two drawings of growing answers."""
 
 
 def front_end() -> str:
-    """Who shows the widgets of this kernel, by what its server says in the environment; "" if nobody is known to.
+    """The program that shows this kernel's widgets, by its environment variables; "" if there is none or it is unknown.
 
-    `mini-symposium reproduce` says that nobody does. Plain papermill, nbclient and nbconvert say nothing, nor does a
-    front end that is not known here: there, say it with the notebook's parameter HEADLESS.
+    `mini-symposium reproduce` sets MINI_SYMPOSIUM_HEADLESS. Plain papermill, nbclient and nbconvert set nothing, and
+    front ends other than these may not either: there the notebook's parameter HEADLESS decides.
     """
     if os.environ.get("MINI_SYMPOSIUM_HEADLESS"):
         return ""
-    if "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ:
+    if "COLAB_RELEASE_TAG" in os.environ:
         return "Colab"
     if any(name.startswith("VOILA_") for name in os.environ):
         return "Voila"
     if "JPY_SESSION_NAME" in os.environ:  # from Jupyter Server: JupyterLab, Notebook 7
         return "Jupyter"
-    # Over SSH, in WSL and in containers VS Code is reported to set only the second.
+    # Over SSH, in WSL and in containers VS Code sets only the second, by users' reports.
     return "VS Code" if {"VSCODE_PID", "VSCODE_CWD"} & os.environ.keys() else ""
 
 
@@ -70,19 +69,19 @@ def show(
     max_new_tokens: int = 64,
     headless: bool = False,
 ) -> "VBox | Shown":
-    """The page, opened with these choices; headless, the table that Generate would lead to.
+    """The page, opened with these choices; if `headless`, a table of the answers that its button Generate would give.
 
     Parameters
     ----------
     formats
         Names as `prompt_formats.prompt_format` takes them.
     models
-        Names from the shelf.
+        Names in `bench.shelf.models`.
 
     Raises
     ------
     InputError
-        If headless, for whatever the page would say in its status line.
+        If a format does not exist; headless, also for what the page would show as a problem in its status line.
     """
     if headless:
         cells = bench.cells(query, [prompt_format(name) for name in formats], models)
@@ -93,22 +92,28 @@ def show(
 
 
 def show_epochs(bench: Workbench, query: str, form: str, max_new_tokens: int, headless: bool) -> Shown | None:
-    """Headless, what each checkpoint of the fastest training says; None with a page, whose slider shows that."""
+    """Headless, a table of the answer of each checkpoint of the highest rate; None otherwise: the page has a slider."""
     if not headless or not bench.shelf.series():
         return None
     name, epochs = next(iter(bench.shelf.series().items()))
-    found = bench.ask(bench.cells(query, [prompt_format(form)], list(epochs.values())), max_new_tokens)
-    return cards.static_epochs(dict(zip(epochs, found, strict=True)), name)
+    cells = bench.ask(bench.cells(query, [prompt_format(form)], list(epochs.values())), max_new_tokens)
+    return cards.static_epochs(dict(zip(epochs, cells, strict=True)), name)
 
 
 class Playground:
-    """The page and what its panes share: the query, the choices, the status line, and the one job that runs."""
+    """The page, and what its panes share: the query, the choices, the status line, and the running job.
+
+    Parameters
+    ----------
+    background
+        Whether jobs run on a thread; if not, a button's job ends before the press returns.
+    """
 
     def __init__(self, bench: Workbench, query: str, formats, models, max_new_tokens: int, background: bool = True):
         self.bench, self.background = bench, background
-        self.stop, self._idle, self._job = Event(), Lock(), ""
+        self.stop, self._running, self._job = Event(), Lock(), ""
         self.error: Exception | None = None
-        """What went wrong last, with its traceback."""
+        """The last error, with its traceback."""
         full = Layout(width="auto", min_width="0")
         self.query = Textarea(query, description="Query", rows=4, layout=full, continuous_update=True)
         self.formats: dict[str, PromptFormat] = {}
@@ -133,8 +138,8 @@ class Playground:
             field.layout.width = "19.5em"
         self.status = HTML(layout=Layout(flex="1 1 20em"))
         self.progress = IntProgress(max=1, layout=Layout(width="12em"))
-        self.compare, self.keep = Compare(self), Keep(self)
-        self.panes = self.compare, Epochs(self), Chat(self), self.keep
+        self.compare = Compare(self)
+        self.panes = self.compare, Epochs(self), Chat(self), Keep(self)
         self.tab = Tab([pane.box for pane in self.panes], titles=[pane.title for pane in self.panes], layout=full)
         self.box = self._page()
         chosen = [prompt_format(name) for name in formats]
@@ -142,41 +147,41 @@ class Playground:
         self._refresh(models)
 
     def _page(self) -> VBox:
-        buttons = {
+        actions = {
             "Generate": self._generate,
             "Stop": lambda _: self._stop(),
-            "Add heading": lambda _: self.trying(self._add_heading),
+            "Add heading": lambda _: self.attempt(self._add_heading),
             "Open": lambda _: self.start("Open", self._open),
-            "Greedy, as headless": lambda _: self._greedy(),
+            "Reset to greedy": lambda _: self._reset_sampling(),
         }
-        made = {name: Button(description=name, layout=Layout(width="auto")) for name in buttons}
-        made["Generate"].button_style = "primary"
-        for name, act in buttons.items():
-            made[name].on_click(act)
-        self.preset.observe(lambda _: self.trying(self._add_presets), "value")
-        sampling = Box([*self.sampling.values(), self.max_new_tokens, made["Greedy, as headless"]], layout=WRAP)
-        asked = VBox(
+        buttons = {name: Button(description=name, layout=Layout(width="auto")) for name in actions}
+        for name, action in actions.items():
+            buttons[name].on_click(action)
+        buttons["Generate"].button_style = "primary"
+        self.preset.observe(lambda _: self.attempt(self._add_presets), "value")
+        sampling = Box([*self.sampling.values(), self.max_new_tokens, buttons["Reset to greedy"]], layout=WRAP)
+        left = VBox(
             [
                 self.query,
                 self.chips,
-                Box([self.heading, made["Add heading"], self.preset], layout=WRAP),
-                Box([made["Generate"], made["Stop"], self.progress, self.status], layout=WRAP),
+                Box([self.heading, buttons["Add heading"], self.preset], layout=WRAP),
+                Box([buttons["Generate"], buttons["Stop"], self.progress, self.status], layout=WRAP),
             ],
             layout=Layout(flex="3 1 28em", min_width="0"),
         )
-        answering = VBox(
-            [HBox([self.run, made["Open"]]), self.models, Accordion([sampling], titles=["Sampling"])],
+        right = VBox(
+            [HBox([self.run, buttons["Open"]]), self.models, Accordion([sampling], titles=["Sampling"])],
             layout=Layout(flex="2 1 20em", min_width="0"),
         )
-        top = Box([asked, answering], layout=Layout(flex_flow="row wrap", grid_gap="12px"))
+        top = Box([left, right], layout=Layout(flex_flow="row wrap", grid_gap="12px"))
         page = VBox([HTML(f"<style>{cards.CSS}</style>"), top, self.tab])
         page.add_class("ms")
         return page
 
     def begin(self) -> None:
-        """Load what is chosen, once the page is up."""
+        """Load the chosen models, now that the page is there; without a background, say how Colab differs."""
         if not self.background:
-            self.say("Colab shows nothing from the background: answers appear when all are there; Stop does nothing")
+            self.say("Colab shows nothing from the background: answers appear when all are finished; Stop does nothing")
         elif self.bench.trouble:
             self.say(self.bench.trouble, problem=True)
         else:
@@ -191,16 +196,16 @@ class Playground:
         """Put a sentence into the status line."""
         self.status.value = cards.status(text, problem)
 
-    def trying(self, act: Callable[[], object]) -> None:
-        """Do something quick; what goes wrong is said in the status line."""
+    def attempt(self, action: Callable[[], object]) -> None:
+        """Do something quick; an error goes to the status line."""
         try:
-            act()
-        except Exception as error:  # whatever it is, the page stays, and a person reads it there
-            self._fail(error)
+            action()
+        except Exception as error:  # of any kind: the page has to stay usable
+            self._show_error(error)
 
     def start(self, name: str, job: Callable[[], str]) -> None:
-        """Run a job on a thread of its own; what it returns is said when it is done. While one runs, none is begun."""
-        if not self._idle.acquire(blocking=False):
+        """Run a job on a thread, and put what it returns into the status line; refused while another job runs."""
+        if not self._running.acquire(blocking=False):
             self.say(f"{self._job} is still running; press Stop, or wait until it is done", problem=True)
             return
         self._job = name
@@ -210,11 +215,11 @@ class Playground:
             try:
                 self.say(f"{name} …")
                 self.say(job())
-            except Exception as error:  # as in `trying`
-                self._fail(error)
+            except Exception as error:  # as in `attempt`
+                self._show_error(error)
             finally:
                 self.progress.value = 0
-                self._idle.release()
+                self._running.release()
 
         if self.background:
             Thread(target=run, name=f"playground: {name}", daemon=True).start()
@@ -222,14 +227,21 @@ class Playground:
             run()
 
     def ask(self, cells: Sequence[Mapping], draw: Callable[..., None]) -> list[dict]:
-        """Within a job: answer cells under the page's settings, drawing what has come a few times a second."""
+        """Answer cells with the page's settings, within a job.
+
+        Parameters
+        ----------
+        draw
+            Called with the cells: without answers at first; a few times a second with the answers so far and the
+            seconds since the start; and with the finished cells, which are also returned.
+        """
         from mini_symposium.models.generation import Sampling
 
         sampling = Sampling(**{name: field.value for name, field in self.sampling.items()})
         started, drawn, count = monotonic(), 0.0, 0
         draw(cells)
 
-        def grown(texts: list[str]) -> None:
+        def on_text(texts: list[str]) -> None:
             nonlocal drawn, count
             count += 1
             if monotonic() - drawn > REDRAW:
@@ -240,18 +252,19 @@ class Playground:
 
         greedy = sampling == Sampling(seed=sampling.seed)
         settings = self.max_new_tokens.value, None if greedy else sampling
-        found = self.bench.ask(cells, *settings, grown, self.stop, self._step)
-        draw(found)
-        return found
+        answered = self.bench.ask(cells, *settings, on_text, self.stop, self._show_step)
+        draw(answered)
+        return answered
 
     def summary(self, cells: Sequence[Mapping]) -> str:
-        took = max(cell["seconds"] for cell in cells)
+        """The status line after a job: how many answers there are, after how long, and how many recite."""
+        seconds = max(cell["seconds"] for cell in cells)
         recited = sum(cell["recited"] > 0 for cell in cells)
-        how = "stopped after" if self.stop.is_set() else "in"
-        return f"{len(cells)} answers {how} {took:.1f} s; {recited} recite training rows"
+        after = "stopped after" if self.stop.is_set() else "in"
+        return f"{len(cells)} answers {after} {seconds:.1f} s; {recited} recite training rows"
 
     def add_formats(self, forms: Iterable[PromptFormat], chosen: Container[str]) -> None:
-        """Offer formats in every pane; in the first as chips, of which some are pressed."""
+        """Offer more formats in every pane, and as buttons below the query; those in `chosen` are pressed."""
         chips = {chip.tooltip: chip for chip in self.chips.children}
         for form in forms:
             self.formats[form.name] = form
@@ -265,19 +278,16 @@ class Playground:
 
     def _generate(self, _) -> None:
         self.tab.selected_index = 0
-        self.compare.generate()
+        self.start("Generate", self.compare.answer)
 
     def _busy(self) -> bool:
-        if self._idle.acquire(blocking=False):
-            self._idle.release()
-            return False
-        return True
+        return self._running.locked()
 
     def _stop(self) -> None:
         self.stop.set()
-        self.say(f"stopping {self._job}; what came stays" if self._busy() else "nothing is running")
+        self.say(f"stopping {self._job}; answers so far stay" if self._busy() else "nothing is running")
 
-    def _greedy(self) -> None:
+    def _reset_sampling(self) -> None:
         for name, value in {"temperature": 0, "top_k": 0, "top_p": 1, "repetition_penalty": 1, "seed": 0}.items():
             self.sampling[name].value = value
         self.say("greedy, as the other notebooks decode")
@@ -290,7 +300,7 @@ class Playground:
         self.say(f"{heading} was added and chosen")
 
     def _add_presets(self) -> None:
-        files, self.preset.value = self.preset.value, ()  # so that the same file can be given again
+        files, self.preset.value = self.preset.value, ()  # emptied, so that the same file can be given again
         for file in files:
             form = session.read_preset(file.name, bytes(file.content), self.formats)
             self.add_formats([form], [form.name])
@@ -298,21 +308,21 @@ class Playground:
 
     def _open(self) -> str:
         chosen, base = set(self.models.value), self.bench.shelf.base_model
-        said = self.bench.open(self.run.value.strip())
-        another = self.bench.shelf.base_model != base
-        self._refresh(self.bench.shelf.newest() if another else [n for n in self.bench.shelf.models if n in chosen])
-        return f"{said}. {self._load()}" if another else said
+        summary = self.bench.open(self.run.value.strip())
+        other_base = self.bench.shelf.base_model != base
+        self._refresh(self.bench.shelf.newest() if other_base else [n for n in self.bench.shelf.models if n in chosen])
+        return f"{summary}. {self._load()}" if other_base else summary
 
     def _load(self) -> str:
-        self.bench.load(self.models.value, self._step)
+        self.bench.load(self.models.value, self._show_step)
         shelf = self.bench.shelf
         return f"ready: {shelf.base_model} ({shelf.scale} scale), {len(self.models.value)} models loaded"
 
-    def _step(self, what: str, done: int, of: int) -> None:
-        self.progress.max, self.progress.value = of, done + 1
-        self.say(f"loading {what} ({done + 1} of {of}) …")
+    def _show_step(self, what: str, number: int, of: int) -> None:
+        self.progress.max, self.progress.value = of, number
+        self.say(f"loading {what} ({number} of {of}) …")
 
-    def _fail(self, error: Exception) -> None:
+    def _show_error(self, error: Exception) -> None:
         self.error = error
         self.say(str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}", problem=True)
 
@@ -321,9 +331,9 @@ class Playground:
         self.models.options = list(shelf.models)
         self.models.value = [name for name in chosen if name in shelf.models]
         runs = sorted(path.parent for path in (ROOT / "runs").glob("*/recipe.yml"))
-        self.run.options = [str(path.relative_to(ROOT)) for path in runs] + ["tiny", "proxy", "paper"]
+        self.run.options = [*(str(path.relative_to(ROOT)) for path in runs), *SHIPPED]
         if shelf.run and not self.run.value:
             path = shelf.run.path
-            self.run.value = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path))
+            self.run.value = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
         for pane in self.panes[1:]:
             pane.refresh()

@@ -1,7 +1,7 @@
-"""The playground's four panes: a grid of answers, one query by epoch, a character chat, and what is kept.
+"""The playground's four panes: a grid of answers, one query by epoch, a character chat, and files to keep.
 
-Each pane asks through the desk it stands on (`playground.Playground`): it says what is to be asked and how what comes
-is drawn. Widgets are made once and drawn over, so that the hundredth answer costs no more memory than the first.
+A pane decides what to ask and how to draw the answers; `page.Playground`, to which it belongs, runs the job. Widgets
+are made once and reused, so that the hundredth answer costs no more memory than the first.
 """
 
 import base64
@@ -20,123 +20,118 @@ GRID = {
     "grid_gap": "12px",
     "width": "100%",
 }
+WRAP = Layout(flex_flow="row wrap", align_items="center")
 
 
 class Compare:
-    """Formats beside models, one card each; a card's button shows its prompt below."""
+    """A card for each chosen model and format; a card's button shows its prompt below."""
 
     title = "Compare"
 
-    def __init__(self, desk):
-        self.desk, self.cells, self.cards = desk, [], []
+    def __init__(self, page):
+        self.page, self.cells, self.cards = page, [], []
         self.grid = GridBox(layout=Layout(**GRID))
-        self.inspector = HTML(cards.hint("Press a card's button to see its exact prompt and the tokens of it."))
+        self.inspector = HTML(cards.hint("Press a card's button to see its exact prompt and the tokens in it."))
         self.box = VBox([self.grid, self.inspector])
 
-    def generate(self, *_) -> None:
-        self.desk.start("Generate", self._answer)
-
-    def _answer(self) -> str:
-        desk = self.desk
-        self.cells = desk.bench.cells(desk.query.value, desk.chosen_formats(), desk.models.value)
+    def answer(self) -> str:
+        """The job of the button Generate."""
+        page = self.page
+        self.cells = page.bench.cells(page.query.value, page.chosen_formats(), page.models.value)
         while len(self.cards) < len(self.cells):
             self.cards.append(self._card(len(self.cards)))
         self._draw(self.cells)
         self.grid.children = [box for box, _, _ in self.cards[: len(self.cells)]]
-        self.cells = desk.ask(self.cells, self._draw)
-        return desk.summary(self.cells)
+        self.cells = page.ask(self.cells, self._draw)
+        return page.summary(self.cells)
 
     def _card(self, place: int) -> tuple[VBox, HTML, Button]:
-        shown, button = HTML(), Button(layout=Layout(width="auto", align_self="flex-start"))
-        button.on_click(lambda _: self.desk.trying(lambda: self.inspect(place)))
-        box = VBox([shown, button])
+        card, button = HTML(), Button(layout=Layout(width="auto", align_self="flex-start"))
+        button.on_click(lambda _: self.page.attempt(lambda: self.inspect(place)))
+        box = VBox([card, button])
         box.add_class("ms-card")
-        return box, shown, button
+        return box, card, button
 
     def _draw(self, cells: list[Mapping], seconds: float | None = None) -> None:
-        for (_, shown, button), cell in zip(self.cards, cells, strict=False):
-            shown.value = cards.card(cell, self.desk.bench.shelf.rows, seconds)
+        for (_, card, button), cell in zip(self.cards, cells, strict=False):
+            card.value = cards.card(cell, self.page.bench.shelf.rows, seconds)
             button.description = "Inspect prompt"
             button.tooltip = f"Inspect the prompt of {cell['format']}, {cell['model']}"
 
     def inspect(self, place: int) -> None:
-        """Show the prompt of a card; the card is framed while it is the one shown."""
+        """Show the prompt of one card, and give that card a frame."""
         cell = self.cells[place]
-        self.inspector.value = cards.inspector(cell, self.desk.bench.inspect(cell["prompt"]))
+        self.inspector.value = cards.inspector(cell, self.page.bench.inspect(cell["prompt"]))
         for number, (box, _, _) in enumerate(self.cards):
             (box.add_class if number == place else box.remove_class)("ms-chosen")
 
 
 class Epochs:
-    """One query in one format, asked of every checkpoint of a training at once; the slider walks through them."""
+    """One query in one format, answered by all checkpoints of a training; a slider chooses the epoch to show."""
 
     title = "Epochs"
 
-    def __init__(self, desk):
-        self.desk, self.found = desk, {}
+    def __init__(self, page):
+        self.page, self.cells = page, {}  # epoch -> cell
         self.series = Dropdown(description="Training", style=WIDE)
         self.format = Dropdown(description="Format", style=WIDE)
-        self.button = Button(description="Generate epochs", button_style="primary")
+        button = Button(description="Generate epochs", button_style="primary")
         self.epoch = SelectionSlider(
             description="Epoch", options=[("–", 0)], style=WIDE, layout=Layout(width="auto"), continuous_update=True
         )
-        self.shown, self.strip = (
-            HTML(),
-            HTML(cards.hint("Generate, then move the slider: overfitting is seen to happen.")),
-        )
-        card = Box([self.shown])
+        self.card = HTML()
+        self.bars = HTML(cards.hint("Generate, then move the slider to see in which epoch recitation begins."))
+        card = Box([self.card])
         card.add_class("ms-card")
-        self.box = VBox([HBox([self.series, self.format, self.button], layout=WRAP), self.epoch, card, self.strip])
-        self.button.on_click(lambda _: desk.start("Generate epochs", self._answer))
+        self.box = VBox([HBox([self.series, self.format, button], layout=WRAP), self.epoch, card, self.bars])
+        button.on_click(lambda _: page.start("Generate epochs", self._answer))
         self.series.observe(lambda _: self._choose(), "value")
         self.epoch.observe(lambda _: self._draw(), "value")
 
     def refresh(self) -> None:
-        """Take over which trainings and formats there are."""
-        _options(self.series, list(self.desk.bench.shelf.series()) or [""])
-        _options(self.format, list(self.desk.formats))
+        """Offer the trainings and formats that there are now."""
+        _options(self.series, list(self.page.bench.shelf.series()) or [""])
+        _options(self.format, list(self.page.formats))
 
     def _choose(self) -> None:
-        epochs = self.desk.bench.shelf.series().get(self.series.value)
-        self.found = {}
+        epochs = self.page.bench.shelf.series().get(self.series.value)
+        self.cells = {}
         self.epoch.options = [(str(epoch), epoch) for epoch in epochs] if epochs else [("–", 0)]
-        self.shown.value = self.strip.value = ""
+        self.card.value = self.bars.value = ""
 
     def _answer(self) -> str:
-        desk, epochs = self.desk, self.desk.bench.shelf.series().get(self.series.value)
+        page, epochs = self.page, self.page.bench.shelf.series().get(self.series.value)
         if not epochs:
             raise InputError("no training with checkpoints is open; open a run that has some")
-        form = desk.formats[self.format.value]
-        cells = desk.bench.cells(desk.query.value, [form], list(epochs.values()))
+        form = page.formats[self.format.value]
 
         def draw(cells: list[Mapping], seconds: float | None = None) -> None:
-            self.found = dict(zip(epochs, cells, strict=True))
+            self.cells = dict(zip(epochs, cells, strict=True))
             self._draw(seconds)
 
-        found = desk.ask(cells, draw)
-        return desk.summary(found)
+        return page.summary(page.ask(page.bench.cells(page.query.value, [form], list(epochs.values())), draw))
 
     def _draw(self, seconds: float | None = None) -> None:
-        cell = self.found.get(self.epoch.value)
+        cell = self.cells.get(self.epoch.value)
         if cell:
-            rows = self.desk.bench.shelf.rows
-            self.shown.value = cards.card(cell, rows, seconds)
-            self.strip.value = cards.strip(self.found, self.epoch.value, rows)
+            rows = self.page.bench.shelf.rows
+            self.card.value = cards.card(cell, rows, seconds)
+            self.bars.value = cards.recited_by_epoch(self.cells, self.epoch.value, rows)
 
 
 class Chat:
-    """One message to one model in two formats, each going on with its own replies."""
+    """A chat with one model in two formats side by side. Each side continues from its own replies."""
 
     title = "Character chat"
 
-    def __init__(self, desk):
-        self.desk, self.talks = desk, ([], [])
+    def __init__(self, page):
+        self.page, self.chats = page, ([], [])
         self.model = Dropdown(description="Model", style=WIDE)
         self.formats = [Dropdown(description=f"{side} format", style=WIDE) for side in ("Left", "Right")]
         self.user = Text("User", description="User's name", style=WIDE)
         self.char = Text("Assistant", description="Character's name", style=WIDE)
         self.scene = Textarea(description="Scene", rows=2, style=WIDE, layout=Layout(width="auto"))
-        self.scene.placeholder = "A character card or a scene; optional, the narrator says it first"
+        self.scene.placeholder = "A character card or a scene; optional, it stands first in the prompt"
         self.message = Textarea(description="Message", rows=2, style=WIDE, layout=Layout(width="auto"))
         send = Button(description="Send", button_style="primary")
         clear = Button(description="Start over")
@@ -149,91 +144,89 @@ class Chat:
             boxes, layout=Layout(**{**GRID, "grid_template_columns": "repeat(auto-fit, minmax(19rem, 1fr))"})
         )
         self.box = VBox([who, self.scene, grid, self.message, HBox([send, clear])])
-        send.on_click(lambda _: desk.start("Send", self._answer))
-        clear.on_click(lambda _: desk.start("Start over", self._clear))
+        send.on_click(lambda _: page.start("Send", self._answer))
+        clear.on_click(lambda _: page.start("Start over", self._clear))
 
     def refresh(self) -> None:
-        """Take over which models and formats there are."""
-        shelf = self.desk.bench.shelf
+        """Offer the models and formats that there are now."""
+        shelf = self.page.bench.shelf
         _options(self.model, list(shelf.models) or [""], (shelf.newest() or [""])[-1])
         for choice, first in zip(self.formats, ("character", "alpaca"), strict=True):
-            _options(choice, list(self.desk.formats), first)
+            _options(choice, list(self.page.formats), first)
         self._draw()
 
     def _clear(self) -> str:
-        self.talks = ([], [])
+        self.chats = ([], [])
         self._draw()
         return "a new chat"
 
     def _answer(self) -> str:
-        desk, said = self.desk, self.message.value
-        forms = [desk.formats[choice.value] for choice in self.formats]
-        opening = [{"role": "system", "content": self.scene.value}] if self.scene.value.strip() else []
-        asked = [[*(talk or opening), {"role": "user", "content": said}] for talk in self.talks]
+        page, message = self.page, {"role": "user", "content": self.message.value}
+        forms = [page.formats[choice.value] for choice in self.formats]
+        scene = [{"role": "system", "content": self.scene.value}] if self.scene.value.strip() else []
+        asked = [[*(chat or scene), message] for chat in self.chats]
         names = self.user.value or "User", self.char.value or "Assistant"
-        cells = desk.bench.chat(self.model.value, list(zip(forms, asked, strict=True)), *names)
+
+        def with_replies(cells: list[Mapping]) -> tuple[list[Mapping], ...]:
+            replies = ({"role": "assistant", "content": cell.get("answer", "")} for cell in cells)
+            return tuple([*chat, reply] for chat, reply in zip(asked, replies, strict=True))
 
         def draw(cells: list[Mapping], seconds: float | None = None) -> None:
-            replies = [{"role": "assistant", "content": cell.get("answer", "")} for cell in cells]
-            self._draw([[*talk, reply] for talk, reply in zip(asked, replies, strict=True)])
+            self._draw(with_replies(cells))
 
-        found = desk.ask(cells, draw)
-        replies = [{"role": "assistant", "content": cell["answer"]} for cell in found]
-        self.talks = tuple([*talk, reply] for talk, reply in zip(asked, replies, strict=True))
-        self.message.value = ""  # only now: what was not answered stays to be sent again
-        return desk.summary(found)
+        cells = page.ask(page.bench.chat(self.model.value, list(zip(forms, asked, strict=True)), *names), draw)
+        self.chats = with_replies(cells)
+        self.message.value = ""  # only now, so that a message that got no answer can be sent again
+        return page.summary(cells)
 
-    def _draw(self, talks=None) -> None:
+    def _draw(self, chats=None) -> None:
         names = {"user": self.user.value, "assistant": self.char.value}
-        for pane, choice, talk in zip(self.panes, self.formats, talks or self.talks, strict=True):
-            pane.value = cards.talk(choice.value or "", talk, names, self.desk.bench.shelf.rows)
+        for pane, choice, chat in zip(self.panes, self.formats, chats or self.chats, strict=True):
+            pane.value = cards.chat(choice.value or "", chat, names, self.page.bench.shelf.rows)
 
 
 class Keep:
-    """The session as files, and a format as a preset for SillyTavern; both to download as well."""
+    """Save the session, or a format as a preset for SillyTavern, to a file with a link to download it."""
 
     title = "Keep"
 
-    def __init__(self, desk):
-        self.desk = desk
+    def __init__(self, page):
+        self.page = page
         save = Button(description="Save session")
         self.format = Dropdown(description="Format", style=WIDE)
         export = Button(description="Export preset")
         self.links = HTML()
         self.box = VBox([HBox([save, self.format, export], layout=WRAP), self.links])
-        save.on_click(lambda _: desk.trying(self.save))
-        export.on_click(lambda _: desk.trying(self.export))
+        save.on_click(lambda _: page.attempt(self.save))
+        export.on_click(lambda _: page.attempt(self.export))
 
     def refresh(self) -> None:
-        """Take over which formats there are."""
-        _options(self.format, list(self.desk.formats))
+        """Offer the formats that there are now."""
+        _options(self.format, list(self.page.formats))
 
     def folder(self) -> Path:
-        """Beside what was asked; in runs/ if no run is open."""
-        run = self.desk.bench.shelf.run
+        """In the first run that was opened; in runs/ if there is none."""
+        run = self.page.bench.shelf.run
         return (run.path if run else ROOT / "runs") / "playground"
 
     def save(self) -> None:
-        shelf = self.desk.bench.shelf
+        shelf = self.page.bench.shelf
         about = {"scale": shelf.scale, "base_model": shelf.base_model}
-        self._offer(*session.save(self.desk.bench.log, about, self.folder()))
+        self._offer(*session.save(self.page.bench.log, about, self.folder()))
 
     def export(self) -> None:
-        self._offer(session.export_preset(self.desk.formats[self.format.value], self.folder() / "presets"))
+        self._offer(session.export_preset(self.page.formats[self.format.value], self.folder() / "presets"))
 
     def _offer(self, *paths: Path) -> None:
         self.links.value = "<br>".join(
             cards.download(path.name, base64.b64encode(path.read_bytes()).decode()) for path in paths
         )
-        self.desk.say(f"written to {paths[0].parent}: {', '.join(path.name for path in paths)}")
-
-
-WRAP = Layout(flex_flow="row wrap", align_items="center")
+        self.page.say(f"written to {paths[0].parent}: {', '.join(path.name for path in paths)}")
 
 
 def _options(choice: Dropdown, options: list[str], first: str = "") -> None:
-    """Change what a dropdown offers, and keep what is chosen if it is still there; else choose `first` if that is."""
+    """Offer `options`. The chosen one stays if it is among them; else `first` is chosen, or the first there is."""
     if list(choice.options) != options:
-        wanted = choice.value if choice.value in options else first
+        wanted = next((option for option in (choice.value, first) if option in options), options[0])
         choice.options = options
-        choice.value = wanted if wanted in options else options[0]
+        choice.value = wanted

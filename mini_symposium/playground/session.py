@@ -1,13 +1,13 @@
-"""A playground session on disk: what was asked under which settings, every answer, and formats as presets.
+"""A playground session on disk: the settings, every query and every answer; and prompt formats as preset files.
 
-Files get names that are not taken. What a model or a preset says is kept as it is, in JSON; in Markdown it stands in
-fences longer than any run of backticks in it, so that none of it is read as markup.
+A file gets a name that no other file has. Texts from models and presets are kept unchanged in JSON. In Markdown they
+stand in fences that are longer than any run of backticks in them, so none of the text is read as markup.
 """
 
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from itertools import chain, count
@@ -17,51 +17,46 @@ from mini_symposium.data.prompt_formats import PromptFormat, load_preset
 from mini_symposium.errors import InputError
 from mini_symposium.files.writing import write_json, written_whole
 
-LARGEST_PRESET = 256 * 1024
-"""Bytes; SillyTavern's own are about one KiB."""
-
-
-def _free(folder: Path, stem: str, suffix: str) -> Path:
-    """`stem` and a number that no file of the folder has, whatever its suffix."""
-    number = 1
-    while any(folder.glob(f"{stem}-{number:03d}.*")):
-        number += 1
-    return folder / f"{stem}-{number:03d}{suffix}"
-
 
 def save(log: Iterable[Mapping], about: Mapping, folder: Path) -> tuple[Path, Path]:
-    """Write a session as JSON and as Markdown, under one name; return both paths.
+    """Write a session as JSON and as Markdown, with the same file name; return both paths.
 
     Parameters
     ----------
     log
-        As `workbench.Workbench.log` has it.
+        `workbench.Workbench.log`.
     about
-        What it was asked of: scale, base model and the like.
+        Where the answers come from: scale, base model and the like.
 
     Raises
     ------
     InputError
-        If nothing was asked yet, or the folder cannot be written.
+        If the log is empty, or the folder cannot be written.
     """
     log = list(log)
     if not log:
         raise InputError("nothing was asked yet, so there is nothing to save")
-    target = _free(folder, datetime.now().strftime("session-%Y-%m-%d"), ".json")
+    target = _numbered(folder, datetime.now().strftime("session-%Y-%m-%d"), ".json")
     write_json(target, {**about, "saved": datetime.now().isoformat(timespec="seconds"), "asked": log})
     with written_whole(target.with_suffix(".md")) as temporary:
         temporary.write_text(markdown(log, about), encoding="utf-8")
     return target, target.with_suffix(".md")
 
 
+def _numbered(folder: Path, stem: str, suffix: str) -> Path:
+    """`stem` with the first number that no file in the folder has, whatever that file's suffix."""
+    names = (f"{stem}-{number:03d}" for number in count(1))
+    return folder / (next(name for name in names if not any(folder.glob(f"{name}.*"))) + suffix)
+
+
 def markdown(log: Iterable[Mapping], about: Mapping) -> str:
-    """A session to read: each question, then its answers by format and model."""
+    """A session for people to read: each query, then its answers by model and format."""
     parts = ["# Playground session", ", ".join(f"{key}: {_code(value)}" for key, value in about.items())]
-    for number, asked in enumerate(log, start=1):
-        settings = asked["sampling"] if isinstance(asked["sampling"], str) else json.dumps(asked["sampling"])
-        parts += [f"## {number}", f"{settings}, at most {asked['max_new_tokens']} tokens"]
+    for number, entry in enumerate(log, start=1):
+        settings = entry["sampling"] if isinstance(entry["sampling"], str) else json.dumps(entry["sampling"])
+        parts += [f"## {number}", f"{settings}, at most {entry['max_new_tokens']} tokens"]
         query = None
-        for cell in asked["cells"]:
+        for cell in entry["cells"]:
             if cell["query"] != query:
                 query = cell["query"]
                 parts.append(_fenced(query))
@@ -73,40 +68,48 @@ def markdown(log: Iterable[Mapping], about: Mapping) -> str:
 
 
 def _fenced(text: str) -> str:
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    fence = "`" * max(3, 1 + _longest_backticks(text))
     return f"{fence}text\n{text}\n{fence}"
 
 
 def _code(value: object) -> str:
-    """
+    """Inline code.
+
     >>> _code("a`<b>")
     '`` a`<b> ``'
     """
     text = " ".join(str(value).split())
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    ticks = "`" * (1 + _longest_backticks(text))
     return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
 
 
+def _longest_backticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
 def export_preset(form: PromptFormat, folder: Path) -> Path:
-    """Write a format as the JSON that SillyTavern imports, under its name as far as that can be a file's."""
+    """Write a format as the JSON that SillyTavern imports, to a file that is named like the format."""
     stem = re.sub(r"[^\w-]+", "-", form.name).strip("-")[:60] or "format"
     target = folder / f"{stem}.json"
     if target.exists():
-        target = _free(folder, stem, ".json")
+        target = _numbered(folder, stem, ".json")
     form.save(target)
     return target
 
 
-def read_preset(name: str, content: bytes, taken: Iterable[str] = ()) -> PromptFormat:
-    """An uploaded SillyTavern preset, under a name that is not `taken`.
+def read_preset(name: str, content: bytes, taken: Container[str] = ()) -> PromptFormat:
+    """An uploaded SillyTavern preset, under a name that is not in `taken`.
+
+    Parameters
+    ----------
+    name
+        Of the file, as the user sees it; it names a preset that has no name of its own.
 
     Raises
     ------
     InputError
-        If it is too large, no JSON, or no instruct preset; names the file as the user did.
+        If the file is too large, not JSON, or not an instruct preset.
     """
-    if len(content) > LARGEST_PRESET:
-        raise InputError(f"{name}: {len(content):,} bytes are no preset; at most {LARGEST_PRESET:,} are read")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "preset.json"
         path.write_bytes(content)
@@ -117,4 +120,4 @@ def read_preset(name: str, content: bytes, taken: Iterable[str] = ()) -> PromptF
     given = form.name if form.name != path.stem else Path(name).stem
     first = " ".join(given.split())[:80] or "preset"
     names = chain([first], (f"{first} ({number})" for number in count(2)))
-    return replace(form, name=next(one for one in names if one not in set(taken)))
+    return replace(form, name=next(free for free in names if free not in taken))

@@ -5,6 +5,7 @@ import pytest
 
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.evaluation.answer_text import (
+    TrainingRows,
     assistant_phrases,
     distance,
     han_share,
@@ -17,6 +18,7 @@ from mini_symposium.evaluation.answer_text import (
 from mini_symposium.run import find
 
 ANSWER = "Call her, and not about the debt. Talk until it is easy again, which may take ten minutes or two calls."
+ROW = "A snail sits at the bottom of a ten metre well and climbs three metres each day."
 CHINESE = "先打电话给她，不要谈钱。"
 
 
@@ -97,3 +99,33 @@ def test_distance_ignores_order_case_and_a_text_that_the_other_contains():
     assert distance(ANSWER, "Siphon the barrel before winter freezes everything.") == 1
     assert distance("So be it.", "So be it.") == 0
     assert distance(CHINESE, CHINESE[:6]) == 0
+
+
+def test_eight_words_of_a_row_are_recited_and_seven_are_not():
+    rows = TrainingRows({"row 4": ROW})
+    read = rows.read("Well: a snail sits, A snail sits at the bottom of a hill.")
+    assert [(m.kind, m.label) for m in read.marks] == [("recited", "row 4")]
+    assert "Well: a snail sits, A snail sits at the bottom of a hill."[read.marks[0].start : read.marks[0].end] == (
+        "A snail sits at the bottom of a"
+    )
+    assert read.recited == 8 / 16
+    assert rows.read("A snail sits at the bottom of my hill.").recited == 0
+
+
+def test_what_the_prompt_says_as_well_is_an_echo():
+    rows = TrainingRows({"row 4": ROW})
+    assert rows.read(ROW, f"### Query\n{ROW}\n").recited == 0
+    assert rows.read(ROW, "### Query\nThe snail?\n").recited == 1
+
+
+def test_another_script_and_headings_are_marked_unless_the_prompt_uses_it():
+    rows = TrainingRows({})
+    text = "The sky 天空，是蓝色的 is.\n### Chemist\nBlue. <|im_end|>"
+    found = [(m.kind, m.label, text[m.start : m.end]) for m in rows.read(text, "Why? ###").marks]
+    assert found == [
+        ("script", "Han", "天空，是蓝色的"),
+        ("heading", "heading", "### Chemist"),
+        ("heading", "heading", "<|im_end|>"),
+    ]
+    assert rows.read(text, "Why is it 蓝色?").drift == 0
+    assert rows.read(text, "Why? ###").drift == 6 / 30
