@@ -1,1 +1,1 @@
-"""How fast the kit is: against its peers, against the machine's own products, and against itself."""
+"""How fast the kit is, and how much memory it takes: against its peers, against this machine's best, and over time."""

@@ -37,7 +37,7 @@ def measure(only: str, json_file: str, save: str, on: str) -> None:
         before = read_object(kept)
         report.check_same_machine(before, compare.machine(), str(kept))
     found = compare.run(parts, lambda line: console.print(line, style="dim", markup=False, soft_wrap=True))
-    found = report.onto(before, found)
+    found = report.combine(before, found)
     found["bars"] = report.bars(found)
     if json_file:
         write_json(Path(json_file), found)

@@ -1,7 +1,7 @@
-"""The comparisons. Whoever is compared takes turns in one run, so that a machine that slows down slows them all.
+"""The comparisons. The contestants take turns in one run, so that a machine that slows down slows all of them.
 
-A ratio is the median over the turns of our time over the other's in the same round. Nothing here is a test: it
-measures, prints and writes down.
+A ratio is the median over the rounds of our time divided by the other's time in the same round. Nothing here passes or
+fails; it only measures.
 """
 
 import json
@@ -39,24 +39,19 @@ QUERIES = (
 
 
 class Bench:
-    """One run of comparisons.
+    """One run of the bench. Each part, a name in PARTS, is a method.
 
     Attributes
     ----------
-    found : dict
-        What was measured, by comparison; `ratios`: {name: our time over the other's}; `measured`: when, and at which
-        commit, by comparison.
+    results : dict
+        What each part measured, and beside that `environment`; `measured`: when and at which commit, by part;
+        `ratios`: {name: our time / the other's}; `missing`: why a peer was not measured, by its name.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None]):
-        self.folder, self.say, self.cuda = folder, say, device().type == "cuda"
+    def __init__(self, folder: Path, show: Callable[[str], None]):
+        self.folder, self.show, self.cuda = folder, show, device().type == "cuda"
         self.base = SEVEN if self.cuda else PROXY
-        self.found: dict = {
-            "environment": machine(),
-            "measured": {},
-            "ratios": {},
-            "missing": {},
-        }
+        self.results: dict = {"environment": machine(), "measured": {}, "ratios": {}, "missing": {}}
         tokenizer = load_tokenizer("tiny" if self.cuda else PROXY)
         examples = load_examples(find("data/minisymposium.md"))
         self.rows = [tokenizer(example.text)["input_ids"] for example in examples]
@@ -65,46 +60,48 @@ class Bench:
         self.prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in self.prompts]
 
     def file(self, name: str, values) -> str:
+        """Write `values` as JSON for a contestant to read; return the path."""
         path = self.folder / f"{name}.json"
         path.write_text(json.dumps(values))
         return str(path)
 
     def kit(self, name: str, kind: str, **options) -> Contestant:
-        """A contestant of `contestants`; its first turn, with whatever it compiles, is over when it comes back."""
-        job = json.dumps({"kind": kind, **options})
-        return self.ready(name, sys.executable, ["-m", "bench.contestants", job])
+        """A contestant of the kind `kind` in contestants.py."""
+        return self.start(name, "contestants", json.dumps({"kind": kind, **options}))
 
-    def peer(self, name: str, module: str, *arguments, python: Path = PEERS, how: str = "bench") -> Contestant | None:
+    def peer(self, name: str, program: str, *arguments, python: Path = PEERS, target: str = "bench"):
+        """A contestant from peers/; None, and an entry in `missing`, if its environment is not installed."""
         if not python.exists():
-            self.found["missing"][name] = f"its environment is not there; `make {how}` sets it up"
+            self.results["missing"][name] = f"it is not installed; `make {target}` installs it"
             return None
-        return self.ready(name, python, ["-m", f"bench.peers.{module}", *arguments])
+        return self.start(name, f"peers.{program}", *arguments, python=python)
 
-    def ready(self, name: str, python, arguments) -> Contestant:
-        self.say(f"{name}: starting")
-        contestant = Contestant(name, python, arguments, self.folder)
+    def start(self, name: str, program: str, *arguments, python: str | Path = sys.executable) -> Contestant:
+        """Start a contestant, and let it do its first turn, in which it compiles and allocates."""
+        self.show(f"{name}: starting")
+        contestant = Contestant(name, python, ["-m", f"bench.{program}", *arguments], self.folder)
         contestant.turn()
         return contestant
 
     @contextmanager
-    def rounds(self, contestants: Sequence[Contestant | None], turns: int, times: int = 1):
-        """Let them take turns of `times` pieces of work each; they leave at the end of the block."""
-        present = [contestant for contestant in contestants if contestant]
+    def rounds(self, contestants: Sequence[Contestant | None], rounds: int, times: int = 1):
+        """In each round every contestant works `times` times. Yields {name: contestant}, and ends them afterwards."""
+        present = {contestant.name: contestant for contestant in contestants if contestant}
         try:
-            for number in range(turns):
-                for contestant in present:
-                    contestant.turn(times)
-                self.say(f"round {number + 1} of {turns}: " + ", ".join(f"{c.name} {last(c):.2f} s" for c in present))
-            yield {contestant.name: contestant for contestant in present}
+            for number in range(rounds):
+                seconds = [f"{name} {one.turn(times)['seconds']:.2f} s" for name, one in present.items()]
+                self.show(f"round {number + 1} of {rounds}: {', '.join(seconds)}")
+            yield present
         finally:
-            for contestant in present:
+            for contestant in present.values():
                 contestant.end()
 
     def row(self, tokens: int) -> str:
+        """A file with one row, the first `tokens` tokens of the dataset."""
         return self.file(f"row-{tokens}", [self.text[:tokens]])
 
     def step(self) -> None:
-        """One training step of 256 tokens: ours, the peers', and what the products alone would take."""
+        """One training step of 256 tokens: ours, the peers', and the floor: its matrix products at the best rate."""
         rows = self.row(TOKENS)
         peers = []
         if not self.cuda:
@@ -127,12 +124,12 @@ class Bench:
             ]
         with self.rounds(contestants, 8, 4) as there:
             rates = [turn["flop"] / turn["seconds"] for turn in there["products"].turns[1:]]
-            weights = 7_110_660_096 if self.cuda else 134_515_008  # that multiply: not the embedding
+            weights = 7_110_660_096 if self.cuda else 134_515_008  # in products: without the embedding, a look-up
             floors = [4 * weights * TOKENS / rate for rate in rates]
             times = {name: seconds(contestant) for name, contestant in there.items() if name != "products"}
-            self.found["step"] = {
+            self.results["step"] = {
                 "tokens": TOKENS,
-                "seconds": {name: statistics.median(each) for name, each in times.items()},
+                "seconds": medians(times),
                 "peak_bytes": {name: there[name].turns[-1]["peak"] for name in times},
                 "first_step_seconds": {name: there[name].first for name in times},
                 "gemm_flop_per_second": statistics.median(rates),
@@ -146,28 +143,26 @@ class Bench:
             }
             for name, key in names.items():
                 if name in times:
-                    self.found["ratios"][key] = ratio(times["ours"], times[name])
-            self.found["ratios"]["step_vs_floor"] = ratio(times["ours"], floors)
+                    self.results["ratios"][key] = ratio(times["ours"], times[name])
+            self.results["ratios"]["step_vs_floor"] = ratio(times["ours"], floors)
             if self.cuda:
-                self.found["step"]["600_epochs_hours"] = {
-                    name: statistics.median(each) * 600 * len(self.rows) / 3600 for name, each in times.items()
+                self.results["step"]["600_epochs_hours"] = {
+                    name: median * 600 * len(self.rows) / 3600 for name, median in medians(times).items()
                 }
 
     def profile(self) -> None:
         """Where our step spends its time."""
-        with self.rounds(
-            [self.kit("profile", "ours", base=self.base, rows=self.row(TOKENS), profile=True)], 4
-        ) as there:
-            measured = [turn["profile"] for turn in there["profile"].turns if "profile" in turn]
-            self.found["profile_ms"] = {
-                kind: round(statistics.median(one[kind] for one in measured), 1) for kind in measured[0]
-            }
+        ours = self.kit("profile", "ours", base=self.base, rows=self.row(TOKENS), profile=True)
+        with self.rounds([ours], 4):
+            profiles = [turn["profile"] for turn in ours.turns if "profile" in turn]
+        by_kind = {kind: [profile[kind] for profile in profiles] for kind in profiles[0]}
+        self.results["profile_ms"] = {kind: round(median, 1) for kind, median in medians(by_kind).items()}
 
     def together(self) -> None:
-        """K adapters in one pass against K passes with one each.
+        """K adapters in one pass against K passes with one adapter each.
 
-        On a CPU each adapter of a pass is computed by one thread, and in bfloat16 two threads round otherwise than one:
-        losses are also compared with those of a pass with one thread.
+        On a CPU one thread computes each adapter of a pass. In bfloat16 two threads round differently from one, so the
+        losses are also compared with those of one adapter and one thread.
         """
         sizes = (1, 2, 4, 8)
         rows = self.row(TOKENS)
@@ -177,38 +172,38 @@ class Bench:
         with self.rounds(contestants, 5, 2) as there:
             times = {k: seconds(there[f"{k} in a pass"]) for k in sizes}
 
-            def apart(other: str) -> float:
+            def difference(other: str) -> float:
                 pairs = zip(there["4 in a pass"].turns, there[other].turns, strict=True)
                 return max(abs(a["losses"][0] / b["losses"][0] - 1) for a, b in pairs)
 
-            self.found["pass"] = {
+            self.results["pass"] = {
                 "tokens": TOKENS,
-                "seconds": {str(k): statistics.median(each) for k, each in times.items()},
+                "seconds": {str(k): median for k, median in medians(times).items()},
                 "peak_bytes": {str(k): there[f"{k} in a pass"].turns[-1]["peak"] for k in sizes},
-                "ratio_to_solo": {str(k): ratio(each, [k * one for one in times[1]]) for k, each in times.items()},
-                "losses_differ_by": apart("1 in a pass"),
+                "ratio_to_solo": {str(k): ratio(ours, [k * solo for solo in times[1]]) for k, ours in times.items()},
+                "losses_differ_by": difference("1 in a pass"),
             }
             if not self.cuda:
-                self.found["pass"]["losses_differ_from_one_thread_by"] = apart("1, one thread")
-            self.found["ratios"]["pass4_vs_solo4"] = self.found["pass"]["ratio_to_solo"]["4"]
+                self.results["pass"]["losses_differ_from_one_thread_by"] = difference("1, one thread")
+            self.results["ratios"]["pass4_vs_solo4"] = self.results["pass"]["ratio_to_solo"]["4"]
 
     def lengths(self) -> None:
         """How a step grows with the length of its row."""
-        self.found["lengths"] = {}
+        self.results["lengths"] = {}
         for tokens in (128, 256, 512, 1024):
             options = {"base": self.base, "rows": self.row(tokens)}
             pair = [self.kit(f"ours {tokens}", "ours", **options), self.kit(f"TRL {tokens}", "stock_trl", **options)]
             with self.rounds(pair, 4, 2) as there:
-                self.found["lengths"][str(tokens)] = {
+                self.results["lengths"][str(tokens)] = {
                     name.split()[0]: {"seconds": statistics.median(seconds(c)), "peak_bytes": c.turns[-1]["peak"]}
                     for name, c in there.items()
                 }
 
     def trajectory(self) -> None:
-        """The loss of 100 steps over the thirteen examples against PEFT's own layers with float32 adapters.
+        """The losses of 100 steps over the thirteen examples against those of PEFT's own layers with float32 adapters.
 
-        Where that is computed in bfloat16, also both in float32: what is left of the difference is not rounding. And
-        how far bfloat16 by itself takes PEFT's losses, and how far ours.
+        Where both compute in bfloat16, they are also compared in float32, where a difference cannot come from rounding
+        to bfloat16. Both bfloat16 trainings are compared with PEFT's in float32 too.
         """
         options = {"base": self.base, "rows": self.file("rows", self.rows)}
         reference = "PEFT, float32 adapters"
@@ -218,56 +213,50 @@ class Bench:
         with self.rounds([self.kit(name, "ours", **options, **more) for name, more in kinds.items()], 100) as there:
             losses = {name: [turn["losses"][0] for turn in one.turns[1:]] for name, one in there.items()}
 
-        def apart(one: str, other: str) -> float:
+        def difference(one: str, other: str) -> float:
             return max(abs(a - b) for a, b in zip(losses[one], losses[other], strict=True))
 
-        found = {"steps": 100, "losses": losses, "differ_by_at_most": apart("ours", reference)}
+        result = {"steps": 100, "losses": losses, "differ_by_at_most": difference("ours", reference)}
         if len(kinds) > 2:
-            found["in_float32_by"] = apart("ours, in float32", f"{reference}, in float32")
-            found["bfloat16_itself_by"] = apart(reference, f"{reference}, in float32")
-            found["from_float32_by"] = apart("ours", f"{reference}, in float32")
-        self.found["trajectory"] = found
+            result["in_float32_by"] = difference("ours, in float32", f"{reference}, in float32")
+            result["bfloat16_itself_by"] = difference(reference, f"{reference}, in float32")
+            result["from_float32_by"] = difference("ours", f"{reference}, in float32")
+        self.results["trajectory"] = result
 
     def memory(self) -> None:
-        """Whether 600 epochs take more memory than ten; on random weights, for the host's side of it."""
+        """Whether 600 epochs take more memory than ten. On `tiny`, as only memory beside the model could grow."""
         epochs = 600
-        rows = [[token % 30000 for token in row[:64]] for row in self.rows]  # tiny has fewer words
+        rows = [[token % 30000 for token in row[:64]] for row in self.rows]  # within tiny's vocabulary
         one = self.kit("600 epochs, tiny", "ours", base="tiny", rows=self.file("tiny-rows", rows))
         for _ in range(epochs * len(self.rows) - 1):
             one.turn()
         one.end()
         sizes = [turn["bytes"] for turn in one.turns]
         early = sizes[10 * len(self.rows)]
-        self.found["memory"] = {"epochs": epochs, "after_10_epochs": early, "at_the_end": sizes[-1]}
+        self.results["memory"] = {"epochs": epochs, "after_10_epochs": early, "at_the_end": sizes[-1]}
 
     def merge(self) -> None:
-        """Memory of a merge at Mistral-7B's shape: measured with one layer and with three, and drawn out to all 32."""
-        found = {}
+        """Memory of a merge at Mistral-7B's shape: measured with 1 layer and with 3, and extrapolated to all 32."""
+        options = {"env": child_environment(), "capture_output": True, "text": True, "check": True}
+        by_layers = {}
         for layers in (1, 3):
             folder = self.folder / f"{layers}-layers"
-            line = [sys.executable, "-m", "bench.merge_memory", str(layers), str(folder)]
-            options = {"env": child_environment(), "capture_output": True, "text": True, "check": True}
-            done = [subprocess.run(line, **options) for _ in ("write", "merge")]
-            found[layers] = json.loads(done[-1].stdout.splitlines()[-1])
+            command = [sys.executable, "-m", "bench.merge_memory", str(layers), str(folder)]
+            done = [subprocess.run(command, **options) for _ in ("write", "merge")]
+            by_layers[layers] = json.loads(done[-1].stdout.splitlines()[-1])
             shutil.rmtree(folder)
-            mib = {name: size / 2**20 for name, size in found[layers].items()}
-            self.say(f"{layers} layers: {mib['predicted']:,.0f} MiB predicted, {mib['measured']:,.0f} MiB measured")
-        whole = {
-            name: found[3][name] + (32 - 3) * (found[3][name] - found[1][name]) / 2
-            for name in ("predicted", "measured")
-        }
-        self.say(
-            f"32 layers, by the step from 1 to 3: {whole['predicted'] / 2**20:,.0f} MiB predicted, "
-            f"{whole['measured'] / 2**20:,.0f} MiB measured and drawn out"
-        )
-        self.found["merge"] = {"by_layers": {str(n): each for n, each in found.items()}, "7B": whole}
+        one, three = by_layers[1], by_layers[3]
+        names = ("predicted", "measured")
+        whole = {name: three[name] + (32 - 3) * (three[name] - one[name]) / 2 for name in names}
+        for layers, sizes in {"1 layer": one, "3 layers": three, "all 32, extrapolated": whole}.items():
+            self.show(f"{layers}: " + ", ".join(f"{sizes[name] / 2**20:,.0f} MiB {name}" for name in names))
+        self.results["merge"] = {"by_layers": {str(n): sizes for n, sizes in by_layers.items()}, "7B": whole}
 
     def grid(self) -> None:
         """8 formats x 4 queries x 64 tokens as a batch, one at a time, and in llama.cpp."""
         options = {"base": PROXY, "tokens": GRID_TOKENS}
         prompts = self.file("prompts", self.prompts)
         gguf = self.folder / "proxy-f16.gguf"
-        peer = None
         if PEERS.exists():
             to_gguf(local_directory(PROXY), gguf, "f16")
         peer = self.peer("llama.cpp", "llama_cpp_grid", gguf, self.file("ids", self.prompt_ids), GRID_TOKENS)
@@ -276,76 +265,77 @@ class Bench:
             peaks = {name: contestant.turns[-1]["peak"] for name, contestant in there.items()}
             texts = there["grid"].turns[-1]["texts"]
             if peer:
-                self.found["ratios"]["grid_vs_llamacpp"] = ratio(times["grid"], times["llama.cpp"])
-        for name, dtype in (("one at a time, float32", "float32"), ("one at a time, bfloat16", "bfloat16")):
-            slow = Contestant(name, *self._loop(prompts, options, dtype), self.folder)
-            with self.rounds([slow, self.kit("grid", "grid", prompts=prompts, **options)], 1) as there:
-                times[name], peaks[name] = [slow.turns[0]["seconds"]], slow.turns[0]["peak"]
-                same = sum(a == b for a, b in zip(slow.turns[0]["texts"], texts, strict=True))
-                key = "grid_vs_loop" if dtype == "float32" else "grid_vs_bfloat16_loop"
-                self.found["ratios"][key] = there["grid"].turns[-1]["seconds"] / slow.turns[0]["seconds"]
+                self.results["ratios"]["grid_vs_llamacpp"] = ratio(times["grid"], times["llama.cpp"])
+        for dtype, key in (("float32", "grid_vs_loop"), ("bfloat16", "grid_vs_bfloat16_loop")):
+            name, job = f"one at a time, {dtype}", {"kind": "loop", "prompts": prompts, "dtype": dtype, **options}
+            # Not by `start`: a first turn would take minutes, and this one compiles nothing.
+            loop = Contestant(name, sys.executable, ["-m", "bench.contestants", json.dumps(job)], self.folder)
+            with self.rounds([loop, self.kit("grid", "grid", prompts=prompts, **options)], 1) as there:
+                turn = loop.turns[0]
+                times[name], peaks[name] = [turn["seconds"]], turn["peak"]
+                self.results["ratios"][key] = there["grid"].turns[-1]["seconds"] / turn["seconds"]
             if dtype == "float32":
-                self.found.setdefault("grid", {})["rows_equal_to_one_at_a_time"] = same
-        self.found["grid"] |= {
+                equal = sum(a == b for a, b in zip(turn["texts"], texts, strict=True))
+        self.results["grid"] = {
+            "rows_equal_to_one_at_a_time": equal,
             "rows": len(self.prompts),
             "tokens": GRID_TOKENS,
-            "seconds": {name: statistics.median(each) for name, each in times.items()},
+            "seconds": medians(times),
             "peak_bytes": peaks,
             "seconds_by_rows": self._by_rows(options),
         }
 
     def page(self) -> None:
-        """The playground's page: when it is up, when text comes, what it adds to the bare decode, how soon it stops."""
+        """The playground's page: seconds until it is up, shows text, and stops; its time against the bare decode's."""
         options = {"base": "proxy", "formats": 8, "tokens": GRID_TOKENS, "stop": True}
-        pair = [self._page("page", **options), self._page("bare decode", **options, bare=True)]
+        jobs = {"page": options, "bare decode": {**options, "bare": True}}
+        pair = [self.start(name, "page", json.dumps(job)) for name, job in jobs.items()]
         with self.rounds(pair, 6) as there:
             turns = there["page"].turns[1:]
-            self.found["page"] = {
+            self.results["page"] = {
                 "painted_seconds": turns[0]["painted"],
                 "first_text_seconds": statistics.median(turn["first"] for turn in turns),
                 "stopped_seconds": max(turn["stopped"] for turn in turns),
-                "seconds": {name: statistics.median(seconds(one)) for name, one in there.items()},
+                "seconds": medians({name: seconds(one) for name, one in there.items()}),
             }
-            self.found["ratios"]["page_vs_bare"] = ratio(seconds(there["page"]), seconds(there["bare decode"]))
-        many = self._page("100 generations", base="proxy", formats=1, tokens=4)
+            self.results["ratios"]["page_vs_bare"] = ratio(seconds(there["page"]), seconds(there["bare decode"]))
+        many = self.start("100 generations", "page", json.dumps({"base": "proxy", "formats": 1, "tokens": 4}))
         for _ in range(119):
             many.turn()
         many.end()
         sizes = [turn["bytes"] for turn in many.turns]
-        self.found["page"] |= {"bytes_after_20": sizes[19], "bytes_after_120": sizes[-1]}
-
-    def _page(self, name: str, **options) -> Contestant:
-        return self.ready(name, sys.executable, ["-m", "bench.page", json.dumps(options)])
-
-    def _loop(self, prompts: str, options: Mapping, dtype: str) -> tuple[str, list[str]]:
-        job = json.dumps({"kind": "loop", "prompts": prompts, "dtype": dtype, **options})
-        return sys.executable, ["-m", "bench.contestants", job]
+        self.results["page"] |= {"bytes_after_20": sizes[19], "bytes_after_120": sizes[-1]}
 
     def _by_rows(self, options: Mapping) -> dict[str, float]:
-        some = {n: self.file(f"prompts-{n}", (self.prompts * 4)[:n]) for n in (1, 8, 32, 96)}
-        contestants = [self.kit(f"{n} rows", "grid", prompts=path, **options) for n, path in some.items()]
+        files = {n: self.file(f"prompts-{n}", (self.prompts * 4)[:n]) for n in (1, 8, 32, 96)}
+        contestants = [self.kit(f"{n} rows", "grid", prompts=file, **options) for n, file in files.items()]
         with self.rounds(contestants, 2) as there:
-            return {str(n): statistics.median(seconds(there[f"{n} rows"])) for n in some}
+            return medians({str(n): seconds(there[f"{n} rows"]) for n in files})
 
 
 def machine() -> dict:
-    """The environment, its device and its processor."""
-    said = subprocess.run(["lscpu"], capture_output=True, text=True).stdout if sys.platform == "linux" else ""
-    named = [line.split(":")[1].strip() for line in said.splitlines() if line.startswith("Model name")]
-    return environment(device=device().type, processor=named[0] if named else "unknown")
-
-
-def last(contestant: Contestant) -> float:
-    return contestant.turns[-1]["seconds"]
+    """What is measured on: versions, device and processor."""
+    lscpu = subprocess.run(["lscpu"], capture_output=True, text=True).stdout if sys.platform == "linux" else ""
+    names = [line.split(":")[1].strip() for line in lscpu.splitlines() if line.startswith("Model name")]
+    return environment(device=device().type, processor=names[0] if names else "unknown")
 
 
 def seconds(contestant: Contestant) -> list[float]:
-    """Of each turn but the first, which compiles and allocates."""
+    """Of each turn but the first, in which it compiles and allocates."""
     return [turn["seconds"] for turn in contestant.turns[1:]]
 
 
+def medians(values: Mapping) -> dict:
+    """The median of each list of numbers.
+
+    >>> medians({"ours": [1.0, 2.0, 9.0]})
+    {'ours': 2.0}
+    """
+    return {key: statistics.median(numbers) for key, numbers in values.items()}
+
+
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Median over rounds of our time over theirs.
+    """Median over the rounds of our time divided by theirs.
 
     >>> ratio([1.0, 2.0, 9.0], [2.0, 4.0, 3.0])
     0.5
@@ -356,16 +346,16 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 PARTS = ("step", "profile", "together", "lengths", "trajectory", "grid", "page", "memory", "merge")
 
 
-def run(parts: Sequence[str] = PARTS, say: Callable[[str], None] = print) -> dict:
-    """Measure `parts`; see `Bench.found` for what comes back."""
-    psutil.cpu_percent()
+def run(parts: Sequence[str] = PARTS, show: Callable[[str], None] = print) -> dict:
+    """Measure `parts`, `show` a line for each start and round, and return `Bench.results`."""
+    psutil.cpu_percent()  # the next call counts from here
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), say)
+        bench = Bench(Path(folder), show)
         for part in parts:
             if part == "grid" and bench.cuda:
                 continue
-            say(f"[{part}]")
+            show(f"[{part}]")
             getattr(bench, part)()
-            bench.found["measured"][part] = {key: bench.found["environment"][key] for key in ("commit", "recorded")}
-        bench.found["processor_busy_percent"] = psutil.cpu_percent()
-        return bench.found
+            bench.results["measured"][part] = {key: bench.results["environment"][key] for key in ("commit", "recorded")}
+        bench.results["processor_busy_percent"] = psutil.cpu_percent()
+        return bench.results

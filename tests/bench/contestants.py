@@ -1,6 +1,7 @@
-"""Who takes part from the kit's own environment. Argument: a job as JSON, {"kind": ..., and what that kind takes}.
+"""The contestants that run in the kit's own environment. Argument: a job as JSON, {"kind": one of KINDS, its options}.
 
-`row` and `rows` are token ids; every kind that trains uses rank 16 on all linear layers, alpha 32, AdamW at 1e-4.
+The options `rows` and `prompts` are paths of JSON files: a list of rows of token ids, a list of prompts. Every kind
+that trains uses rank 16 on all linear layers, alpha 32, and AdamW at 1e-4.
 """
 
 import json
@@ -30,13 +31,13 @@ from mini_symposium.training.log import Log
 from mini_symposium.training.memory_plan import choose
 
 RATE, STEPS = 1e-4, 7800
-THIN = 3 * 16
-"""Ranks that share a product, at most; everything else in a step is larger."""
+ADAPTER_SIZE = 3 * 16
+"""At most three factors of rank 16 share a matrix product; every other dimension in a step is larger than this."""
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
 class Turns(TrainerCallback):
-    """A turn is one step of a Trainer, with all that the Trainer does between two."""
+    """Makes each step of a Trainer a turn, with all that the Trainer does between two steps."""
 
     def __init__(self, turn: Turn, losses, profile: bool = False):
         self.turn, self.losses, self.profiler = turn, losses, profiler() if profile else None
@@ -45,7 +46,7 @@ class Turns(TrainerCallback):
         measured = {"losses": self.losses(state)} if state.global_step else {}
         if self.profiler and state.global_step > 1:
             self.profiler.stop()
-            measured["profile"] = where_time_goes(self.profiler)
+            measured["profile"] = milliseconds(self.profiler)
         if not self.turn.wait(**measured):
             sys.exit()
         if self.profiler and state.global_step:
@@ -57,8 +58,8 @@ def profiler() -> torch.profiler.profile:
     return torch.profiler.profile(record_shapes=True)
 
 
-def where_time_goes(profiler) -> dict[str, float]:
-    """Milliseconds by kind of work, from a profile's operations."""
+def milliseconds(profiler: torch.profiler.profile) -> dict[str, float]:
+    """Processor time of the profiled operations by kind of work."""
     kinds = {
         "attention's products": ("bmm",),
         "products with the base and the head": ("mm", "mkldnn", "linear"),
@@ -68,23 +69,23 @@ def where_time_goes(profiler) -> dict[str, float]:
         "copies and casts": ("copy", "_to_copy", "cat", "clone", "fill", "zero"),
     }
     adapters = "products with the adapters"
-    found = dict.fromkeys([adapters, *kinds, "the rest"], 0.0)
+    totals = dict.fromkeys([adapters, *kinds, "the rest"], 0.0)
     for event in profiler.key_averages(group_by_input_shape=True):
         name = event.key.removeprefix("aten::")
-        kind = next((kind for kind, marks in kinds.items() if any(mark in name for mark in marks)), "the rest")
-        if name in ("mm", "addmm") and any(size <= THIN for shape in event.input_shapes for size in shape):
+        kind = next((kind for kind, parts in kinds.items() if any(part in name for part in parts)), "the rest")
+        if name in ("mm", "addmm") and any(size <= ADAPTER_SIZE for shape in event.input_shapes for size in shape):
             kind = adapters
-        found[kind] += event.self_cpu_time_total / 1000
-    return {kind: round(spent, 1) for kind, spent in found.items()}
+        totals[kind] += event.self_cpu_time_total / 1000
+    return {kind: round(total, 1) for kind, total in totals.items()}
 
 
 def ours(turn, base, rows, adapters=1, fast=True, profile=False, float32=False, threads=0, **forced):
-    """The kit's own training, its log and all. `forced` overrides what it chose: resident, checkpointing, compiled."""
+    """The kit's own training, with its log. `forced` overrides fields of the memory plan that it chose."""
     if threads:
         torch.set_num_threads(threads)
     if profile:  # a profiler does not see the products that compiled code calls
         fused_lora.OPTIONS = {}
-    if float32:  # as on a processor without products for bfloat16
+    if float32:  # as on a processor that does not multiply in bfloat16
         memory_plan.training_dtype = finetune.training_dtype = lambda: torch.float32
     recipe = load_recipe("proxy", base_model=base, sequence_len=max(map(len, rows)), num_epochs=STEPS)
     rates = [RATE / (k + 1) for k in range(adapters)]
@@ -101,7 +102,7 @@ def ours(turn, base, rows, adapters=1, fast=True, profile=False, float32=False, 
 
 
 def stock_trl(turn, base, rows, checkpointing=False):
-    """TRL's SFTTrainer as its documentation has it: NF4 base, a LoRA configuration, everything else its default."""
+    """TRL's SFTTrainer as its documentation shows it: an NF4 base and a LoRA configuration, the rest by default."""
     cpu = device().type == "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         local_directory(base), quantization_config=nf4(), dtype=torch.bfloat16, device_map=None if cpu else {"": 0}
@@ -135,7 +136,7 @@ def stock_trl(turn, base, rows, checkpointing=False):
 
 
 def bare_peft(turn, base, rows):
-    """A loop in twelve lines: transformers, PEFT, bfloat16, nothing quantised."""
+    """A training loop without a Trainer: transformers and PEFT in bfloat16, nothing quantised."""
     model = AutoModelForCausalLM.from_pretrained(local_directory(base), dtype=torch.bfloat16).to(device())
     model = get_peft_model(model, LoraConfig(**LORA)).train()
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -155,7 +156,7 @@ def bare_peft(turn, base, rows):
 
 
 def products(turn, size=4096, rows=1024):
-    """What this machine does at its best: one large bfloat16 product after another."""
+    """Large bfloat16 matrix products, for the best rate that this machine reaches."""
     a, b = (torch.randn(n, size, device=device(), dtype=torch.bfloat16) for n in (rows, size))
     turn.run(lambda: [torch.mm(a, b) for _ in range(8)] and {"flop": 8 * 2 * rows * size * size})
 
@@ -163,7 +164,7 @@ def products(turn, size=4096, rows=1024):
 def grid(turn, base, prompts, tokens):
     """All prompts as one batch."""
     model, tokenizer = load_with_adapters(base, {}, load_in_4bit=False), load_tokenizer(base)
-    model.generation_config.eos_token_id = None  # every row is to do the same work
+    model.generation_config.eos_token_id = None  # so that every row has the same length
     turn.run(lambda: {"texts": [a.text for a in generate(model, tokenizer, prompts, None, tokens)]})
 
 
@@ -184,7 +185,7 @@ def loop(turn, base, prompts, tokens, dtype="float32"):
 
 
 def random_mistral() -> str:
-    """A directory with random weights in exactly Mistral-7B's shape, made on this device on first use."""
+    """The directory of a model of Mistral-7B's exact shape with random weights, made on this device on first use."""
     folder = cache_directory() / "random-mistral-7b"
     if not folder.is_dir():
         with written_whole(folder) as temporary, torch.device(device()):

@@ -1,7 +1,7 @@
-"""Merge a random checkpoint of a few of Mistral-7B's layers, in shards; print what memory was predicted and measured.
+"""Merge a random checkpoint of a few of Mistral-7B's layers, in shards; print the predicted and the measured memory.
 
-Arguments: how many layers, a folder. Called twice: the first call writes the checkpoint and its adapter, so that what
-that takes is not counted in the second, which merges.
+Arguments: the number of layers, a folder. Call it twice with the same arguments: the first call writes the checkpoint
+and its adapter, the second merges them, so that the memory that writing takes is not measured.
 """
 
 import json
@@ -16,7 +16,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from mini_symposium.models.merge import merge
 from mini_symposium.models.safetensors_files import write_tensors
 
-RANK, SHARD = 16, 2**29
+RANK, SHARD_BYTES = 16, 2**29
 
 
 def write(folder: Path, layers: int) -> None:
@@ -25,17 +25,17 @@ def write(folder: Path, layers: int) -> None:
     config.save_pretrained(base)
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in MistralForCausalLM(config).named_parameters()}
-    shards, held = [[]], 0
+    shards, filled = [[]], 0
     for name, shape in shapes.items():
         size = 2 * torch.Size(shape).numel()
-        if shards[-1] and held + size > SHARD:
-            shards, held = [*shards, []], 0
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards, filled = [*shards, []], 0
         shards[-1].append(name)
-        held += size
+        filled += size
     for number, names in enumerate(shards):
-        layout = {name: (torch.bfloat16, shapes[name]) for name in names}
+        header = {name: torch.empty(shapes[name], dtype=torch.bfloat16, device="meta") for name in names}
         tensors = (torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=0.02) for name in names)
-        write_tensors(base / f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors", layout, tensors)
+        write_tensors(base / f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors", header, tensors)
     factors = {}
     for name, shape in shapes.items():
         if name.endswith("_proj.weight"):
@@ -47,13 +47,13 @@ def write(folder: Path, layers: int) -> None:
 
 
 def main(layers: str, folder: str) -> None:
-    where = Path(folder)
-    if not (where / "adapter").exists():
-        write(where, int(layers))
+    target = Path(folder)
+    if not (target / "adapter").exists():
+        write(target, int(layers))
         return
-    made = merge(where / "adapter", str(where / "base"), where / "merged", "nf4", "float32")
-    written = sum(path.stat().st_size for path in (where / "merged").glob("*.safetensors"))
-    print(json.dumps({**made["memory"], "written": written}))
+    merged = merge(target / "adapter", str(target / "base"), target / "merged", "nf4", "float32")
+    written = sum(path.stat().st_size for path in (target / "merged").glob("*.safetensors"))
+    print(json.dumps({**merged["memory"], "written": written}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The playground's page as a contestant, without a front end; argument: {"base": ..., "formats": ..., "tokens": ...}.
+"""The playground's page as a contestant, without a browser.
 
-With "bare", what the page would ask is decoded by `generate` alone, from the same weights in the same process.
+Argument: a job as JSON, {"base": a run or model, "formats": their number, "tokens": new tokens of each answer}. With
+"stop", it also measures how soon Stop ends a generation. With "bare", `generate` alone decodes the page's prompts, from
+the same weights in the same process.
 """
 
 import json
@@ -24,13 +26,13 @@ def main(job: str) -> None:
     painted = time.time() - psutil.Process().create_time()
     page.begin()
     _wait(page)
-    page.bench._base.generation_config.eos_token_id = None  # every row is to do the same work
-    came, draw = [], page.compare._draw
+    page.bench._base.generation_config.eos_token_id = None  # so that every row has the same length
+    drawn, draw = [], page.compare._draw  # `drawn`: the times at which a text was drawn
 
     def watch(cells, seconds=None):
         draw(cells, seconds)
         if any(cell.get("answer") for cell in cells):
-            came.append(time.monotonic())
+            drawn.append(time.monotonic())
 
     page.compare._draw = watch
 
@@ -42,30 +44,24 @@ def main(job: str) -> None:
         return {"texts": [answer.text for answer in generate(page.bench._base, page.bench.tokenizer, *asked, tokens)]}
 
     def ask() -> dict:
-        seconds, first = _asked(page, came)
+        drawn.clear()
+        pressed = time.monotonic()
+        page._generate(None)
+        _wait(page)
         texts = [cell["answer"] for cell in page.compare.cells]
-        found = {"painted": painted, "seconds": seconds, "first": first, "texts": texts}
+        times = {"painted": painted, "seconds": time.monotonic() - pressed, "first": drawn[0] - pressed}
         if options.get("stop"):
-            came.clear()
+            drawn.clear()
             page._generate(None)
-            while not came and page._busy():
+            while not drawn and page._busy():
                 time.sleep(0.001)
             pressed = time.monotonic()
             page._stop()
             _wait(page)
-            found["stopped"] = time.monotonic() - pressed
-        return found
+            times["stopped"] = time.monotonic() - pressed
+        return {**times, "texts": texts}
 
     Turn().run(bare if options.get("bare") else ask)
-
-
-def _asked(page: Playground, came: list[float]) -> tuple[float, float]:
-    """Press Generate; seconds until all is there, and until the first text is drawn."""
-    came.clear()
-    pressed = time.monotonic()
-    page._generate(None)
-    _wait(page)
-    return time.monotonic() - pressed, came[0] - pressed
 
 
 def _wait(page: Playground) -> None:

@@ -1,4 +1,4 @@
-"""The bench's table and picture, from what it measured."""
+"""The tables and the picture of what the bench measured."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from mini_symposium.errors import InputError
 from mini_symposium.figures.style import COLOURS, GREY, SCALES, Picture, name_rows, styled, titled
 from mini_symposium.run import read_object
 
-CPU_BARS = (
+CPU_BARS = (  # what, its key in `ratios`, at most
     ("training step, 256 tokens, against stock TRL QLoRA", "step_vs_stock_trl", 0.33),
     ("the same against the measured GEMM floor", "step_vs_floor", 1.7),
     ("the same against LitGPT LoRA, bfloat16", "step_vs_litgpt", 0.5),
@@ -26,168 +26,156 @@ GPU_BARS = (
 GIB = 2**30
 
 
-def bars(found: Mapping) -> list[dict]:
-    """What was to be reached, beside what was measured: what, bar, measured (None if it was not), met."""
-    device = found["environment"]["device"]
-    rows = [
-        {"what": what, "bar": f"at most {bar:g} x", "value": found["ratios"].get(key), "most": bar, "unit": " x"}
-        for what, key, bar in (CPU_BARS if device == "cpu" else GPU_BARS)
-    ]
+def bars(results: Mapping) -> list[dict]:
+    """Each bar beside what was measured: what, bar, measured and met, both None if it was not measured."""
+    device, rows = results["environment"]["device"], []
+
+    def bar(what: str, value: float | None, most: float, unit: str = "", word: str = "at most") -> None:
+        measured, met = (None, None) if value is None else (f"{value:.3g}{unit}", value <= most)
+        rows.append({"what": what, "bar": f"{word} {most:g}{unit}", "measured": measured, "met": met})
+
+    for what, key, most in CPU_BARS if device == "cpu" else GPU_BARS:
+        bar(what, results["ratios"].get(key), most, " x")
     parts = ("trajectory", "step", "memory", "pass")
-    trajectory, step, memory, together = (found.get(part, {}) for part in parts)
-    more = [
-        ("100 losses against PEFT, float32 adapters", trajectory.get("differ_by_at_most"), 0.02, "within", ""),
-        ("4 in one pass: loss against solo, relative", together.get("losses_differ_by"), 1e-3, "within", ""),
-    ]
-    if (exact := trajectory.get("in_float32_by")) is not None:
-        more.insert(1, ("the same, both in float32", exact, 0.02, "within", ""))
+    trajectory, step, memory, together = (results.get(part, {}) for part in parts)
+    bar("100 losses against PEFT, float32 adapters", trajectory.get("differ_by_at_most"), 0.02, word="within")
+    if (difference := trajectory.get("in_float32_by")) is not None:
+        bar("the same, both in float32", difference, 0.02, word="within")
     if (theirs := trajectory.get("bfloat16_itself_by")) is not None:
-        own = trajectory["from_float32_by"] / theirs
-        more.insert(2, ("what bfloat16 takes them from float32, over PEFT's", own, 1, "at most", " x"))
-    if (exact := together.get("losses_differ_from_one_thread_by")) is not None:
-        more.append(("the same, solo with one thread", exact, 1e-3, "within", ""))
+        bar("our losses' distance from float32, over PEFT's", trajectory["from_float32_by"] / theirs, 1, " x")
+    bar("4 in one pass: loss against solo, relative", together.get("losses_differ_by"), 1e-3, word="within")
+    if (difference := together.get("losses_differ_from_one_thread_by")) is not None:
+        bar("the same, solo with one thread", difference, 1e-3, word="within")
     if device == "cpu":
-        more.append(("first step after start", step.get("first_step_seconds", {}).get("ours"), 20, "at most", " s"))
+        bar("first step after start", step.get("first_step_seconds", {}).get("ours"), 20, " s")
     else:
         peak = step.get("peak_bytes", {}).get("ours, 4 bits")
-        more.append(("peak memory with 4-bit residency", peak and peak / GIB, 8, "at most", " GiB"))
+        bar("peak memory with 4-bit residency", peak and peak / GIB, 8, " GiB")
     if memory:
-        growth = memory["at_the_end"] / memory["after_10_epochs"] - 1
-        more.append(("memory, epoch 600 over epoch 10: growth", growth, 0.05, "at most", ""))
-    if "page" in found:
-        page = found["page"]
+        bar("memory: growth from epoch 10 to 600", memory["at_the_end"] / memory["after_10_epochs"] - 1, 0.05)
+    if page := results.get("page"):
+        bar("playground: first paint after the kernel's start", page["painted_seconds"], 2, " s")
+        bar("playground: first text after Generate", page["first_text_seconds"], 1, " s")
+        bar("playground: Stop, the slowest of five", page["stopped_seconds"], 0.5, " s")
         growth = page["bytes_after_120"] / page["bytes_after_20"] - 1
-        more += [
-            ("playground: first paint after the kernel's start", page["painted_seconds"], 2, "at most", " s"),
-            ("playground: first text after Generate", page["first_text_seconds"], 1, "at most", " s"),
-            ("playground: Stop, the slowest of five", page["stopped_seconds"], 0.5, "at most", " s"),
-            ("playground: memory over 100 generations, growth", growth, 0.05, "at most", ""),
-        ]
-    if "merge" in found:
-        peak = found["merge"]["7B"]["measured"] / GIB
-        more.append(("memory of a 7B merge, drawn out from 3 layers", peak, 8, "at most", " GiB"))
-    rows += [
-        {"what": what, "bar": f"{word} {most:g}{unit}", "value": value, "most": most, "unit": unit}
-        for what, value, most, word, unit in more
-    ]
-    return [
-        {
-            "what": row["what"],
-            "bar": row["bar"],
-            "measured": None if row["value"] is None else f"{row['value']:.3g}{row['unit']}",
-            "met": None if row["value"] is None else row["value"] <= row["most"],
-        }
-        for row in rows
-    ]
+        bar("playground: growth of memory over 100 generations", growth, 0.05)
+    if "merge" in results:
+        bar("memory of a 7B merge, extrapolated from 3 layers", results["merge"]["7B"]["measured"] / GIB, 8, " GiB")
+    return rows
 
 
-def check_same_machine(before: Mapping, where: Mapping, file: str) -> None:
-    """Refuse to put figures beside those of another machine, or of other versions.
+def check_same_machine(before: Mapping, now: Mapping, file: str) -> None:
+    """Check that earlier results come from the same machine and versions, so that new ones may stand beside them.
 
     Parameters
     ----------
-    before, where
-        What was found earlier; the environment now.
+    before, now
+        The earlier results; the environment now.
     file
-        Where `before` was found.
+        Where `before` was read, for the message.
+
+    Raises
+    ------
+    InputError
+        If a value of the environment other than the commit and the date has changed.
     """
-    for key, now in where.items():
-        then = before["environment"].get(key)
-        if key not in ("commit", "recorded") and then != now:
-            raise InputError(f"{file}: its {key} was {then}, here it is {now}; measure all parts, or --save elsewhere")
+    for key, value in now.items():
+        earlier = before["environment"].get(key)
+        if key not in ("commit", "recorded") and earlier != value:
+            advice = "measure all parts, or --save elsewhere"
+            raise InputError(f"{file}: its {key} was {earlier}, here it is {value}; {advice}")
 
 
-def onto(before: Mapping, found: Mapping) -> dict:
-    """What was measured, and what had been measured before and was not measured again."""
-    joined = {key: before.get(key, {}) | found[key] for key in ("ratios", "measured")}
-    return {**before, **found, **joined}
+def combine(before: Mapping, results: Mapping) -> dict:
+    """`results`, and of `before` the parts that were not measured again."""
+    joined = {key: before.get(key, {}) | results[key] for key in ("ratios", "measured")}
+    return {**before, **results, **joined}
 
 
-def table(found: Mapping) -> Table:
+def table(results: Mapping) -> Table:
     """The bars and whether they were met, for a terminal."""
-    where = found["environment"]
-    shown = Table(
-        "what", "bar", "measured", "", title=f"{where['processor']}, {where['cores']} cores, {where['device']}"
-    )
-    for row in bars(found):
+    machine = results["environment"]
+    title = f"{machine['processor']}, {machine['cores']} cores, {machine['device']}"
+    shown = Table("what", "bar", "measured", "", title=title)
+    for row in bars(results):
         met = {True: "[green]met[/]", False: "[red]missed[/]", None: ""}[row["met"]]
         shown.add_row(row["what"], row["bar"], row["measured"] or "not measured", met)
     return shown
 
 
-def profile_table(found: Mapping) -> Table:
-    """Where a step of ours goes, for a terminal."""
-    spent = found["profile_ms"]
+def profile_table(results: Mapping) -> Table:
+    """Where the time of one of our steps goes, for a terminal."""
+    profile = results["profile_ms"]
     shown = Table("work", "ms", "share", title="where a step goes")
-    for kind, ms in sorted(spent.items(), key=lambda item: -item[1]):
-        shown.add_row(kind, f"{ms:.1f}", f"{ms / sum(spent.values()):.0%}")
+    for kind, ms in sorted(profile.items(), key=lambda item: -item[1]):
+        shown.add_row(kind, f"{ms:.1f}", f"{ms / sum(profile.values()):.0%}")
     return shown
 
 
 def redraw(file: Path) -> Path:
-    """Draw the picture of a saved bench again, beside it; return the png.
+    """Draw the picture of saved results again, beside their file; return the png.
 
     Raises
     ------
     InputError
-        If the file is no such thing.
+        If the bench did not write the file.
     """
-    found = read_object(file)
+    results = read_object(file)
     try:
-        picture(found).save(file.with_suffix(""))
+        picture(results).save(file.with_suffix(""))
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: not what `make bench` wrote ({type(error).__name__}: {error})") from error
     return file.with_suffix(".png")
 
 
-def picture(found: Mapping) -> Picture:
-    """Seconds of a step, of passes with several adapters, by length, and of the grid."""
+def picture(results: Mapping) -> Picture:
+    """Four panels of seconds: a step, passes with several adapters, a step by length, the grid."""
     drawn = []
 
-    def note(panel: str, name: str, seconds: float) -> float:
-        drawn.append({"panel": panel, "name": name, "seconds": seconds})
-        return seconds
+    def record(panel: str, seconds: Mapping) -> list[float]:
+        drawn.extend({"panel": panel, "name": name, "seconds": value} for name, value in seconds.items())
+        return list(seconds.values())
 
-    where = found["environment"]
+    machine = results["environment"]
     with styled():
-        look = "Shorter is better. Everything that shares a panel took turns in one run."
-        model = SCALES["proxy"] if where["device"] == "cpu" else "random weights in Mistral-7B's shape"
-        scale = f"{model}; {where['processor']}"
-        figure = titled(6.2, "Seconds: the kit and its peers", f"{scale}, {where['cores']} cores", look, rates=False)
+        model = SCALES["proxy"] if machine["device"] == "cpu" else "random weights in Mistral-7B's shape"
+        scale = f"{model}; {machine['processor']}, {machine['cores']} cores"
+        caption = "Shorter is better. Everything that shares a panel took turns in one run."
+        figure = titled(6.2, "Seconds: the kit and its peers", scale, caption, rates=False)
         (step, passes), (lengths, grid) = figure.subplots(2, 2)
 
         def across(axes, panel: str, title: str, seconds: Mapping[str, float], ours: str):
             names = sorted(seconds, key=seconds.get)
             colours = [COLOURS[1] if name == ours else GREY for name in names]
-            values = [note(panel, name, seconds[name]) for name in names]
+            values = record(panel, {name: seconds[name] for name in names})
             axes.barh(range(len(names)), values, color=colours, height=0.6)
             for place, value in enumerate(values):
                 axes.text(value, place, f" {value:.2f}", va="center")
             axes.set(title=title, xlim=(0, max(values) * 1.15))
             name_rows(axes, range(len(names)), names)
 
-        if "step" in found:
-            floor = {"the products alone": found["step"]["floor_seconds"]}
-            across(step, "step", "One training step, 256 tokens", found["step"]["seconds"] | floor, "ours")
-        if "pass" in found:
-            times = {int(k): value for k, value in found["pass"]["seconds"].items()}
-            one = [k * times[1] for k in times]
-            for style, label, values in (("o-", "in one pass", times.values()), ("s--", "one after the other", one)):
-                colour = COLOURS[1] if label == "in one pass" else GREY
-                each = [note(f"adapters, {label}", str(k), value) for k, value in zip(times, values, strict=True)]
-                passes.plot(list(times), each, style, color=colour, label=label)
+        if "step" in results:
+            floor = {"the products alone": results["step"]["floor_seconds"]}
+            across(step, "step", "One training step, 256 tokens", results["step"]["seconds"] | floor, "ours")
+        if "pass" in results:
+            times = {int(k): value for k, value in results["pass"]["seconds"].items()}
+            solo = {k: k * times[1] for k in times}
+            for label, seconds, style, colour in (
+                ("in one pass", times, "o-", COLOURS[1]),
+                ("one after the other", solo, "s--", GREY),
+            ):
+                passes.plot(list(times), record(f"adapters, {label}", seconds), style, color=colour, label=label)
             passes.set(title="A step of several adapters", xlabel="adapters", xticks=list(times), ylim=(0, None))
             passes.legend()
-        if "lengths" in found:
-            for name, style, colour in (("ours", "o-", COLOURS[1]), ("TRL", "s--", GREY)):
-                at = list(map(int, found["lengths"]))
-                values = [each[name]["seconds"] for each in found["lengths"].values()]
-                each = [note(f"length, {name}", str(tokens), v) for tokens, v in zip(at, values, strict=True)]
-                lengths.plot(at, each, style, color=colour, label=name if name == "ours" else "stock TRL")
-            lengths.set(title="A step by the length of its row", xlabel="tokens", xticks=at, ylim=(0, None))
+        if "lengths" in results:
+            tokens = list(map(int, results["lengths"]))
+            for name, label, style, colour in (("ours", "ours", "o-", COLOURS[1]), ("TRL", "stock TRL", "s--", GREY)):
+                seconds = {length: pair[name]["seconds"] for length, pair in results["lengths"].items()}
+                lengths.plot(tokens, record(f"length, {name}", seconds), style, color=colour, label=label)
+            lengths.set(title="A step by the length of its row", xlabel="tokens", xticks=tokens, ylim=(0, None))
             lengths.legend()
-        if "grid" in found:
-            title = f"{found['grid']['rows']} prompts, {found['grid']['tokens']} new tokens each"
-            across(grid, "grid", title, found["grid"]["seconds"], "grid")
+        if "grid" in results:
+            title = f"{results['grid']['rows']} prompts, {results['grid']['tokens']} new tokens each"
+            across(grid, "grid", title, results["grid"]["seconds"], "grid")
     figure.drawn = pd.DataFrame(drawn)
     return figure

@@ -1,4 +1,4 @@
-"""The bench's plumbing: that it measures what it says. Never how fast anything is."""
+"""Whether the bench measures what it says; never how fast anything is."""
 
 import json
 import re
@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from bench import report
-from bench.compare import ratio
+from bench.compare import Bench, ratio
 from bench.turns import Contestant, child_environment
 from mini_symposium.run import ROOT
 
 COUNTER = """
-import sys
 from bench.turns import Turn
 turn, done = Turn(), []
-print("what a library prints must not disturb the line", flush=True)
+print("what a library prints is no message to the bench", flush=True)
 turn.run(lambda: done.append(1) or {"done": len(done)})
 """
 
@@ -34,8 +33,8 @@ def job(kind, **options):
     return ["-m", "bench.contestants", json.dumps({"kind": kind, **options})]
 
 
-def test_a_contestant_works_as_often_as_told_and_only_then(tmp_path):
-    one = Contestant("counter", sys.executable, ["-c", COUNTER], tmp_path)
+def test_a_contestant_works_as_often_as_asked_with_the_standard_library_alone(tmp_path):
+    one = Contestant("counter", sys.executable, ["-S", "-c", COUNTER], tmp_path)
     assert [one.turn(times)["done"] for times in (1, 1, 3)] == [1, 2, 5]
     assert one.first > one.turns[0]["seconds"] > 0
     assert one.turns[-1]["peak"] > 2**20
@@ -44,7 +43,7 @@ def test_a_contestant_works_as_often_as_told_and_only_then(tmp_path):
 
 
 @pytest.mark.parametrize("program", ["raise SystemExit('no such model')", "import sys; sys.exit('no such model')"])
-def test_a_contestant_that_ends_is_named_with_its_last_words(program, tmp_path):
+def test_a_contestant_that_ends_is_named_with_the_last_line_it_printed(program, tmp_path):
     with pytest.raises(RuntimeError, match="broken ended: no such model"):
         Contestant("broken", sys.executable, ["-c", program], tmp_path)
 
@@ -86,7 +85,13 @@ def test_the_page_asks_what_the_bare_decode_asks(tmp_path):
 
 
 def test_a_ratio_is_taken_round_by_round():
-    assert ratio([1, 2, 30], [2, 4, 3]) == 0.5  # one slow round of ours decides nothing
+    assert ratio([1, 2, 30], [2, 4, 3]) == 0.5  # one slow round of ours does not change it
+
+
+def test_a_peer_that_is_not_installed_is_reported(tmp_path):
+    run = Bench(tmp_path, print)
+    assert run.peer("LitGPT", "litgpt_step", python=tmp_path / "python") is None
+    assert run.results["missing"] == {"LitGPT": "it is not installed; `make bench` installs it"}
 
 
 def measured(device="cpu", **ratios):
@@ -100,8 +105,8 @@ def test_bars_are_met_missed_or_not_measured():
     assert by_name["training step, 256 tokens, against stock TRL QLoRA"]["met"] is True
     assert by_name["the same against the measured GEMM floor"]["met"] is False
     assert by_name["the same against LitGPT LoRA, bfloat16"]["met"] is None
-    assert by_name["memory, epoch 600 over epoch 10: growth"] == {
-        "what": "memory, epoch 600 over epoch 10: growth",
+    assert by_name["memory: growth from epoch 10 to 600"] == {
+        "what": "memory: growth from epoch 10 to 600",
         "bar": "at most 0.05",
         "measured": "0.2",
         "met": False,
@@ -116,10 +121,10 @@ def test_parts_measured_again_replace_theirs_and_leave_the_others(tmp_path):
         "measured": {"grid": 1, "step": 1},
     }
     found = measured(step_vs_stock_trl=0.3) | {"step": 2, "measured": {"step": 2}}
-    now = report.onto(before, found)
+    now = report.combine(before, found)
     assert now["ratios"] == {"step_vs_stock_trl": 0.3, "grid_vs_loop": 0.1}
     assert (now["grid"], now["step"], now["measured"]) == (1, 2, {"grid": 1, "step": 2})
-    assert report.onto({}, found) == found
+    assert report.combine({}, found) == found
 
     (tmp_path / "old.json").write_text(json.dumps(before))
     done = bench("--only", "step", "--save", tmp_path / "old")
@@ -148,7 +153,7 @@ def test_the_committed_picture_is_drawn_from_the_committed_measurements_without_
         assert (tmp_path / name).read_bytes() == (ROOT / "figures" / name).read_bytes()
 
 
-def test_a_file_that_is_no_bench_draws_nothing(tmp_path):
+def test_a_file_that_the_bench_did_not_write_is_refused(tmp_path):
     (tmp_path / "bench.json").write_text('{"step": 3}')
     done = bench("--redraw", tmp_path / "bench.json")
     assert done.returncode == 2 and "not what `make bench` wrote" in done.stderr

@@ -1,9 +1,10 @@
-"""Contestants take turns: one does a piece of work when told to, says how long it took, and waits.
+"""The programs that are compared, the contestants, take turns: each does its work when asked, reports, and waits.
 
-Each is a process of its own, so that its memory is its own and it may live in another environment; while it waits for
-its turn it uses no processor. This module needs the standard library alone. On the way:
+Each is a process of its own, so that its memory is measured alone and it can run in another environment. While it waits
+it uses no processor time. This module imports only the standard library, because the peers' environments import it
+too. The messages:
 
-    bench -> contestant   how many times to do it, or the end of the input
+    bench -> contestant   how many times to do the work; the end of the input means: leave
     contestant -> bench   "ready", then a JSON object after each turn
 """
 
@@ -20,22 +21,25 @@ from pathlib import Path
 
 
 def child_environment() -> dict[str, str]:
-    """Environment variables with which any Python finds this package, from any folder."""
+    """Environment variables with which any Python finds the package `bench`, from any folder."""
     paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 class Turn:
-    """The contestant's side: `wait` ends a piece of work and begins the next."""
+    """The contestant's side: `wait` ends a turn and begins the next."""
 
     def __init__(self, device: str = "cpu"):
         self.device, self.started, self.times, self.left = device, None, 0, 0
-        # What libraries print goes to stderr: stdout is the line to the bench.
-        self.line = os.fdopen(os.dup(1), "w")
+        # Only messages to the bench go to stdout; what libraries print goes to stderr.
+        self.stdout = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
 
     def wait(self, **measured) -> bool:
-        """At the end of a turn report it, with `measured`, and wait; False when there is none after it."""
+        """Call this before the first piece of work and after each.
+
+        At the end of a turn it reports the time, the memory and `measured`, and waits; False if there is no next turn.
+        """
         self.left -= 1
         if self.left > 0:
             return True
@@ -46,16 +50,16 @@ class Turn:
                 import torch
 
                 torch.cuda.synchronize()
-            taken = (time.perf_counter() - self.started) / self.times
-            report = {"seconds": taken, **self._memory(), **measured}
-        print(json.dumps(report), file=self.line, flush=True)
-        told = sys.stdin.readline().strip()
-        self.times = self.left = int(told or 0)
+            seconds = (time.perf_counter() - self.started) / self.times
+            report = {"seconds": seconds, **self._memory(), **measured}
+        print(json.dumps(report), file=self.stdout, flush=True)
+        request = sys.stdin.readline().strip()
+        self.times = self.left = int(request or 0)
         self.started = time.perf_counter()
-        return bool(told)
+        return bool(request)
 
     def run(self, work: Callable[[], dict | None]) -> None:
-        """Call `work` as often as told."""
+        """Call `work` as often as the bench asks; what it returns is reported."""
         going = self.wait()
         while going:
             going = self.wait(**(work() or {}))
@@ -74,22 +78,27 @@ class Turn:
 
 
 class Contestant:
-    """The bench's side: a process that works when told to.
+    """The bench's side: a process that works when asked.
 
     Attributes
     ----------
     turns : list of dict
-        What each turn measured: seconds for each time, bytes, peak, and what the contestant adds.
-    waited : float
-        Seconds from the start of the process to the end of its first turn.
+        What each turn measured: seconds for each piece of work, bytes, peak, and what the contestant adds.
+    first : float or None
+        Seconds from the start of the process to the end of its first turn; None before that.
+
+    Raises
+    ------
+    RuntimeError
+        If the process ends, or does not answer within `timeout` seconds; with the last line it printed.
     """
 
-    def __init__(self, name: str, python: str | Path, arguments: Sequence[object], folder: Path, patience: float = 600):
-        self.name, self.turns, self.patience = name, [], patience
-        self.begun, self.first = time.perf_counter(), None
-        self.errors = (folder / f"{name.replace(' ', '-')}.log").open("w+", encoding="utf-8")
+    def __init__(self, name: str, python: str | Path, arguments: Sequence[object], folder: Path, timeout: float = 600):
+        self.name, self.turns, self.timeout = name, [], timeout
+        self.started, self.first = time.perf_counter(), None
+        self.log = (folder / f"{name.replace(' ', '-')}.log").open("w+", encoding="utf-8")
         command = [str(python), *map(str, arguments)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
         self.process = subprocess.Popen(command, env=child_environment(), text=True, **pipes)
         self.lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -102,26 +111,26 @@ class Contestant:
 
     def _next(self):
         try:
-            line = self.lines.get(timeout=self.patience)
+            line = self.lines.get(timeout=self.timeout)
         except queue.Empty:
             line = ""
         if not line:
             self.end()
-            self.errors.seek(0)
-            said = [text for text in self.errors.read().splitlines() if text.strip()]
-            raise RuntimeError(f"{self.name} ended: {said[-1] if said else 'no reason given'} ({self.errors.name})")
+            self.log.seek(0)
+            printed = [text for text in self.log.read().splitlines() if text.strip()]
+            raise RuntimeError(f"{self.name} ended: {printed[-1] if printed else 'no reason given'}")
         return json.loads(line)
 
     def turn(self, times: int = 1) -> dict:
-        """One turn, in which it does its work `times` times; what it measured."""
+        """Let it do its work `times` times; return what it measured."""
         print(times, file=self.process.stdin, flush=True)
-        found = self._next()
-        self.first = self.first or time.perf_counter() - self.begun
-        self.turns.append(found)
-        return found
+        measured = self._next()
+        self.first = self.first or time.perf_counter() - self.started
+        self.turns.append(measured)
+        return measured
 
     def end(self) -> None:
-        """Close the line and wait for the process to leave."""
+        """Close its input and wait until the process has ended."""
         self.process.stdin.close()
         try:
             self.process.wait(20)

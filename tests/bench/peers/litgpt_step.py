@@ -1,6 +1,6 @@
-"""LitGPT's LoRA step in bfloat16, as its finetune/lora.py does it, on the proxy's weights. Runs in .venv-bench.
+"""LitGPT's LoRA step in bfloat16, as its finetune/lora.py takes it, on the proxy's weights. Runs in .venv-bench.
 
-Arguments: the model's directory, a JSON file with the row's token ids.
+Arguments: the model's directory, a JSON file with the token ids of one row.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""llama.cpp on a grid of prompts, a slot of its server for each. Runs in .venv-bench.
+"""llama.cpp on a grid of prompts, one slot of its server for each. Runs in .venv-bench.
 
-Arguments: a GGUF file, a JSON file with the prompts' token ids, the number of new tokens.
+Arguments: a GGUF file, a JSON file with the token ids of the prompts, the number of new tokens.
 """
 
 import json
@@ -19,7 +19,7 @@ def main(model: str, prompts: str, tokens: str) -> None:
     params = xllamacpp.CommonParams()
     params.model.path = model
     params.n_parallel = len(rows)
-    params.n_ctx = len(rows) * 64 * -(-(max(map(len, rows)) + new) // 64)  # of all slots together
+    params.n_ctx = len(rows) * 64 * -(-(max(map(len, rows)) + new) // 64)  # all slots together
     params.n_batch = 2048
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count()
     server = xllamacpp.Server(params)
@@ -32,7 +32,7 @@ def main(model: str, prompts: str, tokens: str) -> None:
         return {"texts": [answer["choices"][0]["text"] for answer in answers]}
 
     turn.run(grid)
-    os._exit(0)  # the server's threads would keep the process
+    os._exit(0)  # the server's threads would keep the process alive
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""LLaMA-Factory's LoRA step in bfloat16, as its command line does it. Runs in an environment of its own.
+"""LLaMA-Factory's LoRA step in bfloat16, as its command line takes it. Runs in .venv-llama-factory.
 
-Arguments: the model's directory, a JSON file with the row's token ids.
+Arguments: the model's directory, a JSON file with the token ids of one row.
 """
 
 import importlib.machinery
@@ -20,7 +20,7 @@ def main(source: str, row: str) -> None:
     turn = Turn()
     try:
         import torchaudio  # noqa: F401
-    except (ImportError, OSError):  # its wheels need CUDA's libraries; nothing here is audio, but it is imported
+    except (ImportError, OSError):  # its wheels need CUDA's libraries; it is imported, but not used here
         sys.modules["torchaudio"] = types.ModuleType("torchaudio")
         sys.modules["torchaudio"].__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
     from datasets import Dataset, DatasetDict
