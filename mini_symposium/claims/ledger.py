@@ -9,6 +9,7 @@ Comparisons are paired by seed. A claim about a model that this machine cannot t
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -44,6 +45,7 @@ from mini_symposium.claims.verdicts import Claim, Control, Question
 from mini_symposium.errors import InputError
 from mini_symposium.evaluation.intervals import Interval, difference, interval, spread
 from mini_symposium.files.reading import refuse_other_shapes
+from mini_symposium.files.writing import write_json
 
 PLAUSIBLE_LENGTHS = (512, 1024, 2048, 4096, 8192)
 """Values that the card's `sequence_len` may have had; the card does not give it."""
@@ -302,6 +304,12 @@ def judge(evidence: Evidence) -> list[Claim]:
         except InputError as error:
             rows.append(_missing(question, evidence, str(error)))
     return rows
+
+
+def save(claims: Sequence[Claim], folder: Path) -> Path:
+    """Write `folder`/claims.json; return its path."""
+    write_json(folder / "claims.json", [claim.row() for claim in claims])
+    return folder / "claims.json"
 
 
 def _missing(question: Question, e: Evidence, what: str) -> Claim:

@@ -221,14 +221,13 @@ def claims(
     ] = "",
 ):
     """Judge the card's twelve claims by what a run or a sweep has measured; writes claims.json into it."""
+    from mini_symposium.claims import ledger
     from mini_symposium.claims.evidence import load_evidence
-    from mini_symposium.claims.ledger import judge
     from mini_symposium.figures.redraw import redraw
-    from mini_symposium.files.writing import write_json
     from mini_symposium.run import RunDirectory
 
     evidence = load_evidence(run)
-    rows = judge(evidence)
+    rows = ledger.judge(evidence)
     title = escape(printable(f"{evidence.scale} scale, {evidence.device}"))
     table = Table("", "claim", "verdict", "what was found", title=title)
     for row in rows:
@@ -237,9 +236,7 @@ def claims(
     if save:
         evidence.save(Path(save))
         redraw(RunDirectory(save))
-    target = Path(save or RunDirectory(run).path) / "claims.json"
-    write_json(target, [row.row() for row in rows])
-    console.print(target, soft_wrap=True)
+    console.print(ledger.save(rows, Path(save or RunDirectory(run).path)), soft_wrap=True)
 
 
 @app.command()

@@ -43,11 +43,11 @@ def sweep(
         passes = grid(chosen, rates, parse_ranks(ranks), rules, numbers, epochs, per_pass)
     elif epochs is not None:
         raise InputError("--epochs: is for a grid; give --learning-rates, --ranks or --schedules too")
+    from mini_symposium.claims import ledger
     from mini_symposium.claims.evidence import load_evidence
-    from mini_symposium.claims.ledger import judge
     from mini_symposium.data.dataset import load_examples
     from mini_symposium.data.held_out import check_disjoint, load_held_out
-    from mini_symposium.files.writing import alone, write_json
+    from mini_symposium.files.writing import alone
     from mini_symposium.training.sweep import Sweep, check_engine
 
     check_engine(engine)
@@ -64,7 +64,7 @@ def sweep(
         if measure or (measure is None and not asked):
             whole.measure(examples, twins, prompts, asked, console.print)
         if not asked:
-            write_json(whole.root / "claims.json", [row.row() for row in judge(load_evidence(whole.root))])
+            ledger.save(ledger.judge(load_evidence(whole.root)), whole.root)
     found = whole.table()
     table = Table("experiment", "seed", "learning rate", "epochs", "loss", "EM", title="the last epoch's means")
     for row in found.itertuples():
