@@ -1,40 +1,35 @@
-"""The two errors that end a command in one line, and the text that such a line may hold.
+"""The two errors that end a command with one line, and what makes the text of such a line safe to print.
 
-A dataset, a preset or a model may hold anything, and an error quotes what it found: so the quoted text is made safe to
-show here, once, for every message.
+An error quotes what it found, and a dataset, a preset or a model may hold anything. So every message loses its secrets
+and its control characters here.
 """
 
 import os
 import re
 
 SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?|_PAT|AUTH|WEBHOOK|WEBHOOK_URL)$")
-"""Environment variables whose value is nobody else's business: HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY."""
+"""Environment variables that hold a secret, such as HF_TOKEN, WANDB_API_KEY and AWS_SECRET_ACCESS_KEY."""
 _LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-"""Name and password in an address."""
+"""Name and password in a web address."""
 
 LONGEST_LINE = 1000
-"""Characters of an error; what was found may be a line of megabytes."""
-
-
+"""Characters of a message. What it quotes may have megabytes."""
 INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
-"""Control characters but newline and tab, those that change the direction of writing, and those without a shape."""
-
-
-def secrets() -> list[str]:
-    """The values of such variables, longest first; one of a few characters is no secret, and is found everywhere."""
-    found = {value for name, value in os.environ.items() if SECRET_NAME.search(name.upper()) and len(value) >= 8}
-    return sorted(found, key=len, reverse=True)
+"""Control characters but newline and tab, characters that change the direction of writing, and those without a visible
+shape, such as a zero-width space."""
 
 
 def without_secrets(text: str) -> str:
-    """`text` with *** for every secret of the environment, and for the name and password in an address.
+    """`text` with *** for each secret in the environment, and for the name and password in a web address.
 
     >>> without_secrets("from https://ada:pass@example.org/simple")
     'from https://***@example.org/simple'
     """
-    for secret in secrets():
+    # A value of a few characters, such as "true", is not a secret and occurs everywhere.
+    secrets = {value for name, value in os.environ.items() if SECRET_NAME.search(name.upper()) and len(value) >= 8}
+    for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
     return _LOGIN.sub("***", text)
 
@@ -53,12 +48,12 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    r"""What an error says: `text` on one line, printable, without secrets, its middle left out if it is long.
+    r"""`text` as an error message: on one line, printable, without secrets, and without its middle if it is long.
 
     >>> one_line("pip: https://me:secret@host\nfailed")
     'pip: https://***@host failed'
     """
-    text = _shortened(without_secrets(text))  # before every character is looked at
+    text = _shortened(without_secrets(text))  # first, because `printable` looks at each character
     return _shortened(printable(re.sub(r"[\n\t]", " ", text).strip()))
 
 
@@ -67,11 +62,19 @@ def _shortened(text: str) -> str:
     return text if len(text) <= LONGEST_LINE else f"{text[:half]} ... {text[-half:]}"
 
 
-class InputError(ValueError):
-    """Bad input, said in one line: what was found, where (``file:line``) and what to do. Exit code 2.
+def reason(error: Exception) -> str:
+    r"""The first line of what an exception of a library says, or its type if it says nothing.
 
-    Every entry point prints that line without a traceback. What was found is quoted so that it can be shown: see
-    `one_line`.
+    >>> reason(ValueError("\nno such tensor\nsee the log")), reason(KeyError())
+    ('no such tensor', 'KeyError')
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+class InputError(ValueError):
+    """Bad input. The message is one line: what was found, where (``file:line``), and what to do. Exit code 2.
+
+    Every command prints this line without a traceback. The text is made safe to print, see `one_line`.
     """
 
     def __init__(self, message: object):
@@ -79,7 +82,7 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run failed: a notebook cell raised, a loss was not a number, adapters did not move. Exit code 1."""
+    """A run failed: a notebook cell raised, a loss is not a number, the adapters did not move. Exit code 1."""
 
     def __init__(self, message: object):
         super().__init__(one_line(str(message)))
