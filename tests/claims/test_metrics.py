@@ -92,7 +92,9 @@ def test_a_base_that_passes_almost_nothing_leaves_no_room_to_differ():
 
 def test_only_experiments_that_are_long_enough_are_compared_and_only_their_shared_seeds():
     some = evidence(
-        *(trained("a", seed=s) for s in (1, 2)), *(trained("b", seed=s) for s in (2, 3)), trained("c", epochs=29)
+        *(trained("a", seed=s) for s in (1, 2)),
+        *(trained("b", seed=s) for s in (2, 3)),
+        trained("c", seed=1, epochs=29),
     )
     assert [[t.seed for t in group] for group in metrics.of_shared_seeds(some, "a", "b")] == [[2], [2]]
     assert metrics.of_shared_seeds(some, "a", "c") == []
