@@ -10,26 +10,12 @@ from test_interrupted import nursery  # noqa: F401
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import ROOT, RunDirectory, find
-from mini_symposium.training.trainer import EpochOrder
 
 ALONE = """
 from mini_symposium.training.finetune import prepare, train
 recipe, examples, run = prepare({recipe!r}, {data!r}, {run!r})
 train(recipe, examples, run, [1e-3], [], fast=False)
 """
-
-
-def test_the_examples_of_a_step_weigh_one_together_and_each_is_seen_once_an_epoch():
-    for examples, batch in ((13, 1), (13, 2), (13, 4), (5, 8), (12, 4)):
-        order = EpochOrder(examples, [7], batch)
-        places = list(order)
-        assert len(places) == len(order) == order.steps * batch
-        seen = []
-        for step in range(order.steps):
-            weights = [order.weight(step + 3 * order.steps, place) for place in range(batch)]
-            assert sum(weights) == pytest.approx(1)
-            seen += [places[step * batch + place] for place in range(batch) if weights[place]]
-        assert seen == order.order(0)
 
 
 @pytest.fixture(scope="module")

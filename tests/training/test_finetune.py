@@ -19,11 +19,9 @@ from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.base_models import load_model, load_tokenizer
 from mini_symposium.models.devices import training_dtype
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run import RunDirectory, Training, find, read_jsonl
-from mini_symposium.training import checkpoints, finetune, memory_plan, trainer
+from mini_symposium.run import RunDirectory, find
+from mini_symposium.training import checkpoints, finetune, memory_plan
 from mini_symposium.training.checkpoints import ADAPTER_FILES, RESUMABLE, RESUME_FILES
-from mini_symposium.training.log import Log
-from mini_symposium.training.memory_plan import choose
 
 DATA = find("data/minisymposium.md")
 
@@ -132,29 +130,6 @@ def test_held_out_texts_are_probed_and_not_learned_from(fast, recipe, examples, 
         assert line["loss"] == pytest.approx(output.loss.item(), abs=0.01)
         assert line["tokens"] == len(row.input_ids) - 1
         assert line["em"] == pytest.approx(right.float().mean().item(), abs=0.02)
-
-
-def test_of_a_row_that_is_not_all_supervised_only_what_is_can_be_told(recipe, examples, tmp_path):
-    run = RunDirectory(tmp_path)
-    finetune.train(recipe.replace(num_epochs=3, train_on_inputs=False), examples[:1], run, [1e-2])
-    assert {"em", "es"} < run.metrics(1e-2)[0].keys() and "run" not in run.metrics(1e-2)[0]
-
-
-def test_em_grows_as_a_row_is_learned(recipe, examples, tmp_path):
-    run = RunDirectory(tmp_path)
-    finetune.train(recipe.replace(num_epochs=40), examples[:1], run, [1e-2])
-    em = [line["em"] for line in run.metrics(1e-2)]
-    assert em[0] < 0.05
-    assert max(em) > 0.5
-
-
-def test_epochs_are_shuffled_and_the_seed_decides(recipe):
-    order = trainer.EpochOrder(13, [1, 2])
-    assert order.order(0) != order.order(1)
-    assert order.order(5) == trainer.EpochOrder(13, [1]).order(5) != order.order(5, 1)
-    order.set_epoch(5)
-    assert list(order)[0::2] == order.order(5, 0)
-    assert list(order)[1::2] == order.order(5, 1)
 
 
 def test_checkpoints_hold_the_adapter_and_only_the_two_newest_can_resume(trained, recipe):
@@ -306,79 +281,6 @@ def test_fast_and_plain_training_follow_the_same_trajectory(trained, recipe, exa
     for ours, theirs in zip(steps(fast, 1e-4), steps(plain, 1e-4), strict=True):
         assert (ours["example"], ours["tokens"]) == (theirs["example"], theirs["tokens"])
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=0.02)
-
-
-def test_ranks_seeds_and_schedules_may_share_a_pass(recipe, examples, tmp_path):
-    rows = tokenize(examples, load_tokenizer("tiny"), recipe.sequence_len, completion_only=False)
-    two = recipe.replace(num_epochs=2, learning_rate=1e-3)
-    recipes = [two, two.replace(lora_r=2, lora_alpha=4, seed=7, lr_scheduler="cosine")]
-
-    def losses(recipes, folder):
-        trainings = [Training.of(recipe, tmp_path / folder / str(k)) for k, recipe in enumerate(recipes)]
-        chosen = choose(two, len(trainings), 512, 26)
-        built = finetune.build_trainer(trainings, rows, tmp_path / "scratch", chosen)
-        trainer.check_batches(built, rows)
-        log = Log(built, rows, [2])
-        built.add_callback(log)
-        built.train()
-        return [read_jsonl(training.metrics_file) for training in trainings]
-
-    together = losses(recipes, "together")
-    assert [line["example"] for line in together[0]] != [line["example"] for line in together[1]]
-    assert together[1][-1]["learning_rate"] < 1e-4 < together[0][-1]["learning_rate"] == 1e-3
-    for k in range(2):
-        alone = losses(recipes[k : k + 1], f"alone{k}")[0]
-        for ours, theirs in zip(together[k], alone, strict=True):
-            assert {**ours, "seconds": 0} == pytest.approx({**theirs, "seconds": 0}, rel=1e-3)
-
-
-def test_a_pass_cut_off_between_its_checkpoints_goes_on_from_the_common_one(trained, recipe, examples, tmp_path):
-    """Killed after the first adapter's checkpoint was written and before the second's."""
-    run, _ = trained
-    copy = RunDirectory(tmp_path / "copy")
-    shutil.copytree(run.path, copy.path)
-    high, low = both = [Training.of(recipe.replace(learning_rate=rate), copy.path) for rate in (1e-4, 1e-7)]
-    assert checkpoints.plan_passes(both, 2) == [(both, recipe.num_epochs)]
-    shutil.rmtree(copy.checkpoints(1e-7)[recipe.num_epochs])
-    earlier = sorted(copy.checkpoints(1e-4))[-2]
-    assert checkpoints.plan_passes(both, 2) == [(both, earlier)]
-    assert checkpoints.plan_passes(both, 1) == [([high], earlier), ([low], earlier)]
-    shutil.rmtree(copy.checkpoints(1e-7)[earlier])
-    assert checkpoints.plan_passes(both, 2) == [([high], recipe.num_epochs), ([low], None)]
-
-
-def test_completion_alone_is_supervised_when_the_recipe_says_so(recipe, examples, tmp_path):
-    tokenizer = load_tokenizer("tiny")
-    rows = tokenize(examples[:2], tokenizer, recipe.sequence_len, completion_only=True)
-    built = finetune.build_trainer([Training.of(recipe, tmp_path)], rows, tmp_path / "scratch")
-    trainer.check_batches(built, rows)
-    labels = next(iter(built.get_train_dataloader()))["labels"][0]
-    row = rows[built.order.order(0)[0]]
-    assert (labels == -100).sum() == row.completion_mask.count(0) > 0
-    assert labels[-1] == tokenizer.eos_token_id
-
-
-def test_a_batch_that_is_not_the_row_stops_the_run_before_step_1(recipe, examples, tmp_path):
-    rows = tokenize(examples[:2], load_tokenizer("tiny"), recipe.sequence_len, completion_only=False)
-    built = finetune.build_trainer([Training.of(recipe, tmp_path)], rows, tmp_path / "scratch")
-    with pytest.raises(RunError, match="the trainer's batch is not the tokenised row"):
-        trainer.check_batches(built, rows[::-1])
-    for parameter in built.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16()
-    with pytest.raises(RunError, match="not float32"):
-        trainer.check_batches(built, rows)
-
-
-def test_a_loss_that_is_no_number_names_the_example(recipe, examples, tmp_path):
-    rows = tokenize(examples[:2], load_tokenizer("tiny"), recipe.sequence_len, completion_only=False)
-    log = Log(finetune.build_trainer([Training.of(recipe, tmp_path)], rows, tmp_path / "scratch"), rows, [0])
-    with pytest.raises(RunError, match=r"step 1: the loss of .*minisymposium\.md:\d+ is nan at learning rate 1e-07"):
-        log.write(1, 0, float("nan"), [True], 1.0, recipe.learning_rate, 0.1)
-    with pytest.raises(RunError, match=r"step 1: the learning rate is 0\.1"):
-        log.write(1, 0, 1.0, [True], 1.0, 0.1, 0.1)
-    with pytest.raises(RunError, match=r"has a gradient of inf at learning rate 1e-07; the newest checkpoint is from"):
-        log.write(1, 0, 1.0, [True], float("inf"), recipe.learning_rate, 0.1)
 
 
 def test_run_records_what_it_ran_on(trained, recipe):
