@@ -57,7 +57,7 @@ class Spread:
     formats: int
 
 
-def clopper_pearson(k: int, n: int, level: float = LEVEL) -> Interval:
+def clopper_pearson(k: int, n: int) -> Interval:
     """The exact interval of the proportion `k` of `n` (Clopper and Pearson 1934).
 
     Raises
@@ -71,18 +71,14 @@ def clopper_pearson(k: int, n: int, level: float = LEVEL) -> Interval:
     """
     if not 0 <= k <= n or not n:
         raise InputError(f"{k} of {n}: not a proportion; measure at least one")
-    tail = (1 - level) / 2
+    tail = (1 - LEVEL) / 2
     low = float(betaincinv(k, n - k + 1, tail)) if k else 0.0
     high = float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
     return Interval(k / n, low, high, n, 1, "Clopper-Pearson")
 
 
 def interval(
-    values: ArrayLike,
-    bounds: tuple[float, float] | None = (0, 1),
-    level: float = LEVEL,
-    draws: int = DRAWS,
-    seed: int = 0,
+    values: ArrayLike, bounds: tuple[float, float] | None = (0, 1), draws: int = DRAWS, seed: int = 0
 ) -> Interval:
     """The mean over prompts and seeds, with its two-stage bootstrap interval.
 
@@ -113,24 +109,17 @@ def interval(
     if np.ptp(table) == 0:
         if bounds is None:
             raise InputError(f"all {n} values are {value:g}, so their spread is unknown; give bounds")
-        differs = clopper_pearson(0, n, level).high  # largest share of other values
+        differs = clopper_pearson(0, n).high  # largest share of other values
         low, high = (value + differs * (bound - value) for bound in bounds)
         return Interval(value, float(low), float(high), n, seeds, "Clopper-Pearson")
     generator = np.random.default_rng(seed)
-    means = value + sum(_deviations(table.mean(axis), level, draws, generator) for axis in (1, 0))
+    means = value + sum(_deviations(table.mean(axis), draws, generator) for axis in (1, 0))
     means = means if bounds is None else means.clip(*bounds)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high), n, seeds, "bootstrap")
 
 
-def difference(
-    first: ArrayLike,
-    second: ArrayLike,
-    bounds: tuple[float, float] | None = (0, 1),
-    level: float = LEVEL,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> Interval:
+def difference(first: ArrayLike, second: ArrayLike, bounds: tuple[float, float] | None = (0, 1)) -> Interval:
     """The mean of first - second, with its interval as in `interval`.
 
     Both have the same prompts and the same seeds in the same order, so that their values are compared in pairs.
@@ -151,10 +140,10 @@ def difference(
     for values in (a, b):
         _table(values, bounds)
     span = None if bounds is None else (bounds[0] - bounds[1], bounds[1] - bounds[0])
-    return interval(a - b, span, level, draws, seed)
+    return interval(a - b, span)
 
 
-def spread(passed: ArrayLike, draws: int = DRAWS, seed: int = 0) -> Spread:
+def spread(passed: ArrayLike, draws: int = DRAWS) -> Spread:
     """FormatSpread: the best format's pass rate minus the worst one's (Sclar et al. 2024), with a permutation test.
 
     If all formats were equal, it would be chance which of a prompt's results belongs to which format. So the null
@@ -177,7 +166,7 @@ def spread(passed: ArrayLike, draws: int = DRAWS, seed: int = 0) -> Spread:
     if table.ndim != 2 or not len(table) or table.shape[1] < 2:
         raise InputError(f"{table.shape} values: a spread takes (prompts, formats), two formats or more")
     _table(table, (0, 1))
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     means = np.zeros((draws, table.shape[1]))
     for row in table:
         means += generator.permuted(np.tile(row, (draws, 1)), axis=1)
@@ -201,7 +190,7 @@ def _table(values: ArrayLike, bounds: tuple[float, float] | None) -> np.ndarray:
     return table.reshape(len(table), table.shape[1] if table.ndim > 1 else 1, -1).mean(2)
 
 
-def _deviations(means: np.ndarray, level: float, draws: int, generator: np.random.Generator) -> np.ndarray | float:
+def _deviations(means: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray | float:
     """(draws,): how far the mean of a resample of `means` lies from their mean, widened as the module says.
 
     0 for a single mean.
@@ -209,6 +198,6 @@ def _deviations(means: np.ndarray, level: float, draws: int, generator: np.rando
     n = len(means)
     if n == 1:
         return 0.0
-    upper = (1 + level) / 2
+    upper = (1 + LEVEL) / 2
     factor = stdtrit(n - 1, upper) / ndtri(upper) * np.sqrt(n / (n - 1))
     return factor * (means[generator.integers(n, size=(draws, n))].mean(1) - means.mean())

@@ -64,16 +64,10 @@ def view(console: Console) -> Iterator[Callable[[str, int, int, str], None]]:
 
 
 def execute(notebook: Notebook, made_from: dict, given: dict, run: RunDirectory, show: Callable) -> None:
-    """Execute one notebook into `run`/notebooks.
+    """Execute one notebook into `run`/notebooks, with those of the parameters `given` that it has.
 
-    While it runs, its copy is named `.running.ipynb`; if it does not get to its end, `.failed.ipynb`.
-
-    Parameters
-    ----------
-    made_from
-        What the copy will say that it was made from.
-    given
-        Values by parameter name; those that this notebook does not have are left out.
+    While it runs, its copy is named `.running.ipynb`; if it does not get to its end, `.failed.ipynb`. The finished copy
+    holds `made_from`.
 
     Raises
     ------

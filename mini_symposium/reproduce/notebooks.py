@@ -31,7 +31,7 @@ from mini_symposium.run import ROOT, RunDirectory, overwrite_once
 NOTEBOOKS = ROOT / "notebooks"
 
 OVERWRITING = "overwriting_notebooks.json"
-"""In a run directory: what is being executed in place of what was there before."""
+"""File in a run directory: what a command with --overwrite is executing, until it is done."""
 OF_THE_RUN = {"RECIPE", "DATASET", "RUN", "OVERWRITE"}
 """Parameters of the whole run. A copy is up to date by the recipe's and the dataset's content, not by these values."""
 
@@ -177,8 +177,12 @@ def reproduce(
             killed.unlink()
         if overwrite:
             begun = {**given, **content, "notebooks": [notebook.name for notebook in wanted]}
-            copies = [directory.notebooks / notebook.path.name for notebook in wanted]
-            overwrite_once(directory.path / OVERWRITING, begun, lambda: [copy.unlink(missing_ok=True) for copy in copies])
+
+            def forget() -> None:
+                for notebook in wanted:
+                    (directory.notebooks / notebook.path.name).unlink(missing_ok=True)
+
+            overwrite_once(directory.path / OVERWRITING, begun, forget)
         due = _due(notebooks, wanted, given, content, directory, overwrite)
         with view(console or Console()) as show:
             for notebook, made_from in due:
@@ -248,9 +252,7 @@ def print_summary(summary: dict, console: Console | None = None) -> None:
     """Print which notebooks ran, what they recorded, and where their files are."""
     console, run = console or Console(), summary["run"]
     if all(notebook["status"] == "already there" for notebook in summary["notebooks"]):
-        console.print(
-            f"nothing to do: the notebooks of {run} are there and up to date", markup=False, soft_wrap=True
-        )
+        console.print(f"nothing to do: the notebooks of {run} are there and up to date", markup=False, soft_wrap=True)
     table = Table("notebook", "", "seconds")
     for notebook in summary["notebooks"]:
         table.add_row(notebook["name"], notebook["status"], f"{notebook['seconds']:.1f}")
