@@ -8,7 +8,7 @@ from mini_symposium.playground.shelf import Shelf
 
 def test_the_shelf_says_what_it_finds(reciting_run, tmp_path):
     shelf = Shelf()
-    with pytest.raises(InputError, match="a run.*a model"):
+    with pytest.raises(InputError, match=r"a run.*a model"):
         shelf.open(str(tmp_path))
     empty = tmp_path / "empty"
     empty.mkdir()
