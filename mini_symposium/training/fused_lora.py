@@ -6,12 +6,12 @@ PEFT keeps the adapters and transformers the base; this module only computes the
 - q, k and v read the same input, and so do gate and up: each set is one product, their adapters another;
 - an adapter is one float32 vector a layer (`AdapterVectors`), cast and scaled where the layer is computed: on the proxy
   30 tensors to clip and step, not PEFT's 420;
-- on a GPU adapters share every product with the base, a row of the batch for each, and meet nowhere else: the
-  gradient of the summed loss is, adapter by adapter, the gradient of its own;
-- on a CPU they share the base's memory and take turns on the cores, each computed by one thread as if it were alone:
-  the same bits, and threads that wait for one another once a step; those that share a product wait at its end;
+- on a GPU the adapters share every product with the base, each with its own row of the batch, and nothing else: the
+  gradient of the summed loss with respect to an adapter is the gradient of its own loss;
+- on a CPU they share the base's memory, and each is computed by one thread as if it trained alone: the same bits, and
+  threads that wait for each other once a step, where threads that share a product wait at the end of each product;
 - the head runs on positions that have a label, and never holds more than a block of its logits;
-- three decoder layers are compiled, not the model: all layers and every row length use the same code.
+- three decoder layers are compiled, not the whole model: all layers and every row length use the same code.
 
 Shapes: K adapters (one row each), T tokens, d hidden, V words of the vocabulary.
 """
@@ -44,7 +44,7 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of the projections of a layer."""
+    """Sizes of a decoder layer's projections."""
 
     ins: tuple[int, ...]
     """Inputs of each group."""
@@ -61,7 +61,7 @@ class Shapes:
 
 
 def shapes_of(layer) -> Shapes:
-    """Of a decoder layer whose projections have adapters."""
+    """The shapes of a decoder layer whose projections have adapters."""
     groups = [[layer.get_submodule(name).get_base_layer() for name in group] for group in GROUPS]
     return Shapes(
         tuple(group[0].in_features for group in groups), tuple(tuple(p.out_features for p in group) for group in groups)
@@ -69,9 +69,10 @@ def shapes_of(layer) -> Shapes:
 
 
 def unpacked(vectors: torch.Tensor, scalings: torch.Tensor, shapes: Shapes, dtype: torch.dtype) -> Iterator[tuple]:
-    """Of a layer's adapters, (K, length), each group's A, (K, ranks, in), and scaled B, (K, out, ranks).
+    """For each group of a layer's projections the adapters' A, (K, ranks, in), and scaled B, (K, out, ranks), out of
+    the layer's vectors, (K, length).
 
-    The B of a group stand on the diagonal, so that one product serves them all.
+    The B of a group are blocks on a diagonal, so that one product computes all of them.
     """
     rank = vectors.shape[1] // sum(shapes.sizes(1))
     pieces, scaling = iter(vectors.split(shapes.sizes(rank), 1)), iter(scalings.split(1, 1))
@@ -110,7 +111,7 @@ class AdapterVectors:
                 for parameter, shape in sides:
                     places[parameter] = number, start, shape
                     start += math.prod(shape)
-            # In the order of PEFT, in which a checkpoint keeps an optimizer's state.
+            # In PEFT's order, which is the order of a checkpoint's optimizer state.
             self.places |= {p: places[p] for key, p in layer.named_parameters() if f".{name}." in key}
             scaling = [layer.get_submodule(projection).scaling[name] for group in GROUPS for projection in group]
             where = parameter.device
@@ -123,14 +124,14 @@ class AdapterVectors:
             vector.requires_grad_()
 
     def pieces(self, vectors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The views of `vectors`, or of what has their shapes, that are PEFT's parameters, in its order."""
+        """`vectors`, or other tensors of their shapes, as views in the shapes and the order of PEFT's parameters."""
         return [
             vectors[number][0, start : start + math.prod(shape)].view(shape)[: parameter.shape[0], : parameter.shape[1]]
             for parameter, (number, start, shape) in self.places.items()
         ]
 
     def split(self, states: Sequence[Mapping]) -> list[dict]:
-        """An optimizer's states of the vectors, as those of PEFT's parameters if these had been stepped one by one."""
+        """An optimizer's states of the vectors, as the states that PEFT's parameters would have."""
         scalars, keys = _kinds(states)
         pieces = [self.pieces([state[key] for state in states]) for key in keys]
         return [
@@ -153,12 +154,12 @@ class AdapterVectors:
 
 
 def _kinds(states: Sequence[Mapping]) -> tuple[list[str], list[str]]:
-    """Keys of an optimizer's state: those of one number, and those of a tensor with the parameter's shape."""
+    """Keys of an optimizer's state that hold one number, and keys that hold a tensor of the parameter's shape."""
     return [key for key in states[0] if not states[0][key].dim()], [key for key in states[0] if states[0][key].dim()]
 
 
 OPTIONS = {"cpp_wrapper": True}
-"""Of the compiler: what calls the kernels is compiled too. Python takes a twentieth of a step for it."""
+"""For the compiler: the code that calls the kernels is compiled as well, which saves a twentieth of a step."""
 
 
 def _norm(x, weight, eps):
@@ -172,7 +173,7 @@ def _rotate(x, cos, sin):
 
 
 def _adapted(x, weight, a, b):  # (K, T, in) -> (K, T, out)
-    if len(x) == 1:  # as a batch of one, `a` would be copied first, for its stride
+    if len(x) == 1:  # `bmm` would first copy `a`, because of its stride
         return F.linear(x, weight) + F.linear(F.linear(x, a[0]), b[0])
     return F.linear(x, weight) + torch.bmm(torch.bmm(x, a.mT), b.mT)
 
@@ -212,9 +213,10 @@ def decoder_layers(x, cos, sin, mask, layers, **shape):
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Cross-entropy of each position and whether its label is likeliest, the gradient on the way: no logits are kept.
+    """Cross-entropy of each position, and whether its label is the likeliest token. The gradient is computed in the
+    forward pass, so that no logits are kept.
 
-    Of equally likely tokens the first is the likeliest, as for `argmax`.
+    Of equally likely tokens the first counts as the likeliest, as in `argmax`.
     """
 
     @staticmethod
@@ -249,7 +251,7 @@ class _TokenLosses(torch.autograd.Function):
 
 
 class _SideBySide(torch.autograd.Function):
-    """The losses of shares of one adapter, each one's forward and backward pass by itself."""
+    """The losses of shares with one adapter each; every share runs its forward and backward pass by itself."""
 
     @staticmethod
     def forward(ctx, fused, input_ids, labels, *parameters):
@@ -295,7 +297,7 @@ class FusedAdapters:
         shapes = shapes_of(self.decoder.layers[0])
         layers = partial(decoder_layers, shapes=shapes, head_size=size, eps=config.rms_norm_eps)
         self.plain, self.compiled = layers, torch.compile(layers, dynamic=False, options=OPTIONS) if compiled else None
-        # As one piece of compiled code; what joins two layers is then one kernel. More gain little and compile long.
+        # Layers compiled together: what joins two of them becomes one kernel. More gain little and compile long.
         self.stride = next(n for n in ((3, 2, 1) if compiled else (1,)) if len(self.decoder.layers) % n == 0)
         self.modules = [[[layer.get_submodule(n) for n in g] for g in GROUPS] for layer in self.decoder.layers]
         self.norms = [
@@ -314,13 +316,13 @@ class FusedAdapters:
             ThreadPoolExecutor(count, "adapters", torch.set_num_threads, (1,)) if len(self.shares) > 1 else None
         )
         self.warm = False
-        # As many logits at a time as make a full product, and of those as many as stay in a CPU's cache.
+        # Rows of logits at a time: enough for an efficient product; and of those, as many as stay in a CPU's cache.
         self.block, self.few = (256, 16) if cpu else (2048, 2048)
         self.own = threading.local()
         self.matches: list[torch.Tensor] = []
 
     def _weight(self, group) -> torch.Tensor:
-        """The base weights of a group of projections, one under the other, as the 4-bit kernel would see them."""
+        """The base weights of a group of projections, stacked, with the values that the 4-bit kernel computes with."""
         layers = [module.get_base_layer() for module in group]
         parts = [
             dequantize_4bit(layer.weight.data, layer.weight.quant_state)
@@ -331,7 +333,7 @@ class FusedAdapters:
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self.head.dtype)
 
     def scratch(self) -> torch.Tensor:
-        """This thread's, for logits."""
+        """This thread's buffer for logits, (block, V)."""
         if not hasattr(self.own, "scratch"):
             self.own.scratch = self.head.new_empty(self.block, len(self.head))
         return self.own.scratch
@@ -343,30 +345,31 @@ class FusedAdapters:
             weights = [self.weights[n] if self.weights else [self._weight(g) for g in self.modules[n]] for n in numbers]
         each = [(self.norms[n], own, *adapter) for n, own, adapter in zip(numbers, weights, adapters, strict=True)]
         inputs = x, cos, sin, mask, each
-        if self.compiled and torch.is_grad_enabled():  # a probe is too short to compile for
+        if self.compiled and torch.is_grad_enabled():  # probes are too few to compile for
             try:
                 return self.compiled(*inputs)
             except BackendCompilerFailed as error:
                 print(
-                    f"the layer could not be compiled ({str(error).splitlines()[0]}); going on without", file=sys.stderr
+                    f"the layer could not be compiled ({str(error).splitlines()[0]}); continuing without",
+                    file=sys.stderr,
                 )
                 self.compiled = None
         return self.plain(*inputs)
 
     def dealt_out(self, input_ids: torch.Tensor, labels: torch.Tensor, gradients: bool) -> list[tuple]:
-        """Loss of each adapter, and its gradients if wanted; as many at a time as there are threads."""
+        """Loss of each adapter, and its gradients if wanted; as many adapters at a time as there are threads."""
         kind = input_ids.device.type
         autocast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
         def work(share: _Share, ids: torch.Tensor, labels: torch.Tensor):
-            length = int((labels != -100).nonzero()[:, 1].max()) + 1  # what pads a row is left out
-            with torch.set_grad_enabled(gradients), autocast():  # neither comes along into a thread
+            length = int((labels != -100).nonzero()[:, 1].max()) + 1  # without padding
+            with torch.set_grad_enabled(gradients), autocast():  # a thread inherits neither
                 losses = share.losses(ids[:, :length], labels[:, :length])
             return losses.detach(), torch.autograd.grad(losses, share.parameters) if gradients else ()
 
         jobs = list(zip(self.shares, input_ids.split(1), labels.split(1), strict=True))
         first = []
-        if gradients and not self.warm:  # what is compiled is compiled for one, while no other waits for it
+        if gradients and not self.warm:  # the first adapter compiles, before the others run the compiled code
             first.append(self.threads.submit(work, *jobs.pop(0)).result())
             self.warm = True
         return first + list(self.threads.map(lambda job: work(*job), jobs))
@@ -374,9 +377,9 @@ class FusedAdapters:
     def losses(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of each adapter on its own row; (K, T), (K, T) -> (K,), in nats a token.
 
-        Row k belongs to adapter k. Shorter rows are padded on the right with label -100: causal attention keeps
-        what follows a row from touching it. `matches` then holds for each row whether the likeliest token before
-        each label was that label, (supervised tokens,).
+        Row k belongs to adapter k. Shorter rows are padded on the right with label -100, which causal attention keeps
+        from having any effect. Afterwards `matches` holds for each row whether the likeliest token at each label's
+        position was that label, (supervised tokens,).
         """
         if len(self.shares) == 1:
             losses = self.shares[0].losses(input_ids, labels)
@@ -402,7 +405,7 @@ class _Share:
         ]
 
     def losses(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """As those of `FusedAdapters`, for these adapters."""
+        """As `FusedAdapters.losses`, for these adapters."""
         base, (rows, tokens) = self.base, input_ids.shape
         of_layers = zip(*(own.vectors for own in self.adapters.values()), strict=True)
         vectors = [torch.cat(each) if len(each) > 1 else each[0] for each in of_layers]
@@ -411,10 +414,10 @@ class _Share:
             cos, sin = base.decoder.rotary_emb(x, torch.arange(tokens, device=x.device)[None])
             cos, sin = (half[0, :, : half.shape[-1] // 2].contiguous() for half in (cos, sin))  # (T, D / 2)
             mask = torch.full((tokens, tokens), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
-        x.requires_grad_()  # compiled code serves all layers: the first are to look like the others
+        x.requires_grad_()  # the first layers must look like the others, which share their compiled code
         if base.compiled:
-            # Not for speed alone: compiled for 256 tokens and no other number, bfloat16 gradients of q and k come out
-            # as NaN on a CPU (torch 2.13).
+            # Not only for speed: compiled for exactly 256 tokens, bfloat16 gradients of q and k are NaN on a CPU
+            # (torch 2.13).
             for tensor, dimension in ((x, 1), (cos, 0), (sin, 0), (mask, 0), (mask, 1)):
                 torch._dynamo.maybe_mark_dynamic(tensor, dimension)
         adapters = list(zip(vectors, self.scalings, strict=True))

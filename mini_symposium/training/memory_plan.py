@@ -1,4 +1,4 @@
-"""How a recipe is trained on this machine: chosen from its shapes, the memory at hand and the steps ahead.
+"""How a recipe is trained on this machine: chosen from its shapes, the free memory and the number of steps.
 
 Nothing here changes what is computed, only where numbers are kept and what is computed together.
 """
@@ -14,24 +14,24 @@ from mini_symposium.models.devices import device, memory, training_dtype
 from mini_symposium.recipe import Recipe
 
 SHARE = 0.8
-"""Of the free memory, what training may plan with."""
+"""The share of the free memory that training may use."""
 
 COMPILE_FROM = 600
-"""Steps, counted for each adapter, from which compiling layers pays: half a minute once, then a third of each step."""
+"""Steps, summed over adapters, from which compiling pays: half a minute once, and a third less for each step."""
 
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What was chosen, and why.
+    """What was chosen, and the reason.
 
     >>> print(Acceleration.off("asked for"))
     plain PEFT, one adapter at a time (asked for)
     """
 
     fused: bool
-    """Compute the losses by `fused`, and not by PEFT's own layers."""
+    """Compute the losses by `fused_lora`, not by PEFT's own layers."""
     resident: bool
-    """Keep the dequantised base; otherwise its weights stay in 4 bits."""
+    """Keep the base dequantised; otherwise its weights stay in 4 bits."""
     checkpointing: bool
     """Recompute activations in the backward pass."""
     compiled: bool
@@ -65,7 +65,7 @@ class Acceleration:
 
 
 def obstacle(recipe: Recipe, tokens: int) -> str | None:
-    """Why `fused` cannot compute this recipe on rows of up to `tokens` tokens, or None if it can."""
+    """Why `fused_lora` cannot compute this recipe on rows of up to `tokens` tokens, or None if it can."""
     config = model_config(recipe.base_model)
     if config.model_type not in ("llama", "mistral"):
         return f"the architecture is {config.model_type}, not llama or mistral"
@@ -82,8 +82,8 @@ def choose(
 ) -> Acceleration:
     """How to train `adapters` adapters of `recipe` on rows of up to `tokens` tokens for `steps` steps.
 
-    Nothing is loaded. `fast=False` turns everything off; `free` is the memory to plan with, in bytes, by default what
-    is free now.
+    Nothing is loaded. `fast=False` chooses plain PEFT; `free` is the memory to plan with, in bytes, by default what is
+    free now.
     """
     why = obstacle(recipe, tokens) if fast else "asked for"
     if why:

@@ -2,9 +2,9 @@
 
 The rules:
 
-- all that lasts is in the sweep's folder, which every node must see under the same path; Ray carries only the question;
-- a task whose node or worker dies is started elsewhere, and goes on from the last checkpoint in that folder;
-- one that only seems dead still holds the locks of its run directories: its successor waits until it has gone.
+- everything that is kept lies in the sweep's folder, which every node sees under the same path; Ray only sends tasks;
+- a task whose node or worker dies is started elsewhere, and resumes at the last checkpoint in that folder;
+- a task that only seems dead still holds the locks of its run directories: its successor waits until they are free.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from mini_symposium.errors import InputError, RunError
 INSTALL = "pip install -e '.[ray]'"
 
 RETRIES = 100
-"""Deaths of a pass that are forgiven: many nodes may die under it, but it may also be what kills them."""
+"""How often a pass is started again after a death: its nodes may fail, but it may also be what kills them."""
 
 PATIENCE = 600.0
-"""Seconds to wait for the locks of a predecessor: a node that lost its cluster ends its workers within minutes."""
+"""Seconds to wait for a predecessor's locks: a node that lost its cluster ends its workers within minutes."""
 
 POLL = 2.0
-"""Seconds between two looks at which nodes live."""
+"""Seconds between two checks of which nodes are alive."""
 
 
 def run(
@@ -35,24 +35,24 @@ def run(
     say: Callable[[str], None] = print,
     cpus: int = 1,
 ) -> None:
-    """Call `work(*arguments, PATIENCE)` on the cluster for each of `passes`, as many at once as it has room for.
+    """Call `work(*arguments, PATIENCE)` on the cluster for each of `passes`, as many at once as fit.
 
-    The cluster is the one that RAY_ADDRESS names, else the one that runs on this machine, else one that is started here
-    for as long as it takes.
+    The cluster is the one that RAY_ADDRESS names, else one that runs on this machine, else one that is started here and
+    stopped at the end.
 
     Parameters
     ----------
     finished
-        Told the number of each pass as it ends, from 0, and the seconds since the start.
+        Called with the number of each pass as it ends, from 0, and the seconds since the start.
     cpus
-        Cores that a pass takes, which is also its number of threads; on a cluster with GPUs it takes one of them too.
+        Cores of a pass, which is also its number of threads; on a cluster with GPUs it takes one of them too.
 
     Raises
     ------
     InputError
         If Ray is not installed, the cluster cannot be reached, or no node has so many cores; or a pass raised it.
     RunError
-        If a pass failed, or died more than RETRIES times. The others are waited for first.
+        If a pass failed, or died more than RETRIES times; raised when all others have ended.
     """
     ray = _imported()
     ours = not ray.is_initialized()
@@ -93,7 +93,7 @@ def _connect(ray) -> None:
 
 
 def _knock(address: str) -> None:
-    """Fail within seconds where nobody listens; Ray itself would try for minutes, and say so on every line."""
+    """Fail within seconds if nothing listens at `address`; Ray itself would try for minutes."""
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
@@ -104,20 +104,20 @@ def _alive(ray) -> dict[str, dict]:
 
 
 def _pass(directory: str, work: Callable[..., None], arguments: tuple) -> None:
-    """What runs on a node: `work`, in the directory of the one who asked, where relative paths mean the same."""
+    """What runs on a node: `work` in the caller's working directory, where relative paths mean the same."""
     there = Path(directory).is_dir()
     with contextlib.chdir(directory) if there else contextlib.nullcontext():
         work(*arguments, PATIENCE)
 
 
 def _wait(ray, running: dict, nodes: dict, finished, say) -> None:
-    """Until every task has ended; then the first failure is raised."""
+    """Wait until every task has ended; then raise the first failure."""
     began, failures = time.monotonic(), []
     while running:
         done, _ = ray.wait(list(running), timeout=POLL)
         alive = _alive(ray)
         for gone in nodes.keys() - alive.keys():
-            say(f"node {nodes[gone]['NodeManagerAddress']} is gone; its passes go on elsewhere from their checkpoints")
+            say(f"node {nodes[gone]['NodeManagerAddress']} is gone; its passes resume elsewhere from their checkpoints")
         nodes = alive
         for task in done:
             number = running.pop(task)
@@ -133,7 +133,7 @@ def _wait(ray, running: dict, nodes: dict, finished, say) -> None:
 
 
 def _as_ours(number: int, error: Exception) -> InputError | RunError:
-    """What a task raised, if that is an error of ours; else one line about what became of it."""
+    """The error that a task raised, if it is one of the kit's; else a RunError with its last line."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, InputError | RunError):
         return cause

@@ -163,7 +163,7 @@ def test_a_node_that_dies_is_named_and_its_pass_ends_elsewhere(cluster, tmp_path
 
     ray_engine.run([(0,), (1,)], work, lambda number, _: finished.append(number), say)
     assert said[0] == "Ray: passes 2, nodes 2, cores 2"
-    assert said[1:] == ["node 127.0.0.2 is gone; its passes go on elsewhere from their checkpoints"]
+    assert said[1:] == ["node 127.0.0.2 is gone; its passes resume elsewhere from their checkpoints"]
     assert sorted(finished) == [0, 1]
     places = sorted((tmp_path / str(number)).read_text().split()[0] for number in finished)
     assert places[0] == "127.0.0.2" != places[1]
