@@ -1,13 +1,13 @@
-"""Held-out prompts: requests that resemble no training row, each with checks that a program can make.
+"""Held-out prompts: requests unlike any training row, each with checks that a program can make.
 
-What a fine-tune has learned shows on what it was not trained on. `data/held_out.yml` holds the prompts by category;
-`check_disjoint` refuses a set that shares its wording with the training rows, because then what looks learned may
-be remembered.
+What a fine-tune has learned shows on prompts that it was not trained on. `data/held_out.yml` holds them by category. A
+prompt that shares its wording with a training row is refused, because a good answer to it may be memorized.
 """
 
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import yaml
@@ -16,8 +16,8 @@ from rapidfuzz.distance import LCSseq
 from mini_symposium.data.answer_checks import CHECKS, numbers
 from mini_symposium.data.dataset import Example
 from mini_symposium.data.text_overlap import overlap, words
-from mini_symposium.errors import InputError
-from mini_symposium.files.reading import check_tokens, read_text, refuse_repeated
+from mini_symposium.errors import InputError, one_line
+from mini_symposium.files.reading import parse_yaml, read_text
 from mini_symposium.run import ROOT, find
 
 CATEGORIES = (
@@ -25,20 +25,20 @@ CATEGORIES = (
     *("trade-off", "creative", "extraction", "character", "false-premise"),
 )
 SPLITS = ("test", "dev")
-"""`test` is for measuring; `dev` is for whatever somebody tries out before."""
+"""`test` is for measuring, `dev` for trying things out before."""
 
-SHARED_WORDS, MOST_ROUGE_L = 8, 0.3
-"""A prompt may share no run of so many words with a training row, and must stay below this ROUGE-L to it."""
+SHARED_WORDS, LEAST_ROUGE_L = 8, 0.3
+"""A prompt shares its wording with a row if this many words in a row are in both, or if their ROUGE-L is this high."""
 ECHO = 12
-"""So many words of the query in a row are an echo; a card said over again would hold all of its facts."""
+"""This many words in a row from the query are an echo. A query that is repeated may contain all facts of the answer."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing to be seen in an answer."""
+    """One thing that a program can see in an answer."""
 
     kind: str
-    """A key of `checks.CHECKS`."""
+    """A key of `answer_checks.CHECKS`."""
     value: object
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Check:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A prompt, and how its answer is judged."""
+    """A prompt and the checks of its answer."""
 
     id: str
     category: str
@@ -60,11 +60,11 @@ class HeldOut:
     """An answer that fails one."""
     split: str = "test"
     user: str = ""
-    """In a character chat, who speaks to the model."""
+    """In a character chat, the person who speaks to the model."""
     char: str = ""
-    """In a character chat, whom the model plays."""
+    """In a character chat, the person whom the model plays."""
     source: str = ""
-    """Where it stands, as `data/held_out.yml:41`."""
+    """File and line, as `data/held_out.yml:41`."""
 
 
 TEXTS = ("id", "query", "good", "bad", "split", "user", "char")
@@ -72,7 +72,7 @@ NEEDED = ("id", "query", "checks", "good", "bad")
 
 
 def judge(prompt: HeldOut, answer: str) -> dict[str, bool]:
-    """Whether an answer passes, check by check; and whether it is one, and not the query said over again.
+    """Whether an answer passes each check, and whether it is in its own words and not the query repeated.
 
     >>> prompt = HeldOut("pi", "fact", "Name pi.", (Check("number", 3.14), Check("words", [1, 4])), "3.14", "3")
     >>> judge(prompt, "About 3.2")
@@ -99,51 +99,32 @@ def load_held_out(path: str | Path = "data/held_out.yml", split: str | None = No
     Raises
     ------
     InputError
-        Naming file and line, for whatever is not as it should be.
+        If the file is not a list of valid prompts for each category; names file and line.
     """
     if split not in (None, *SPLITS):
         raise InputError(f"split {split!r}: is one of {', '.join(SPLITS)}")
     path = find(path)
     name = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-    root, data = _read(path, name)
+    hint = "held-out prompts are lists below their category, as `fact:`"
+    data, root = parse_yaml(read_text(path), name, hint)
     prompts: dict[str, HeldOut] = {}
     for key, node in root.value:
-        where = f"{name}:{key.start_mark.line + 1}"
-        if key.value not in CATEGORIES:
-            raise InputError(f"{where}: unknown category {key.value!r}{_near(key.value, CATEGORIES)}")
-        if not isinstance(data[key.value], list):
-            raise InputError(f"{where}: {key.value} is a list of prompts, each of which starts with `- id:`")
-        for item, values in zip(node.value, data[key.value], strict=True):
-            prompt = _prompt(item, values, key.value, name)
+        where, category = f"{name}:{key.start_mark.line + 1}", key.value
+        if category not in CATEGORIES:
+            raise InputError(f"{where}: unknown category {category!r}{_near(category, CATEGORIES)}")
+        if not isinstance(data[category], list):
+            raise InputError(f"{where}: {category} is a list of prompts, each of which starts with `- id:`")
+        for item, values in zip(node.value, data[category], strict=True):
+            prompt = _prompt(item, values, category, name)
             if prompt.id in prompts:
-                raise InputError(f"{prompt.source}: {prompt.id} stands already at {prompts[prompt.id].source}")
+                raise InputError(f"{prompt.source}: {prompt.id} is already at {prompts[prompt.id].source}; rename one")
             prompts[prompt.id] = prompt
     return [prompt for prompt in prompts.values() if split in (None, prompt.split)]
 
 
-def _read(path: Path, name: str) -> tuple[yaml.MappingNode, dict]:
-    """The file as nodes, which know their lines, and as values."""
-    text = read_text(path)
-    try:
-        check_tokens(text, name)
-        root, data = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{name}:{mark.line + 1}" if mark else name
-        raise InputError(f"{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
-    except InputError:
-        raise
-    except (ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError) as error:
-        raise InputError(f"{name}: not values that a prompt has ({error})") from error
-    if not isinstance(root, yaml.MappingNode):
-        raise InputError(f"{name}:1: held-out prompts stand in lists below their category, as `fact:`")
-    refuse_repeated(root, name)
-    return root, data
-
-
 def _near(word: object, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(str(word), known, 1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+    return f"; did you mean {near[0]!r}?" if near else f"; give one of {', '.join(known)}"
 
 
 def _prompt(node: yaml.Node, values, category: str, name: str) -> HeldOut:
@@ -151,6 +132,7 @@ def _prompt(node: yaml.Node, values, category: str, name: str) -> HeldOut:
     if not isinstance(values, dict):
         raise InputError(f"{where}: a prompt has {', '.join(NEEDED)}; found {values!r}")
     lines = {key.value: f"{name}:{key.start_mark.line + 1}" for key, _ in node.value}
+    nodes = {key.value: child for key, child in node.value}
     for key, value in values.items():
         if key not in (*TEXTS, "checks"):
             raise InputError(f"{lines.get(str(key), where)}: unknown key {key!r}{_near(key, (*TEXTS, 'checks'))}")
@@ -163,14 +145,11 @@ def _prompt(node: yaml.Node, values, category: str, name: str) -> HeldOut:
     if missing:
         raise InputError(f"{where}: {named} has no {', '.join(missing)}")
     if category != "character" and values.keys() & {"user", "char"}:
-        raise InputError(f"{where}: {named}: only a prompt under `character` has user and char")
+        raise InputError(f"{where}: {named}: only a prompt below `character` has user and char")
     if values.get("split", "test") not in SPLITS:
         raise InputError(f"{where}: {named}: split {values['split']!r}: is one of {', '.join(SPLITS)}")
     texts = {key: values[key].strip() for key in TEXTS if key in values}
-    checks_node = next((child for key, child in node.value if key.value == "checks"), None)
-    if checks_node is None:
-        raise InputError(f"{where}: {named}: its checks come from a merge; write them out")
-    checks = _checks(checks_node, values["checks"], named, name, texts["query"])
+    checks = _checks(nodes["checks"], values["checks"], named, name, texts["query"])
     if category == "character":
         checks += (Check("leaves_to", texts["user"]), Check("no_heading", True))
     return HeldOut(**texts, category=category, checks=checks, source=where)
@@ -191,68 +170,69 @@ def _checks(node: yaml.Node, values, named: str, name: str, query: str) -> tuple
         if not fits(value):
             raise InputError(f"{where}: {kind}: {value!r}: takes {wanted}")
         if kind == "number" and value in numbers(query):
-            raise InputError(f"{where}: number: {value}: stands in the query, so it would not be found; ask otherwise")
+            raise InputError(f"{where}: number: {value}: is in the query, so it does not count; ask for another")
         checks.append(Check(kind, value))
     return tuple(checks)
 
 
 def check_disjoint(held_out: Sequence[HeldOut], examples: Sequence[Example], twins: Sequence[Example] = ()) -> None:
-    """Refuse held-out prompts, and rows that are said not to be trained on, that share their wording with what is.
+    """Refuse held-out prompts, and rows that must not be trained on (`twins`), that share wording with training rows.
 
     Raises
     ------
     InputError
-        Naming the first that does, the row, and the words that both have.
+        For the first that does; names both rows and the words that they share.
     """
-    for prompt in held_out:
-        for example in examples:
-            if run := _shared_run(prompt.query, example.text):
-                _refuse(f"{prompt.source}: {prompt.id}", example, f"shares {SHARED_WORDS} words in a row", run)
-            for text in (example.query, example.text):
-                rouge_l = overlap(text, prompt.query).rouge_l
-                if rouge_l >= MOST_ROUGE_L:
-                    steps = LCSseq.opcodes(theirs := words(text), words(prompt.query))
-                    common = [w for s in steps if s.tag == "equal" for w in theirs[s.src_start : s.src_end]]
-                    _refuse(f"{prompt.source}: {prompt.id}", example, f"has ROUGE-L {rouge_l:.2f}", common)
-    for twin in twins:
-        for example in examples:
-            if run := _shared_run(twin.text, example.text):
-                _refuse(f"{twin.source}: the row", example, f"shares {SHARED_WORDS} words in a row", run)
+    prompts = (shared_wording(prompt, examples) for prompt in held_out)
+    rows = (_shared_run(f"{twin.source}: the row", twin.text, example) for twin in twins for example in examples)
+    if shared := next(filter(None, chain(prompts, rows)), ""):
+        raise InputError(shared)
 
 
 def apart(
     held_out: Sequence[HeldOut], examples: Sequence[Example], say: Callable[[str], object] = print
 ) -> list[HeldOut]:
-    """The prompts that share no wording with what is trained on, as `check_disjoint` judges; `say` names the others.
+    """The prompts that share no wording with a training row; `say` gets a line for each of the others.
 
     Raises
     ------
     InputError
-        If none is left.
+        If no prompt is left.
     """
-    kept, last = [], None
-    for prompt in held_out:
-        try:
-            check_disjoint([prompt], examples)
-            kept.append(prompt)
-        except InputError as error:
-            say(f"left out: {error}")
-            last = error
-    if last and not kept:
-        raise InputError(f"no held-out prompt is left; the last one: {last}") from last
-    return kept
+    shared = [shared_wording(prompt, examples) for prompt in held_out]
+    for sentence in filter(None, shared):
+        say(f"left out: {one_line(sentence)}")
+    if shared and all(shared):
+        raise InputError(f"no held-out prompt is left; the last one: {shared[-1]}")
+    return [prompt for prompt, sentence in zip(held_out, shared, strict=True) if not sentence]
 
 
-def _shared_run(own: str, other: str) -> list[str] | None:
-    """The first words in a row, as many as are too many, that stand in both."""
-    own, other = ([word.casefold() for word in words(text)] for text in (own, other))
-    seen = {tuple(other[i : i + SHARED_WORDS]) for i in range(len(other))}
-    runs = (own[i : i + SHARED_WORDS] for i in range(len(own) - SHARED_WORDS + 1))
-    return next((run for run in runs if tuple(run) in seen), None)
+def shared_wording(prompt: HeldOut, examples: Sequence[Example]) -> str:
+    """A sentence on the first training row that a prompt shares its wording with, see `SHARED_WORDS`; "" if none."""
+    what = f"{prompt.source}: {prompt.id}"
+    for example in examples:
+        if shared := _shared_run(what, prompt.query, example):
+            return shared
+        for text in (example.query, example.text):
+            rouge_l = overlap(text, prompt.query).rouge_l
+            if rouge_l >= LEAST_ROUGE_L:
+                steps = LCSseq.opcodes(row := words(text), words(prompt.query))
+                common = [word for step in steps if step.tag == "equal" for word in row[step.src_start : step.src_end]]
+                return _sentence(f"{what} has ROUGE-L {rouge_l:.2f}", example, common)
+    return ""
 
 
-def _refuse(what: str, example: Example, how: str, shared: Sequence[str]):
-    raise InputError(
-        f"{what} {how} with the training row at {example.source} "
-        f'("{" ".join(shared)}"); it is held out only if it asks for something else'
+def _shared_run(what: str, text: str, example: Example) -> str:
+    """A sentence on the first `SHARED_WORDS` words in a row that a text shares with a training row; "" if none."""
+    ours, theirs = ([word.casefold() for word in words(each)] for each in (text, example.text))
+    known = {tuple(theirs[i : i + SHARED_WORDS]) for i in range(len(theirs))}
+    runs = (ours[i : i + SHARED_WORDS] for i in range(len(ours) - SHARED_WORDS + 1))
+    run = next((run for run in runs if tuple(run) in known), None)
+    return _sentence(f"{what} shares {SHARED_WORDS} words in a row", example, run) if run else ""
+
+
+def _sentence(what: str, example: Example, shared: Sequence[str]) -> str:
+    return (
+        f'{what} with the training row at {example.source} ("{" ".join(shared)}"); '
+        "it is held out only if it asks for something else"
     )

@@ -1,1 +1,1 @@
-"""Files: reading what somebody else wrote, and writing such that a file is whole or not there."""
+"""Files: reading what somebody else wrote, and writing so that a file is whole or not there at all."""

@@ -1,7 +1,7 @@
-"""Files that somebody else wrote: read as UTF-8, JSON or a flat YAML, and refused in one line if they are not that.
+"""Files that somebody else wrote, read as UTF-8, JSON or YAML. What is not readable is refused with one line.
 
-Nothing but InputError comes out of here, and the time grows with the size of the file: no named pipe is waited for,
-no device read, nothing nested so deeply that whoever walks over it next would fail.
+Every function raises only InputError, and takes time in proportion to the size of the file: it waits for no named pipe,
+reads no device, and returns no value that is nested so deeply that other code could not walk over it.
 """
 
 import json
@@ -15,14 +15,22 @@ import yaml
 from mini_symposium.errors import InputError
 
 DEEPEST = 100
-"""Lists and objects within each other."""
+"""Levels of lists and objects in JSON."""
+DEEPEST_YAML = 10
 
-_HALF_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
-_HALF = re.compile("[\ud800-\udfff]")
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_OPENING = (
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+)
+_CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
 def path_of(given: str | Path) -> Path:
-    """`given` as a path with ~ filled in; one that no file can have is refused.
+    """`given` as a path with ~ filled in. Raises InputError for a path that no file can have.
 
     >>> path_of("data/mine.md").name
     'mine.md'
@@ -32,7 +40,7 @@ def path_of(given: str | Path) -> Path:
         path.lstat()
     except FileNotFoundError:
         pass
-    except (OSError, RuntimeError, ValueError) as error:  # too long or no permission; a ~name that nobody has; a NUL
+    except (OSError, RuntimeError, ValueError) as error:  # too long or no permission; an unknown ~name; a NUL
         raise InputError(f"{given}: cannot be looked up ({getattr(error, 'strerror', None) or error})") from error
     return path
 
@@ -43,13 +51,14 @@ def read_text(path: Path) -> str:
     Raises
     ------
     InputError
-        If it is not there, is no ordinary file, cannot be read, or is not UTF-8; then names the line.
+        If it does not exist, is not an ordinary file, cannot be read, or is not UTF-8; then names the line.
     """
     try:
+        # A folder or a device is not read, nor a named pipe, which would be waited for.
         data = path.read_bytes() if path.is_file() or not path.exists() else None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    if data is None:  # a folder, a device, a pipe that would be waited for
+    if data is None:
         raise InputError(f"{path}: cannot be read (not a file)")
     try:
         return data.decode("utf-8-sig")
@@ -58,12 +67,18 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, name: str | Path, line: int | None = None):
-    """The value that `text` holds; `line` is where it stands, if it is one line of a file.
+    """The value of a JSON text.
+
+    Parameters
+    ----------
+    name, line
+        The file, and the line in it if `text` is one line of it.
 
     Raises
     ------
     InputError
-        If it is not JSON, has numbers or depths that nobody writes, or a text in it is no text.
+        If it is not JSON, is nested more than `DEEPEST` levels deep, or holds a number of thousands of digits or half
+        of a surrogate pair.
     """
     where = f"{name}:{line}" if line else str(name)
     try:
@@ -76,93 +91,79 @@ def parse_json(text: str, name: str | Path, line: int | None = None):
         raise InputError(f"{where}: not JSON that is read here (a number of thousands of digits)") from error
     if text.count("[") + text.count("{") > DEEPEST and _deeper(value, DEEPEST):
         raise InputError(f"{where}: not JSON that is read here (nested too deeply)")
-    if _HALF_ESCAPED.search(text) and _HALF.search(json.dumps(value, ensure_ascii=False)):
+    if _SURROGATE_ESCAPE.search(text) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         raise InputError(f"{where}: half a character (a lone \\ud800 to \\udfff escape); write it out")
     return value
 
 
 def _deeper(value, levels: int) -> bool:
-    """Whether lists and objects are nested more than `levels` deep; all those of a level at a time."""
-    layer = [value] if isinstance(value, (list, dict)) else []
+    """Whether lists and objects are nested more than `levels` deep, looking at one level at a time."""
+    level = [value] if isinstance(value, (list, dict)) else []
     for _ in range(levels):
-        inside = (below for each in layer for below in (each.values() if isinstance(each, dict) else each))
-        layer = [below for below in inside if isinstance(below, (list, dict))]
-    return bool(layer)
+        children = (child for each in level for child in (each.values() if isinstance(each, dict) else each))
+        level = [child for child in children if isinstance(child, (list, dict))]
+    return bool(level)
 
 
-OPENING = (
-    yaml.FlowSequenceStartToken,
-    yaml.FlowMappingStartToken,
-    yaml.BlockSequenceStartToken,
-    yaml.BlockMappingStartToken,
-)
-CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
-DEEPEST_YAML = 10
+def parse_yaml(text: str, name: str | Path, hint: str) -> tuple[dict, yaml.MappingNode]:
+    """The values of a YAML file of `key: value` lines, and its nodes, which know their lines.
 
-
-def parse_yaml(text: str, path: Path) -> tuple[dict, dict[str, str]]:
-    """The values of a file of `key: value` lines, and for each key `file:line`.
+    Parameters
+    ----------
+    hint
+        What such a file looks like, for the error if it is a list or a single value.
 
     Raises
     ------
     InputError
-        If it is anything else, a key stands twice, or a value repeats another (an alias) or is nested deeply.
+        If it is anything else, a mapping has a key twice, or the file could grow when it is read: by an anchor, an
+        alias or more than `DEEPEST_YAML` levels.
     """
-    values, lines, where = {}, {}, str(path)
+    where, values = str(name), {}
     try:
-        check_tokens(text, path)
+        _check_tokens(text, name)
         loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
-            raise InputError(f"{path}:1: a recipe is a list of `key: value` lines")
-        for key, value in node.value:
-            where = f"{path}:{key.start_mark.line + 1}"
+        root = loader.get_single_node()
+        if not isinstance(root, yaml.MappingNode):
+            raise InputError(f"{name}:1: {hint}")
+        _check_keys(root, name)
+        for key, node in root.value:
+            where = f"{name}:{key.start_mark.line + 1}"
             if key.tag != "tag:yaml.org,2002:str":
                 raise InputError(f"{where}: a key is a word, such as learning_rate")
-            if key.value in lines:
-                raise InputError(f"{where}: {key.value} stands already at {lines[key.value]}; keep one of them")
-            lines[key.value] = where
-            refuse_repeated(value, path)
-            values[key.value] = loader.construct_object(value, deep=True)
+            values[key.value] = loader.construct_object(node, deep=True)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        where = f"{name}:{mark.line + 1}" if mark else str(name)
         raise InputError(f"{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
     except InputError:
         raise
     except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:  # a 13th month, `!!int ''`
-        raise InputError(f"{where}: not a value that a recipe has ({error})") from error
-    return values, lines
+        raise InputError(f"{where}: not a value that can be read ({error})") from error
+    return values, root
 
 
-def refuse_repeated(node: yaml.Node, path: str | Path) -> None:
-    """Refuse a key that stands twice in one mapping, at any depth, of which YAML would take the last."""
+def _check_tokens(text: str, name: str | Path) -> None:
+    depth = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, (yaml.AliasToken, yaml.AnchorToken)):
+            raise InputError(f"{name}: anchors and aliases are not read; write the value out")
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        if depth > DEEPEST_YAML:
+            raise InputError(f"{name}:{token.start_mark.line + 1}: nested too deeply")
+
+
+def _check_keys(node: yaml.Node, name: str | Path) -> None:
+    """Refuse a key that a mapping has twice, at any depth; YAML would take the last one."""
     lines: dict[str, int] = {}
     for child in node.value if isinstance(node, yaml.CollectionNode) else ():
         key, value = child if isinstance(node, yaml.MappingNode) else (None, child)
         if key is not None:
-            line, name = key.start_mark.line + 1, str(key.value)
-            if name in lines:
-                raise InputError(f"{path}:{line}: {name} stands already in line {lines[name]}; keep one of them")
-            lines[name] = line
-        refuse_repeated(value, path)
-
-
-def check_tokens(text: str, path: str | Path) -> None:
-    """Refuse YAML that could grow when it is read, before it is.
-
-    Raises
-    ------
-    InputError
-        For an anchor, an alias, or a depth that nobody writes.
-    """
-    depth = 0
-    for token in yaml.scan(text, Loader=yaml.SafeLoader):
-        if isinstance(token, (yaml.AliasToken, yaml.AnchorToken)):
-            raise InputError(f"{path}: anchors and aliases are not read; write the value out")
-        depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
-        if depth > DEEPEST_YAML:
-            raise InputError(f"{path}:{token.start_mark.line + 1}: nested too deeply")
+            line, word = key.start_mark.line + 1, str(key.value)
+            if word in lines:
+                raise InputError(f"{name}:{line}: {word} is already in line {lines[word]}; keep one of them")
+            lines[word] = line
+        _check_keys(value, name)
 
 
 @contextmanager
