@@ -1,13 +1,13 @@
 """Handwritten examples: read, checked, described, and turned into the tokens that training sees.
 
-A document is a series of examples. The first `### ` heading of the file opens each of them and its text is
-the request; the sections below are what the model is to write. The prompt ends with the first of their
-headings, so that at inference a heading of one's choice asks for the answer:
+A document is a series of examples. The first `### ` heading of the file begins each of them, and the text below it is
+the request. The sections that follow are the answer. The prompt ends with the first heading of the answer, so that at
+inference any heading can ask for one:
 
-    ### New Query            <- opens an example
+    ### New Query            <- begins an example
     Why is the sky blue?
                              <- one blank line between sections
-    ### Complete Response    <- the prompt ends with this line
+    ### Complete Response    <- last line of the prompt
     Because air scatters ...
 """
 
@@ -40,14 +40,14 @@ class Section:
 
 @dataclass(frozen=True)
 class Example:
-    """A request and what is to be learned; `prompt` + `completion` is the text of the training row."""
+    """A request and its answer; `prompt` + `completion` is the text of the training row."""
 
     query: str
     sections: tuple[Section, ...]
     prompt: str
     completion: str
     source: str
-    """Where it stands, as `data/minisymposium.md:41`."""
+    """File and line, as `data/minisymposium.md:41`."""
 
     @property
     def text(self) -> str:
@@ -72,13 +72,17 @@ class Row:
 def load_examples(path: str | Path) -> list[Example]:
     """Read a .md or .txt document, a .jsonl or .json table, or a folder of them.
 
-    Tables hold objects with `prompt` and `completion`, or `text`, or Alpaca's `instruction`, `input` and
-    `output`, or `messages`.
+    A table holds objects with `prompt` and `completion`, or with `text`, or with Alpaca's `instruction`, `input` and
+    `output`, or with `messages`.
 
     Raises
     ------
     InputError
-        Naming file, line and remedy, for whatever cannot be trained on as it stands.
+        For what cannot be trained on; names file, line and remedy.
+
+    >>> examples = load_examples("data/minisymposium.md")
+    >>> print(len(examples), examples[2].source, examples[2].query[:26])
+    13 data/minisymposium.md:41 A snail sits at the bottom
     """
     given, path = path, find(path)
     if not path.exists():
@@ -95,10 +99,10 @@ def load_examples(path: str | Path) -> list[Example]:
         raise InputError(f"{path}: no examples in it; write one that starts with `### New Query`")
     seen: dict[str, str] = {}
     for example in examples:
-        # Of a text that is all there is, the query is only its beginning.
+        # Without a prompt the query is only the beginning of the text.
         first = seen.setdefault(example.query if example.prompt else example.text, example.source)
         if first != example.source:
-            raise InputError(f"{example.source}: the query stands already at {first}; keep one, or ask something else")
+            raise InputError(f"{example.source}: the query is already at {first}; keep one, or ask something else")
     return examples
 
 
@@ -139,9 +143,9 @@ def split_sections(text: str, heading: re.Pattern[str] = HEADING) -> tuple[str, 
 
 
 def _fence(line: str, opened: str) -> str:
-    """The fence that is open after `line`, "" for none; `opened` is the one before it.
+    """The mark of the code fence that is open after `line`, or ""; `opened` is the one before it.
 
-    As CommonMark has it, a fence of four is closed by four: it may show one of three.
+    As in CommonMark, four backticks are closed by four, so that the code between them may show a fence of three.
     """
     body = line.lstrip(" ")
     mark = body[: len(body) - len(body.lstrip(body[:1]))]
@@ -175,7 +179,7 @@ def _example(sections: Sequence[Section], where: Callable[[int], str]) -> Exampl
             )
     opening, *answer = sections
     if not answer:
-        raise InputError(f"{where(opening.line)}: a request without an answer; add a `### Complete Response` below it")
+        raise InputError(f"{where(opening.line)}: a request without an answer; add a `### Complete Response`")
     prompt = f"### {opening.heading}\n{opening.text}\n\n### {answer[0].heading}\n"
     completion = "\n\n".join([answer[0].text, *(f"### {each.heading}\n{each.text}" for each in answer[1:])])
     return Example(opening.text, tuple(answer), prompt, completion, where(opening.line))
@@ -208,12 +212,9 @@ def _from_object(row, where: str) -> Example:
         context = row.get("input") or ""
         if not isinstance(context, str):
             raise InputError(f"{where}: `input` is a {type(context).__name__}; write text")
-        sections = [(1, "Instruction", instruction), (1, "Response", output)]
-        if context.strip():
-            sections.insert(1, (1, "Input", context.strip()))
-        text = "\n\n".join(f"### {heading}\n{body}" for _, heading, body in sections[:-1])
-        query = "\n\n".join([instruction, *[context.strip()] * bool(context.strip())])
-        return Example(query, (Section("Response", output),), f"{text}\n\n### Response\n", output, where)
+        parts = [instruction, *filter(None, [context.strip()])]
+        prompt = "".join(f"### {name}\n{text}\n\n" for name, text in zip(("Instruction", "Input"), parts, strict=False))
+        return Example("\n\n".join(parts), (Section("Response", output),), f"{prompt}### Response\n", output, where)
     if "messages" in fields:
         return _from_messages(row["messages"], where)
     if "text" in fields:
@@ -229,7 +230,7 @@ def _from_object(row, where: str) -> Example:
 
 
 def _blank(text: str) -> bool:
-    """Whether a reader sees nothing in it."""
+    """Whether a reader sees nothing in it. Looks at the beginning first, because a text may have megabytes."""
     return not INVISIBLE.sub("", text[:1000]).strip() and not INVISIBLE.sub("", text).strip()
 
 
@@ -241,7 +242,7 @@ def _strings(row: dict, where: str, *names: str) -> list[str]:
 
 
 def _from_messages(messages, where: str) -> Example:
-    """A chat as sections: user lines under `### New Query`, the assistant's under `### Complete Response`."""
+    """A chat as sections: the user's below `### New Query`, the assistant's below `### Complete Response`."""
     headings = {"user": "New Query", "assistant": "Complete Response"}
     parts, system = [], ""
     for turn in messages if isinstance(messages, list) else []:
@@ -251,51 +252,63 @@ def _from_messages(messages, where: str) -> Example:
         if turn["role"] == "system":
             system += content.strip() + "\n\n"
         else:
-            parts.append((1, headings[turn["role"]], content.strip()))
-    if len(parts) < 2 or parts[-1][1] != "Complete Response":
+            parts.append(Section(headings[turn["role"]], content.strip()))
+    if len(parts) < 2 or parts[-1].heading != "Complete Response":
         raise InputError(f"{where}: messages must end with the assistant's answer to a user's; that is what is learned")
-    *asked, (_, _, answer) = parts
-    prompt = system + "".join(f"### {heading}\n{text}\n\n" for _, heading, text in asked) + "### Complete Response\n"
-    query = asked[0][2] if len(asked) == 1 else prompt
-    return Example(query, (Section("Complete Response", answer),), prompt, answer, where)
+    *asked, answer = parts
+    prompt = system + "".join(f"### {each.heading}\n{each.text}\n\n" for each in asked) + "### Complete Response\n"
+    query = asked[0].text if len(asked) == 1 else prompt
+    return Example(query, (answer,), prompt, answer.text, where)
 
 
 READERS = {".md": _from_markdown, ".txt": _from_markdown, ".jsonl": _from_jsonl, ".json": _from_json}
 
 
 def write_axolotl_jsonl(examples: Sequence[Example], path: str | Path, overwrite: bool = False) -> None:
-    """Write rows of `{"text": ...}`, what Axolotl's `type: completion` reads; refuses to overwrite unless told to."""
+    """Write a line `{"text": ...}` for each example, as Axolotl's `type: completion` reads them.
+
+    Raises
+    ------
+    InputError
+        If the file exists and `overwrite` is false.
+    """
     path = Path(path)
     if path.exists() and not overwrite:
-        raise InputError(f"{path}: is there already; delete it first or choose another name")
+        raise InputError(f"{path}: exists already; delete it or choose another name")
     with written_whole(path) as temporary:
         lines = (json.dumps({"text": example.text}, ensure_ascii=False) + "\n" for example in examples)
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """A SHA-256 of all that is learned from, to tell whether two runs saw the same data."""
+    """A SHA-256 of all prompts and completions, to tell whether two runs had the same data."""
     return hashlib.sha256("\0".join(f"{e.prompt}\1{e.completion}" for e in examples).encode()).hexdigest()
 
 
 def tokenize(examples: Sequence[Example], tokenizer, sequence_len: int, completion_only: bool) -> list[Row]:
-    """The rows as training sees them: the tokenizer's own special tokens around the text, EOS at the end.
+    """The rows that training sees: the text with the tokenizer's own special tokens around it, and EOS at the end.
 
-    Guards against the ways in which small fine-tunes break silently: a prompt whose tokens are not a prefix of
-    the row's (so that training sees another boundary than inference), a second BOS, no EOS in the loss, nothing
-    in the loss, a row cut at `sequence_len`.
+    Checks for what silently breaks small fine-tunes: a prompt whose tokens are not a prefix of the row's, so that
+    training sees another boundary than inference; a second BOS; no EOS in the loss; nothing in the loss; a row cut at
+    `sequence_len`.
 
     Parameters
     ----------
     tokenizer
         A transformers tokenizer.
     completion_only
-        Supervise the completion and EOS alone; otherwise every token.
+        Supervise only the completion and EOS; otherwise every token.
 
     Raises
     ------
     InputError
-        Naming the example that breaks a guard.
+        For the first example that fails a check; names its file and line.
+
+    >>> from mini_symposium.models.base_models import load_tokenizer
+    >>> examples, tokenizer = load_examples("data/minisymposium.md"), load_tokenizer("tiny")
+    >>> row = tokenize(examples, tokenizer, sequence_len=512, completion_only=True)[0]
+    >>> len(row.input_ids), sum(row.completion_mask), row.labels[:3]
+    (254, 221, [-100, -100, -100])
     """
     special = set(tokenizer.all_special_ids)
     bos = [tokenizer.bos_token_id] if tokenizer("a").input_ids[0] == tokenizer.bos_token_id else []
@@ -311,10 +324,10 @@ def tokenize(examples: Sequence[Example], tokenizer, sequence_len: int, completi
             raise InputError(f"{example.source}: the text spells a special token ({names}); write it differently")
         if ids[: len(prompt)] != prompt:
             at = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(ids) - 1)
-            parted = tokenizer.decode(ids[max(0, at - 1) : at + 2])
+            around = tokenizer.decode(ids[max(0, at - 1) : at + 2])
             raise InputError(
-                f"{example.source}: prompt and completion melt into one token near {parted!r}, so the model would "
-                "train on a boundary it never meets; end the prompt with a newline"
+                f"{example.source}: prompt and completion share a token near {around!r}, so the model would train on a "
+                "boundary that it never meets at inference; end the prompt with a newline"
             )
         if len(ids) - len(prompt) < 2:
             raise InputError(f"{example.source}: nothing to learn after the prompt; write a completion")
@@ -329,7 +342,7 @@ def tokenize(examples: Sequence[Example], tokenizer, sequence_len: int, completi
 
 
 def describe(examples: Sequence[Example]) -> dict:
-    """The dataset in numbers, ready for JSON: counts, headings, and a line per example."""
+    """The dataset in numbers, ready for JSON: counts, headings, and one entry per example."""
     rows = [
         {
             "source": example.source,
@@ -356,7 +369,7 @@ ASSISTANT_PHRASES = re.compile(
 
 
 def lint(examples: Sequence[Example]) -> list[str]:
-    """What does not stop a run but is worth a look, each as `file:line: what`."""
+    """What is worth a look although it stops no run, each as `file:line: what`."""
     notes = []
     for example in examples:
         notes += [
@@ -368,7 +381,7 @@ def lint(examples: Sequence[Example]) -> list[str]:
             for c in sorted(set(INVISIBLE.findall(example.text)))
         ]
         if split_sections(example.text)[2]:
-            notes.append(f"{example.source}: a code fence is never closed, so headings below it are text")
+            notes.append(f"{example.source}: a code fence is never closed, so the headings below it are text")
         if len(example.completion.split()) < 4:
             notes.append(f"{example.source}: the completion has only {len(example.completion.split())} words")
     for i, one in enumerate(examples):

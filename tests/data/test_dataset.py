@@ -45,7 +45,7 @@ def test_the_jsonl_for_axolotl_is_the_document(tmp_path):
     assert (tmp_path / "rows.jsonl").read_bytes() == (ROOT / "data" / "minisymposium.jsonl").read_bytes()
     ours, theirs = load_examples(DATA), load_examples(tmp_path / "rows.jsonl")
     assert [replace(e, source="") for e in ours] == [replace(e, source="") for e in theirs]
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="exists already"):
         write_axolotl_jsonl(ours, tmp_path / "rows.jsonl")
 
 
@@ -122,7 +122,7 @@ def test_rows_that_begin_alike_are_not_the_same_row(write):
     for rows in (alpaca, texts):
         assert len(load_examples(write("\n".join(map(json.dumps, rows)), "mine.jsonl"))) == 2
         twice = "\n".join(map(json.dumps, [rows[0], rows[0]]))
-        with pytest.raises(InputError, match=r":2: the query stands already"):
+        with pytest.raises(InputError, match=r":2: the query is already at"):
             load_examples(write(twice, "mine.jsonl"))
     [first, _] = load_examples(write("\n".join(map(json.dumps, alpaca)), "mine.jsonl"))
     assert first.query == "Summarize the text.\n\nOne."
@@ -147,7 +147,7 @@ def test_a_folder_is_read_in_order_of_names(write, tmp_path):
         ),
         (ONE + "\n### New Query\n\n### Critic\nNo.\n", "mine.md", r":10: nothing below `### New Query`"),
         (ONE + "\n### New Query\nWho?\n", "mine.md", r":10: a request without an answer"),
-        (ONE + "\n" + ONE, "mine.md", r":10: the query stands already at .*:1;"),
+        (ONE + "\n" + ONE, "mine.md", r":10: the query is already at .*:1;"),
         (b"### New Query\nWhy?\n\xff\n", "mine.md", r":3: not UTF-8"),
         ('{"text": "a"}\n{"prompt": "a"}\n', "mine.jsonl", r":2: found prompt; a row has"),
         ('{"text": 3}\n', "mine.jsonl", r":1: `text` is 3; write text"),
@@ -214,7 +214,7 @@ def test_rows_keep_their_guards_with_the_real_tokenizers(name, completion_only, 
 
 def test_a_prompt_that_melts_into_its_completion_is_refused(write, mistral_tokenizer):
     path = write(json.dumps({"prompt": "The answer is un", "completion": "known to most."}), "a.jsonl")
-    with pytest.raises(InputError, match="prompt and completion melt into one token"):
+    with pytest.raises(InputError, match="prompt and completion share a token"):
         tokenize(load_examples(path), mistral_tokenizer, 512, True)
 
 
