@@ -108,7 +108,7 @@ class Bench:
             task = local_directory(PROXY), self.file("one-row", self.text[:TOKENS])
             peers = [
                 self.peer("LitGPT", "litgpt_step", *task),
-                self.peer("LLaMA-Factory", "llama_factory_step", *task, python=LLAMA_FACTORY, how="llama-factory"),
+                self.peer("LLaMA-Factory", "llama_factory_step", *task, python=LLAMA_FACTORY, target="llama-factory"),
             ]
         contestants = [
             self.kit("products", "products"),
