@@ -33,10 +33,13 @@ def test_the_slider_shows_how_recitation_grows_by_epoch(page):
 def test_each_side_of_a_chat_continues_from_its_own_replies(page):
     chat = page.panes[2]
     chat.model.value, chat.scene.value = "base", "Night."
-    for message in (PICTURE, SKY):
-        chat.message.value = message
-        press(page, "Send")
+    chat.message.value = PICTURE
+    press(page, "Send")
+    chat.chats[1][-1]["content"] = "Not today."
+    chat.message.value = SKY
+    press(page, "Send")
     left, right = chat.chats
+    assert left[2]["content"] != right[2]["content"] == "Not today."
     assert [message["role"] for message in left] == ["system", *("user", "assistant") * 2]
     assert chat.message.value == ""
     for form, messages, cell in zip(("character", "alpaca"), (left, right), page.bench.log[-1]["cells"], strict=True):
