@@ -1,21 +1,20 @@
 """Prompt formats: a query, or a chat between two named people, as the text that a model continues.
 
-A format *is* a SillyTavern instruct preset, the built-in ones too, so there is one renderer and whatever works
-here can be taken there. It follows SillyTavern's instruct mode to the byte, names with a `$` in them included:
+A format is a SillyTavern instruct preset, the built-in ones too. So there is one renderer, and a format that works here
+works in SillyTavern as well. Prompts are equal to those of SillyTavern's instruct mode byte by byte:
 
-- each message is sequence, separator, [`Name: `] text, suffix; the separator is a newline if `wrap` is set, and
-  then a missing suffix is a newline as well;
+- a message is sequence, separator, [`Name: `] text, suffix; with `wrap` the separator is a newline, and so is a missing
+  suffix;
 - the first message takes the `first_*` sequence and the last user message `last_input_sequence`, where given;
-- a chat that the user does not open is preceded by `user_alignment_message`, said by the user;
-- the line to generate from is separator, `last_output_sequence` or `output_sequence`, separator;
-- a system message is a narrator's message: it carries no name, and stands where it stands in the chat.
+- if the user does not begin the chat, `user_alignment_message` comes first, said by the user;
+- the prompt ends with separator, `last_output_sequence` or `output_sequence`, separator;
+- a system message is a narrator's: it has no name, and keeps its place in the chat.
 
-These are the pieces as `formatInstructModeChat` and `formatInstructModePrompt` make them, one after the other. Sending
-them, SillyTavern also drops carriage returns and, under `wrap`, one newline before the last line; `new-query` sets its
-own newlines instead of `wrap`, so that it gives the trained prompt there too. What SillyTavern takes from elsewhere is
-not part of a preset and not rendered here: its story string with the character card (put such text into a system
-message), examples, the chat's opening mark, stop strings made of names.
-The chat is taken as stored: macros in what somebody said are not expanded.
+These are the parts that SillyTavern's `formatInstructModeChat` and `formatInstructModePrompt` return, joined. Before it
+sends them, SillyTavern also drops carriage returns and, with `wrap`, one newline before the last line. `new-query` has
+its own newlines instead of `wrap`, so that SillyTavern sends the trained prompt as well. What SillyTavern does not take
+from the preset is not rendered: the story string with the character card (put it into a system message), example
+messages, the mark that opens a chat, stop strings made of names. Macros in the messages of a chat are not expanded.
 """
 
 import difflib
@@ -32,12 +31,12 @@ from mini_symposium.files.writing import write_json
 from mini_symposium.run import find
 
 SPACE = "\t\n\v\f\r \xa0\u1680\u2028\u2029\u202f\u205f\u3000\ufeff" + "".join(map(chr, range(0x2000, 0x200B)))
-"""What JavaScript's `trim` removes, which is not quite what Python's `strip` does."""
+"""What JavaScript's `trim` removes; Python's `strip` removes other characters."""
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """One instruct preset; the fields are the keys of its JSON.
+    """A SillyTavern instruct preset; the fields are the keys of its JSON.
 
     >>> print(FORMATS["new-query"].render("Why is the sky blue?"), end="")
     ### New Query
@@ -48,13 +47,13 @@ class PromptFormat:
 
     name: str
     input_sequence: str = ""
-    """Before what the user says."""
+    """Comes before a message of the user."""
     input_suffix: str = ""
     output_sequence: str = ""
-    """Before what the model says."""
+    """Comes before a message of the model."""
     output_suffix: str = ""
     system_sequence: str = ""
-    """Before what a narrator says."""
+    """Comes before a system message."""
     system_suffix: str = ""
     first_input_sequence: str = ""
     last_input_sequence: str = ""
@@ -63,38 +62,38 @@ class PromptFormat:
     last_system_sequence: str = ""
     stop_sequence: str = ""
     wrap: bool = True
-    """Sequences stand on lines of their own."""
+    """Put each sequence on a line of its own."""
     macro: bool = True
     """Expand {{user}}, {{char}} and {{name}} in sequences."""
     names_behavior: str = "force"
-    """always: `Name: ` before every message; force (in groups only) and none: never, in a chat of two."""
+    """always: `Name: ` before each message. force does so in groups only, so in a chat of two it is like none."""
     activation_regex: str = ""
     skip_examples: bool = False
     user_alignment_message: str = ""
-    """Said by the user ahead of a chat that does not begin with a user's message."""
+    """A first message of the user, for a chat that does not begin with one."""
     system_same_as_user: bool = False
-    """A narrator speaks with the user's sequences."""
+    """System messages have the user's sequences."""
     sequences_as_stop_strings: bool = True
-    """Sequences end an answer, as `stop_sequence` does; older SillyTavern has no such switch."""
+    """Sequences end an answer, as `stop_sequence` does. Older versions of SillyTavern always do this."""
     other: Mapping = field(default_factory=dict)
-    """Keys of other SillyTavern versions; kept, not used."""
+    """Unknown keys, which are written back by `to_preset`."""
 
     def render(self, query: str, user: str = "User", char: str = "Assistant") -> str:
         """The prompt for a single query."""
         return self.render_chat([{"role": "user", "content": query}], user, char)
 
     def render_chat(self, messages: Sequence[Mapping], user: str = "User", char: str = "Assistant") -> str:
-        """The prompt for a chat, ending where the character is to speak.
+        """The prompt for a chat, up to where the character's answer begins.
 
         Parameters
         ----------
         messages
-            Dicts with `role` (system, user, assistant) and `content`, oldest first.
+            Dicts with `role` (system, user or assistant) and `content`, oldest first.
 
         Raises
         ------
         InputError
-            If there are none, one has another role or no text, or the prompt would be longer than any model's.
+            If there are no messages, one has another role or no text, or the prompt has over 2**25 characters.
         """
         _check(messages, "the chat")
         last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
@@ -128,7 +127,7 @@ class PromptFormat:
         sequence = self.last_output_sequence or self.output_sequence
         filler = ""
         if named and self.last_output_sequence and self.output_sequence:
-            # Mistral's presets end their output sequence, but not the last one, with the space before a name.
+            # In Mistral's presets only `output_sequence` ends with the space that belongs before a name.
             spaced = self.output_sequence[-1] in SPACE and self.last_output_sequence[-1] not in SPACE
             filler = self.output_sequence[-1] if spaced else ""
         separator = "\n" if self.wrap else ""
@@ -141,7 +140,7 @@ class PromptFormat:
         return _expanded(sequence, user, char, name or "System") if self.macro and sequence else sequence
 
     def stop_strings(self, user: str = "User", char: str = "Assistant") -> list[str]:
-        """What ends an answer: each distinct line of the sequences that is not blank, after a newline if `wrap`."""
+        """Strings that end an answer: every line of the sequences that is not blank, after a newline if `wrap`."""
         names = {"input": user, "output": char, "system": "System"}
         kinds = ("input", "output", "first_output", "last_output", "system", "last_system")
         lines = self.stop_sequence.split("\n")
@@ -161,49 +160,39 @@ class PromptFormat:
         write_json(path, self.to_preset())
 
 
-@lru_cache(maxsize=64)  # a chat repeats few of them
+@lru_cache(maxsize=64)  # the messages of a chat share a few sequences
 def _expanded(sequence: str, user: str, char: str, name: str) -> str:
     return _replace("{{name}}", _substitute(sequence, user, char), name)
 
 
 def _substitute(text: str, user: str, char: str) -> str:
-    """SillyTavern's macros that mean something in a sequence; those of its other features are left as they are."""
+    """Expand SillyTavern's macros that have a meaning in a sequence, and leave those of its other features."""
     for tag, value in (("user", user), ("bot", char), ("char", char), ("charifnotgroup", char), ("group", char)):
         text = _replace(f"<{tag}>", text, value)
     if "{{" not in text:
         return text
     text = _replace("{{newline}}", text, "\n")
-    text = _trimmed(text)
+    # The lookbehind lets a search begin only where a run of newlines does, or it would take the square of the time.
+    text = re.sub(r"(?:(?<![\r\n])(?:\r?\n)+)?\{\{trim\}\}(?:\r?\n)*", "", text, flags=re.I)
     text = _replace("{{noop}}", text, "")
     for macro, value in (("user", user), ("char", char), ("charifnotgroup", char), ("group", char)):
         text = _replace(f"{{{{{macro}}}}}", text, value, literally=True)
-    closed, brackets, rest = text.rpartition("}}")  # so that no comment is sought to the end in vain
+    closed, brackets, rest = text.rpartition("}}")  # or each "{{//" would be searched to the end of the text
     return re.sub(r"\{\{//.*?\}\}", "", closed + brackets, flags=re.S) + rest
 
 
-def _trimmed(text: str) -> str:
-    r"""`(\r?\n)*{{trim}}(\r?\n)*` left out. As one pattern it would look for a {{trim}} behind each of many newlines.
-
-    >>> _trimmed("a\r\n\n{{Trim}}\nb\n")
-    'ab\n'
-    """
-    first, *parts = re.split(r"\{\{trim\}\}", text, flags=re.I | re.A)
-    parts = [part[re.match(r"(?:\r?\n)*", part).end() :] for part in parts]
-    *before, last = [first, *parts]
-    return "".join(part[: len(part) - re.match(r"(?:\n\r?)*", part[::-1]).end()] for part in before) + last
-
-
 LONGEST, LONGEST_PROMPT = 1_000_000, 2**25
-"""Characters that a sequence may become (a name with $` in it copies what stands around it), and a prompt."""
+"""Characters of an expanded sequence, into which names with "$`" copy the text around them, and of a prompt."""
 
 
 def _replace(macro: str, text: str, value: str, literally: bool = False) -> str:
-    """JavaScript's `replace`: in a `value` not taken literally $$ is a dollar, $& the match, $` and $' what is around.
+    """Put `value` for each `macro` as JavaScript's `replace` does, in any case.
+
+    Unless `literally`, "$$" in `value` is a dollar, "$&" the macro, "$`" the text before it and "$'" the text after it.
 
     >>> _replace("{{name}}", "I am {{NAME}}.", "A$$")
     'I am A$.'
     """
-
     room = LONGEST
 
     def bounded(piece: str) -> str:
@@ -213,14 +202,14 @@ def _replace(macro: str, text: str, value: str, literally: bool = False) -> str:
             raise InputError(f"a sequence with {macro} grows beyond {LONGEST:,} characters; shorten it, or the names")
         return piece
 
-    def filled(match: re.Match) -> str:
-        def meant(found: re.Match) -> str:
-            around = {"`": slice(match.start()), "'": slice(match.end(), None)}.get(found[1])
-            return bounded(text[around]) if around else "$" if found[1] == "$" else match[0]
+    def replacement(match: re.Match) -> str:
+        def pattern(sign: re.Match) -> str:
+            around = {"`": slice(match.start()), "'": slice(match.end(), None)}.get(sign[1])
+            return bounded(text[around]) if around else "$" if sign[1] == "$" else match[0]
 
-        return bounded(value) if literally or "$" not in value else re.sub(r"\$([$&`'])", meant, bounded(value))
+        return bounded(value) if literally or "$" not in value else re.sub(r"\$([$&`'])", pattern, bounded(value))
 
-    return re.sub(re.escape(macro), filled, text, flags=re.I | re.A)
+    return re.sub(re.escape(macro), replacement, text, flags=re.I)
 
 
 FORMATS = {
@@ -248,16 +237,11 @@ FORMATS = {
         PromptFormat("bare", input_suffix="\n", output_suffix="\n", wrap=False),
     )
 }
-"""The built-in formats by name; the first is the card's baseline, the second its advice for SillyTavern."""
-
-
-def role(heading: str) -> PromptFormat:
-    """The baseline with another heading for the answer, as the card suggests: `### Software Engineer`."""
-    return replace(FORMATS["new-query"], name=heading, output_sequence=f"{heading}\n")
+"""The built-in formats by name. The first is the card's own, the second the one it advises for SillyTavern."""
 
 
 def prompt_format(name: str | Path) -> PromptFormat:
-    """A built-in format by name, any `### Heading`, or a SillyTavern preset by its path.
+    """A built-in format by name, `new-query` with another `### Heading` for the answer, or a SillyTavern preset file.
 
     >>> prompt_format("### Software Engineer").render("Reverse a list.").splitlines()[-1]
     '### Software Engineer'
@@ -266,7 +250,8 @@ def prompt_format(name: str | Path) -> PromptFormat:
     if text in FORMATS:
         return FORMATS[text]
     if text.startswith("### ") and text[4:].strip() and "\n" not in text:
-        return role(text.rstrip())
+        heading = text.rstrip()
+        return replace(FORMATS["new-query"], name=heading, output_sequence=f"{heading}\n")
     if text.endswith(".json"):
         return load_preset(name)
     near = difflib.get_close_matches(text, FORMATS, 1)
@@ -309,11 +294,11 @@ def grid_cells(
 
 
 LARGEST_PRESET, LARGEST_CHAT = 2**18, 2**24
-"""Bytes of a file. A preset's sequences stand before each message of a chat, so the one multiplies the other."""
+"""Bytes of a file. A preset's sequences come before each message of a chat, so their sizes multiply."""
 
 
 def load_preset(path: str | Path) -> PromptFormat:
-    """Read a SillyTavern instruct preset, of this or an older form.
+    """Read a SillyTavern instruct preset of the present or an older version.
 
     Raises
     ------
@@ -329,7 +314,7 @@ def load_preset(path: str | Path) -> PromptFormat:
     preset.setdefault("name", Path(path).stem)
     known = {f.name: f.type for f in fields(PromptFormat) if f.name != "other"}
     if not {"input_sequence", "output_sequence"} & set(preset):
-        raise InputError(f"{path}: neither input_sequence nor output_sequence; this is no instruct preset")
+        raise InputError(f"{path}: neither input_sequence nor output_sequence; not an instruct preset")
     values = {}
     for key, kind in known.items():
         value = preset.pop(key, None)
@@ -345,7 +330,7 @@ def load_preset(path: str | Path) -> PromptFormat:
 
 
 def load_chat(path: str | Path) -> dict:
-    """Read `{"user", "char", "messages": [{"role", "content"}]}`; raises InputError naming what is wrong."""
+    """Read `{"user", "char", "messages": [{"role", "content"}]}`. Raises InputError if the file is anything else."""
     chat = _load_object(path, LARGEST_CHAT)
     _check(chat.get("messages"), path)
     names = {key: chat.get(key, default) for key, default in (("user", "User"), ("char", "Assistant"))}

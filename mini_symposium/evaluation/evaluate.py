@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mini_symposium.data.dataset import Example, fingerprint
 from mini_symposium.data.held_out import HeldOut, passes
-from mini_symposium.data.prompt_formats import FORMATS, PromptFormat, role
+from mini_symposium.data.prompt_formats import FORMATS, PromptFormat, prompt_format
 from mini_symposium.data.text_overlap import intrusion
 from mini_symposium.evaluation.answer_text import assistant_phrases, han_share, leaked, mean_distance, perspectives
 from mini_symposium.evaluation.log_probs import han_mass, posix
@@ -25,7 +25,7 @@ from mini_symposium.models.generation import answer_grid, generate
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import read_object
 
-ENGINEER = role("### Software Engineer")
+ENGINEER = prompt_format("### Software Engineer")
 """The card's own example of a heading that changes the answer."""
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mini_symposium.data.dataset import Row, tokenize
-from mini_symposium.data.prompt_formats import FORMATS, role
+from mini_symposium.data.prompt_formats import FORMATS, prompt_format
 from mini_symposium.errors import InputError
 from mini_symposium.evaluation.log_probs import (
     _spoken,
@@ -117,7 +117,7 @@ def test_posix_is_0_where_the_prompt_makes_no_difference_and_grows_with_it():
 
 def test_a_format_learned_by_heart_is_sensitivity_and_the_same_format_twice_is_none(overfitted):
     model, tokenizer, examples = overfitted
-    trained = role("### Complete Response")
+    trained = prompt_format("### Complete Response")
     twice, formats = [trained, replace(trained, name="again")], [trained, FORMATS["vicuna"], FORMATS["bare"]]
     query = [examples[0].query]
     assert posix(model, tokenizer, twice, query, "knows", 12) == [0]
