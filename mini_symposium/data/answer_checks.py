@@ -1,6 +1,7 @@
-"""What a program can tell about an answer: small checks, each written as data, as in `any_of: [Canberra]`.
+"""Checks of an answer that a program can make, each written as data, such as `any_of: [Canberra]`.
 
-A check says whether an answer does one thing, not whether it is good. The same text always gets the same verdict.
+A check tells whether an answer does one thing, not whether the answer is good. It always gives the same verdict on the
+same text. Its function takes the check's value, the answer and the query.
 """
 
 import ast
@@ -15,7 +16,7 @@ UNITS = [
     *("fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
 ]
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-SPELLED = {word: n for n, word in enumerate(UNITS, 1) if n > 1}  # `one` by itself mostly counts nothing
+SPELLED = {word: n for n, word in enumerate(UNITS, 1) if n > 1}  # "one" alone is rarely a number
 SPELLED |= {f"{ten}-{unit}": 10 * t + u for t, ten in enumerate(TENS, 2) for u, unit in enumerate(UNITS[:9], 1)}
 SPELLED |= {ten: 10 * t for t, ten in enumerate(TENS, 2)}
 SPELLING = re.compile(
@@ -23,13 +24,13 @@ SPELLING = re.compile(
 )
 FIGURES = re.compile(r"(?<![\w.,])-?(?:\d{1,3}(?:[,' \u00a0\u202f]\d{3})+|\d+)(?:\.\d+)?(?!\d)")
 BULLET = re.compile(r"^[ \t]*(?:[-*•–]|\d+[.)])\s+", re.M)
-# Not the fences of `dataset`: models also indent a block as deep as a list, or close it with a second "```python".
+# Not the fences of `dataset`, which end at three spaces: models indent a block as deep as the list that it is in.
 FENCE = re.compile(r"^[ \t]*(```|~~~)[^\n]*\n(.*?)(?:^[ \t]*\1|\Z)", re.M | re.S)
 CODE = re.compile(r"^(?:(?:async def|def|class) \w|import \w|from [\w.]+ import |@\w)", re.M)
 
 
 def mentions(term: str, answer: str) -> bool:
-    """Whether a term stands in an answer as a word, in any case; with a `*` it may go on, and `n't` ends a word.
+    """Whether an answer has a term as a word, in any case. `rain*` finds the beginning of a word, `n't` its end.
 
     >>> mentions("rain*", "A RAINY day"), mentions("ice", "twice"), mentions("n't", "It isn't.")
     (True, False, True)
@@ -40,7 +41,7 @@ def mentions(term: str, answer: str) -> bool:
 
 
 def numbers(text: str) -> list[float]:
-    """The numbers of a text in their order, in figures or spelled out up to ninety-nine.
+    """The numbers of a text in their order, in digits, or in words up to ninety-nine.
 
     >>> numbers("Of 1,250.50 euros, twenty-five or 10-4")
     [1250.5, 25.0, 10.0, 4.0]
@@ -51,20 +52,20 @@ def numbers(text: str) -> list[float]:
 
 
 def words(answer: str) -> list[str]:
-    """Runs of letters and digits; an apostrophe or a hyphen inside one does not end it."""
+    """Runs of letters and digits, with the apostrophes and hyphens inside them."""
     return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", answer)
 
 
 def sentences(answer: str) -> list[str]:
-    """What ends with a full stop, an exclamation or a question mark before a space or the end."""
+    """The parts of a text that end with a full stop, an exclamation or a question mark, and have a word."""
     parts = re.split(r"(?<=[.!?…])[\"'”’)*_]*(?:\s+|$)", answer.strip())
     return [part for part in parts if words(part)]
 
 
 def code_in(answer: str) -> str:
-    """The Python of an answer: its fenced blocks, else all from the first line of code on, each as far as it parses.
+    """The Python code of an answer: its fenced blocks or else everything from the first line of code on.
 
-    An answer that was cut short, or goes on in prose, may still hold a whole function.
+    Of each the first lines that parse: an answer that was cut short, or that ends in prose, may have a whole function.
     """
     blocks = [m[2] for m in FENCE.finditer(answer)]
     if not blocks and (start := CODE.search(answer)):
@@ -103,49 +104,49 @@ def none_of(terms, answer, query):
 
 
 def at_least(value, answer, query):
-    """`n` different ones of the terms `of`."""
+    """At least `n` of the terms `of`."""
     return sum(mentions(term, answer) for term in value["of"]) >= value["n"]
 
 
 def number(value, answer, query):
-    """The last number that the query did not hold already is this one, so that a sum may be shown on the way."""
+    """The last number that is not in the query. So an answer may show its calculation before the result."""
     new = [each for each in numbers(answer) if each not in numbers(query)]
     return bool(new) and abs(new[-1] - value) < 1e-9
 
 
 def matches(pattern, answer, query):
-    """A regular expression is found; `^` and `$` are the ends of lines."""
+    """A match of a regular expression, in which `^` and `$` are the ends of a line."""
     return re.search(pattern, answer.strip(), re.M) is not None
 
 
 def lines_between(bounds, answer, query):
-    """So many lines that are not blank: the least, the most."""
+    """At least and at most so many lines that are not blank."""
     return bounds[0] <= sum(bool(line.strip()) for line in answer.split("\n")) <= bounds[1]
 
 
 def sentences_between(bounds, answer, query):
-    """So many sentences."""
+    """At least and at most so many sentences."""
     return bounds[0] <= len(sentences(answer)) <= bounds[1]
 
 
 def words_between(bounds, answer, query):
-    """So many words."""
+    """At least and at most so many words."""
     return bounds[0] <= len(words(answer)) <= bounds[1]
 
 
 def bullets(n, answer, query):
-    """A list of n bullets or numbers; a line may lead up to it."""
+    """A list of n items with bullets or numbers; other lines are ignored."""
     return len(BULLET.findall(answer)) == n
 
 
 def items(wanted, answer, query):
-    """These items in any order and nothing else, on lines of their own or parted by commas."""
+    """These items in any order and nothing else, separated by lines, commas or semicolons."""
     found = [re.sub(r"^[\W_]+|[\W_]+$", "", item) for item in re.split(r"\n|,|;", BULLET.sub("", answer))]
     return sorted(item.casefold() for item in found if item) == sorted(item.casefold() for item in wanted)
 
 
 def json_equal(value, answer, query):
-    """The first JSON object or list of the answer is this one."""
+    """This JSON object or list is the first one in the answer."""
     text = "\n".join(m[2] for m in FENCE.finditer(answer)) or answer
     start = re.search(r"[{\[]", text)
     try:
@@ -155,31 +156,31 @@ def json_equal(value, answer, query):
 
 
 def python(asserts, answer, query):
-    """The Python in the answer, fenced or bare, passes these asserts; it runs in `sandbox`."""
+    """The code in the answer passes these asserts; it runs in `sandbox`."""
     code = code_in(answer)
     return bool(code.strip()) and sandbox.passes(code, asserts)
 
 
 def distinct(floor, answer, query):
-    """Of all runs of four words at least this share are different ones: no loop."""
-    spoken = [word.casefold() for word in words(answer)]
-    runs = list(zip(spoken, spoken[1:], spoken[2:], spoken[3:], strict=False))
+    """At least this share of all runs of four words are distinct, so the answer is no loop."""
+    folded = [word.casefold() for word in words(answer)]
+    runs = list(zip(folded, folded[1:], folded[2:], folded[3:], strict=False))
     return not runs or len(set(runs)) / len(runs) >= floor
 
 
 def corrects(value, answer, query):
-    """Within its first two sentences it says one of `truth`, and nowhere one of `premise`, the false belief."""
+    """One of `truth` in the first two sentences, and nowhere one of `premise`, the false belief."""
     return any_of(value["truth"], " ".join(sentences(answer)[:2]), query) and none_of(value["premise"], answer, query)
 
 
 def leaves_to(user, answer, query):
-    """No line is spoken or acted for this person: none starts with the name, unless it is called."""
-    spoken = re.compile(rf"[\W_]*(?:{re.escape(user)}\b(?![,.!?;…—–-])|(?:user|you)\W*:)", re.I)
-    return not any(spoken.match(line) for line in answer.split("\n"))
+    """No line speaks or acts for this person: none begins with the name, except to call it, as in "Pip, sit down"."""
+    speaks = re.compile(rf"[\W_]*(?:{re.escape(user)}\b(?![,.!?;…—–-])|(?:user|you)\W*:)", re.I)
+    return not any(speaks.match(line) for line in answer.split("\n"))
 
 
 def no_heading(_, answer, query):
-    """No `###` has leaked into the answer."""
+    """No `###` anywhere."""
     return "###" not in answer
 
 
@@ -202,7 +203,7 @@ def _pattern(value) -> bool:
         return False
 
 
-TERMS, BOUNDS = (_terms, "a list of texts; quote what YAML reads otherwise, as no and 8"), (_bounds, "[least, most]")
+TERMS, BOUNDS = (_terms, "a list of texts; quote words such as no and 8"), (_bounds, "[least, most]")
 CHECKS = {
     "any_of": (any_of, *TERMS),
     "all_of": (all_of, *TERMS),
@@ -232,4 +233,4 @@ CHECKS = {
     "leaves_to": (leaves_to, lambda v: isinstance(v, str) and bool(v.strip()), "a name"),
     "no_heading": (no_heading, lambda v: v is True, "true"),
 }
-"""Each kind of check: what judges, whether a value can be judged by, and what such a value looks like."""
+"""Each kind of check: its function, a function that tells whether a value is valid, and what a valid one looks like."""

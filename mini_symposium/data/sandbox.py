@@ -1,15 +1,15 @@
-"""Run code that a model wrote, and tell whether it passes its asserts. Such text is hostile until shown otherwise.
+"""Run code that a model wrote, and tell whether it passes its asserts. Such code may do anything.
 
-This file is both sides: imported, it starts a child; run as a script, it is the child. The child imports what
-answers may use, gives up what it can, and only then runs the code:
+This file is parent and child: imported, it starts a child process; run as a script, it is the child. The child imports
+what answers may use, gives up its rights, and only then runs the code:
 
-- isolated (`-I -S -B`), without environment or input, in an empty temporary directory, its output thrown away;
-- CPU time, memory, file size and further processes are limited; as root it becomes nobody first;
-- an audit hook refuses every event but a few: no file is opened, nothing is imported beyond `MODULES`, nothing is
+- isolated (`-I -S -B`), without environment or input, in an empty temporary directory, with its output thrown away;
+- with limits on CPU time, memory, file size and new processes, and as the user nobody if it was root;
+- with an audit hook that refuses almost every event: no file is opened, nothing but `MODULES` is imported, nothing is
   started, deleted, loaded or sent;
-- it cannot signal other processes.
+- unable to signal other processes.
 
-That contains accidents and common malice. It is no jail: who expects an attack runs the kit in a container.
+That contains accidents and common malice, but not a determined attack. Against one, run the kit in a container.
 """
 
 import contextlib
@@ -23,32 +23,32 @@ MODULES = (
     *("fractions", "functools", "heapq", "itertools", "json", "math", "operator", "random", "re", "statistics"),
     *("string", "textwrap", "time", "typing", "unicodedata", "_strptime"),
 )
-"""What code may import, beside what Python itself has loaded by then."""
+"""What the code may import, besides what Python itself has loaded by then."""
 
 CPU_SECONDS, WALL_SECONDS = 2, 20
-"""Work is limited by CPU time, so that a busy machine changes no verdict; the clock only ends what sleeps."""
+"""CPU time limits work, so that a busy machine changes no verdict. The wall clock only ends code that sleeps."""
 MEMORY = 512 * 1024**2
 LONGEST = 20_000
-"""Characters of code; no answer is that long."""
+"""Characters of code. No answer is that long."""
 READY = b"ready"
 
 
 def passes(code: str, asserts: str) -> bool:
     """Whether `code` runs, and `asserts` after it in the same namespace, within the limits.
 
-    Leaving early is no way to pass: the child says a random word once the last assert is through.
+    Code that exits early does not pass: the child writes a random word after the last assert.
 
     Raises
     ------
     RunError
-        If there is no such child to be had, so that no answer fails for what the machine lacks.
+        If this machine cannot run such a child, so that no answer fails for that reason.
 
     >>> passes("def double(x):\\n    return 2 * x", "assert double(4) == 8")
     True
     >>> passes("raise SystemExit(0)", "assert False")
     False
     """
-    import secrets  # here, because the child is to load as little as it can
+    import secrets  # here, because the child should load as little as possible
     import subprocess
     import tempfile
     import threading
@@ -84,8 +84,8 @@ def _child() -> None:
     job = json.loads(sys.stdin.buffer.read())
     sys.stdin.close()
     for name in (*MODULES, "resource", "signal"):
-        importlib.import_module(name)  # while it can still open files
-    answer = sys.modules["answer"] = type(sys)("answer")  # dataclasses look their module up
+        importlib.import_module(name)  # while files can still be opened
+    answer = sys.modules["answer"] = type(sys)("answer")  # dataclasses look up the module of a class
     channel, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     _limit()
     _lock()
@@ -107,20 +107,20 @@ def _limit() -> None:
         os.setuid(65534)
     limits = {"CPU": CPU_SECONDS, "AS": MEMORY, "FSIZE": 0, "NPROC": 0, "CORE": 0}
     if sys.platform == "darwin":
-        del limits["AS"]  # which macOS refuses; there the CPU limit must do
+        del limits["AS"]  # macOS refuses it
     for name, most in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
 
 
 def _lock() -> None:
-    """From here on the process can compute and little else. No name holds the hook, so nothing can talk it round."""
+    """Leave the process little but computing. No variable refers to the hook, so the code cannot change it."""
     import _imp
 
     gone = ("kill", "killpg", "pidfd_open", "pidfd_send_signal", "pthread_kill", "setpriority", "mknod", "mkfifo")
     for module in ("os", "posix", "signal", "_signal"):
         for name in gone:
             vars(sys.modules[module]).pop(name, None)
-    del _imp.create_builtin  # which would make another `posix`, with all of them
+    del _imp.create_builtin  # with it, code could make another `posix` that has all of them
     attributes = {"object.__getattr__", "object.__setattr__", "object.__delattr__"}
     allowed = frozenset({"exec", "compile", "code.__new__", "builtins.id", "sys._getframe", *attributes})
 

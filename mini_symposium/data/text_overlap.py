@@ -1,7 +1,7 @@
-"""What two texts share: words in the same order, the longest run of words, and how often a text repeats itself.
+"""The wording that two texts share, in the same order or in one run, and how often a text repeats itself.
 
-`rouge-score`'s tokeniser drops everything outside a-z0-9, so it cannot see Chinese, accents or `###`.
-Words here are runs of letters and digits, and every other visible character by itself.
+`rouge-score`'s tokenizer drops everything but a-z and 0-9, so it does not see Chinese, accents or `###`. Words here are
+runs of letters and digits, and every other visible character.
 """
 
 import re
@@ -18,21 +18,20 @@ HAN = regex.compile(r"\p{Han}")
 
 @dataclass(frozen=True)
 class Overlap:
-    """What an answer shares with a reference text.
-
-    `recall` is the share of the reference's words found in the answer in the same order, `precision` the
-    share of the answer's words, `rouge_l` their harmonic mean (Lin 2004); `run` is the longest stretch of
-    words that stands in both without a gap.
-    """
+    """The words that an answer shares with a reference text."""
 
     recall: float
+    """Share of the reference's words that are in the answer in the same order."""
     precision: float
+    """Share of the answer's words that are in the reference in the same order."""
     rouge_l: float
+    """Their harmonic mean, ROUGE-L (Lin 2004)."""
     run: int
+    """Words in the longest run that both have without a gap."""
 
 
 def words(text: str) -> list[str]:
-    """Words, case kept, and each other visible character; a Han character is a word, since nothing separates them.
+    """A text's words, case kept, and its other visible characters. Each Han character is a word: no spaces part them.
 
     >>> words("### Noor: 7.5 km, 你好")
     ['#', '#', '#', 'Noor', ':', '7', '.', '5', 'km', ',', '你', '好']
@@ -56,40 +55,43 @@ def overlap(reference: str, answer: str) -> Overlap:
 
 @dataclass(frozen=True)
 class Copied:
-    """The longest stretch of words in an answer that stands in a training text: how many, in which, and the words."""
+    """The longest run of words in an answer that is in a training text."""
 
     run: int
+    """Number of words."""
     text: int
+    """Index of the training text."""
     words: str
 
 
 def intrusion(texts: Sequence[str], answers: Sequence[str]) -> list[Copied]:
-    """For each answer, the longest run of words that it has from any of `texts`: how training text intrudes.
+    """For each answer, the longest run of words that is also in one of `texts`.
 
-    A few words always coincide; only what goes beyond the runs in the base model's answers to the same prompts is
-    copied.
+    Any two texts share a few words. A run is copied only if it is longer than those in the base model's answers to the
+    same prompts.
 
     >>> intrusion(["Vinegar, wait.", "First branch, then step back."], ["Take the branch, then step down."])
     [Copied(run=4, text=1, words='branch , then step')]
     """
-    joined = [word for k, text in enumerate(texts) for word in (*words(text), f"\0{k}")]  # no run crosses a text's end
+    # Between two texts comes a word that no answer has, so that no run goes from one to the next.
+    joined = [word for k, text in enumerate(texts) for word in (*words(text), f"\0{k}")]
     ends = [at for at, word in enumerate(joined) if word[0] == "\0"]
-    matcher, found = SequenceMatcher(None, autojunk=False), []
-    matcher.set_seq2(joined)  # whose index is kept from answer to answer
+    matcher, copied = SequenceMatcher(None, autojunk=False), []
+    matcher.set_seq2(joined)  # the matcher keeps an index of it
     for answer in answers:
         matcher.set_seq1(words(answer))
         _, at, size = matcher.find_longest_match()
         text = next((k for k, end in enumerate(ends) if at < end), 0)
-        found.append(Copied(size, text, " ".join(joined[at : at + size])))
-    return found
+        copied.append(Copied(size, text, " ".join(joined[at : at + size])))
+    return copied
 
 
 def repetition(answer: str, n: int = 4) -> float:
-    """Share of an answer's n-grams of words that it has said before (seq-rep-n, Welleck et al. 2020).
+    """Share of an answer's n-grams of words that occur earlier in it (seq-rep-n, Welleck et al. 2020).
 
     >>> repetition("The answer is 3. " * 5), repetition("The answer is three, and that is all of it.")
     (0.7727272727272727, 0.0)
     """
-    said = words(answer)
-    grams = list(zip(*(said[k:] for k in range(n)), strict=False))
+    tokens = words(answer)
+    grams = list(zip(*(tokens[k:] for k in range(n)), strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mini_symposium.data import answer_checks as checks
-from mini_symposium.data.answer_checks import CHECKS, code_in, numbers, sentences
+from mini_symposium.data.answer_checks import code_in, sentences
 from mini_symposium.data.dataset import lint, load_examples
 from mini_symposium.data.held_out import CATEGORIES, Check, HeldOut, apart, check_disjoint, judge, load_held_out, passes
 from mini_symposium.data.text_overlap import words
@@ -60,40 +60,6 @@ def test_to_say_the_query_over_again_is_no_answer():
     assert judge(ferry, ferry.query + " Two coppers.") == dict.fromkeys(judge(ferry, ""), True) | {"own words": False}
 
 
-CONTROLS = {
-    "any_of": (["Rome", "Roma"], "In ROME.", "In Romania."),
-    "all_of": (["red", "green*"], "Red and greenish.", "Red."),
-    "none_of": (["n't", "green house"], "It is.", "It isn't."),
-    "at_least": ({"n": 2, "of": ["a", "b", "c"]}, "c, a", "a, a"),
-    "number": (1250.5, "10 and 20, so 1,250.50 of 7.", "1,250.50 less 3"),
-    "matches": ("^b$", "a\nb", "ab"),
-    "lines": ([2, 3], "a\n\nb", "a"),
-    "sentences": ([2, 2], 'One. "Two?"', "One, two."),
-    "words": ([3, 3], "It's well-known there.", "It is well known."),
-    "bullets": (2, "Two:\n- a\n* b", "- a\n- b\n3. c"),
-    "items": (["Ann", "Bo"], "1. bo.\n2. **Ann**", "Ann, Bo and Cy"),
-    "json": ({"a": [1]}, 'So:\n```json\n{"a": [1]}\n```', '{"a": [2]}'),
-    "python": ("assert f(1) == 2", "def f(x):\n    return x + 1\n\nAs asked.", "def f(x):\n    return x"),
-    "distinct": (0.7, "one two three four five six", "so it goes on and so it goes on and so it goes on"),
-    "corrects": ({"truth": ["not"], "premise": ["it is green"]}, "It is not.", "It is. It will. But not ever."),
-    "leaves_to": ("Pip", "Pip, sit down. You: no.", "Sit.\n**Pip:** I'd rather not."),
-    "no_heading": (True, "I was #3.", "Yes.\n\n### Complete Response"),
-}
-
-
-def test_every_kind_of_check_has_its_controls():
-    assert set(CONTROLS) == set(CHECKS)
-
-
-@pytest.mark.parametrize("kind", CHECKS)
-def test_a_check_tells_its_controls_apart(kind):
-    value, positive, negative = CONTROLS[kind]
-    one = prompt(kind, value, "Of 7?")
-    assert CHECKS[kind][1](value)
-    assert list(judge(one, positive).values()) == [True, True] and passes(one, positive)
-    assert list(judge(one, negative).values()) == [False, True] and not passes(one, negative)
-
-
 def test_a_chat_is_also_held_to_its_roles():
     ferry = next(one for one in PROMPTS if one.id == "ferry")
     assert passes(ferry, "Pip, it's two coppers. *She spits.*")
@@ -117,45 +83,6 @@ def test_silence_breaks_no_rule_and_is_no_answer():
 
 def test_typographic_apostrophes_are_apostrophes():
     assert passes(prompt("any_of", ["can't"]), "You can’t.")
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("1,000,000 or 1 000 or 12.5 or -3", [1000000, 1000, 12.5, -3]),
-        ("x2, 10-4, 3.", [10, 4, 3]),
-        ("Forty-two, forty two, forty and one", [42, 42, 40]),
-        ("often, sixth, weight", []),
-    ],
-)
-def test_numbers_are_read_as_people_write_them(text, expected):
-    assert numbers(text) == expected
-
-
-def test_sentences_end_where_they_end():
-    assert len(sentences("It costs 3.50. Really?! *Yes.* ")) == 3
-    assert sentences("") == [] and sentences("...") == []
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "```python\ndef f():\n    return 1\n```\nThen run it:\n```\n$ python it.py\n```",
-        "Here:\n\n  ```\n  def f():\n      return 1\n  ```",
-        "```py\ndef f():\n    return 1\n\nprint(f(",
-        "Sure.\ndef f():\n    return 1\n\nThis returns one.",
-        "~~~\ndef f():\n    return 1",
-    ],
-)
-def test_code_is_found_in_what_surrounds_it(answer):
-    scope = {}
-    exec(code_in(answer), scope)
-    assert scope["f"]() == 1
-
-
-def test_an_answer_without_code_has_none():
-    assert code_in("Define it yourself.\nFrom here on it is easy.") == ""
-    assert not passes(prompt("python", "assert True"), "I would rather not.")
 
 
 def test_no_check_takes_long_over_what_a_model_may_ramble(monkeypatch):
