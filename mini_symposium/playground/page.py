@@ -93,9 +93,9 @@ def show(
 
 def show_epochs(bench: Workbench, query: str, form: str, max_new_tokens: int, headless: bool) -> Shown | None:
     """Headless, a table of the answer of each checkpoint of the highest rate; None otherwise: the page has a slider."""
-    if not headless or not bench.shelf.series():
+    if not headless or not bench.shelf.trainings:
         return None
-    name, epochs = next(iter(bench.shelf.series().items()))
+    name, epochs = next(iter(bench.shelf.trainings.items()))
     cells = bench.ask(bench.cells(query, [prompt_format(form)], list(epochs.values())), max_new_tokens)
     return cards.static_epochs(dict(zip(epochs, cells, strict=True)), name)
 

@@ -73,7 +73,7 @@ class Epochs:
 
     def __init__(self, page):
         self.page, self.cells = page, {}  # epoch -> cell
-        self.series = Dropdown(description="Training", style=WIDE)
+        self.training = Dropdown(description="Training", style=WIDE)
         self.format = Dropdown(description="Format", style=WIDE)
         button = Button(description="Generate epochs", button_style="primary")
         self.epoch = SelectionSlider(
@@ -83,24 +83,24 @@ class Epochs:
         self.bars = HTML(cards.hint("Generate, then move the slider to see in which epoch recitation begins."))
         card = Box([self.card])
         card.add_class("ms-card")
-        self.box = VBox([HBox([self.series, self.format, button], layout=WRAP), self.epoch, card, self.bars])
+        self.box = VBox([HBox([self.training, self.format, button], layout=WRAP), self.epoch, card, self.bars])
         button.on_click(lambda _: page.start("Generate epochs", self._answer))
-        self.series.observe(lambda _: self._choose(), "value")
+        self.training.observe(lambda _: self._choose(), "value")
         self.epoch.observe(lambda _: self._draw(), "value")
 
     def refresh(self) -> None:
         """Offer the trainings and formats that there are now."""
-        _options(self.series, list(self.page.bench.shelf.series()) or [""])
+        _options(self.training, list(self.page.bench.shelf.trainings) or [""])
         _options(self.format, list(self.page.formats))
 
     def _choose(self) -> None:
-        epochs = self.page.bench.shelf.series().get(self.series.value)
+        epochs = self.page.bench.shelf.trainings.get(self.training.value)
         self.cells = {}
         self.epoch.options = [(str(epoch), epoch) for epoch in epochs] if epochs else [("–", 0)]
         self.card.value = self.bars.value = ""
 
     def _answer(self) -> str:
-        page, epochs = self.page, self.page.bench.shelf.series().get(self.series.value)
+        page, epochs = self.page, self.page.bench.shelf.trainings.get(self.training.value)
         if not epochs:
             raise InputError("no training with checkpoints is open; open a run that has some")
         form = page.formats[self.format.value]

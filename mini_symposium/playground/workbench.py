@@ -5,6 +5,7 @@ batch; each merged model has weights and a batch of its own. torch is imported w
 that a page can be shown before.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from threading import Event, Lock
 
 from mini_symposium.data.prompt_formats import PromptFormat, grid_cells
 from mini_symposium.errors import InputError
-from mini_symposium.playground.shelf import Shelf, default_run
+from mini_symposium.playground.shelf import Shelf
 
 LONGEST_QUERY = 20_000
 """Characters. A longer query takes minutes on a CPU, and memory that grows with the square of its length."""
@@ -80,10 +81,10 @@ class Workbench:
             self._busy.release()
 
     def open(self, path: str = "") -> str:
-        """Open a run, a model or an adapter; see `Shelf.open`. Without a path, see `shelf.default_run`."""
+        """Open a run, a model or an adapter; see `Shelf.open`. Without a path: $MINI_SYMPOSIUM_RUN, else runs/proxy."""
         with self._alone():
             before = self.shelf.base_model, self.shelf.four_bit
-            summary = self.shelf.open(default_run(path))
+            summary = self.shelf.open(path or os.environ.get("MINI_SYMPOSIUM_RUN") or "runs/proxy")
             if (self.shelf.base_model, self.shelf.four_bit) != before:
                 self._unload_base()
                 self.tokenizer, self._merged = None, (None, None)

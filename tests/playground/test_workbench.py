@@ -25,7 +25,7 @@ def ask(bench, query=PICTURE, formats=("new-query",), models=("base",), tokens=4
 
 
 def test_formats_and_checkpoints_answer_as_one_grid_and_recitation_grows_by_epoch(bench):
-    epochs = bench.shelf.series()["1e-03"]
+    epochs = bench.shelf.trainings["1e-03"]
     assert list(epochs) == [0, 1, 2]
     seen = []
     found = ask(bench, models=["base", *epochs.values()], on_text=lambda texts: seen.append(texts))
