@@ -222,46 +222,19 @@ class RunDirectory:
 
     def __init__(self, path: str | Path):
         path = path_of(path)
-        self.path = (
-            path
-            if path.is_absolute() or path.exists()
-            else ROOT / path
-            if path.parts[:1] == ("runs",)
-            else path.absolute()
-        )
-
-    def __repr__(self) -> str:
-        return f"RunDirectory({str(self.path)!r})"
-
-    @property
-    def recipe_file(self) -> Path:
-        return self.path / "recipe.yml"
-
-    @property
-    def environment_file(self) -> Path:
-        return self.path / "environment.json"
+        if not path.is_absolute() and not path.exists():  # runs/NAME is looked up in the checkout
+            path = ROOT / path if path.parts[:1] == ("runs",) else path.absolute()
+        self.path = path
+        self.recipe_file, self.environment_file = path / "recipe.yml", path / "environment.json"
+        self.figures, self.notebooks = path / "figures", path / "notebooks"
 
     def environment(self) -> dict:
         """What the run ran on, and the most memory that its training took."""
         return read_object(self.environment_file)
 
     @property
-    def figures(self) -> Path:
-        return self.path / "figures"
-
-    @property
-    def notebooks(self) -> Path:
-        return self.path / "notebooks"
-
-    @property
     def recipe(self) -> Recipe:
-        """What was trained here; its learning rate is the low one of the contrast.
-
-        Raises
-        ------
-        InputError
-            If there is no recipe.yml, or it is damaged.
-        """
+        """What was trained here; its learning rate is the low one of the contrast."""
         return load_recipe(self.recipe_file)
 
     def learning_rate_dir(self, learning_rate: float) -> Path:
