@@ -70,8 +70,9 @@ def test_any_weights(scratch, data):
         theirs = None
     if found is not None and theirs is not None:
         assert found.keys() == theirs.keys()
-        for name, entry in found.items():
-            assert torch.equal(read_tensor(path, entry).nan_to_num(), theirs[name].nan_to_num())
+        for name, tensor in found.items():
+            assert (tensor.dtype, tensor.shape) == (theirs[name].dtype, theirs[name].shape)
+            assert torch.equal(read_tensor(path, name).nan_to_num(), theirs[name].nan_to_num())
     assert found is None or theirs is not None, "safetensors refuses it"
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mini_symposium.errors import InputError
+from mini_symposium.errors import InputError, reason
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.devices import device, memory
 from mini_symposium.run import RunDirectory, read_object
@@ -242,8 +242,7 @@ def add_adapter(model: "PreTrainedModel", name: str, checkpoint: Path, base_mode
         else:
             model = PeftModel.from_pretrained(model, checkpoint, adapter_name=_in_peft(name))
     except Exception as error:  # peft, safetensors and torch raise anything from KeyError to RuntimeError
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{checkpoint}: not an adapter for {base_model} ({reason})") from error
+        raise InputError(f"{checkpoint}: not an adapter for {base_model} ({reason(error)})") from error
     return model
 
 

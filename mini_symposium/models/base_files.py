@@ -19,7 +19,7 @@ from pathlib import Path
 
 import platformdirs
 
-from mini_symposium.errors import InputError
+from mini_symposium.errors import InputError, reason
 from mini_symposium.files.writing import alone, clear_away, written_whole
 from mini_symposium.models.safetensors_files import read_header
 from mini_symposium.run import find, read_object
@@ -147,11 +147,6 @@ def local_directory(base_model: str) -> Path:
             f"{base_model}: no such directory, and the hub did not give it ({reason(error)}); "
             "download it once and set base_model to its folder"
         ) from error
-
-
-def reason(error: Exception) -> str:
-    """The first line of what an exception says, or its name."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

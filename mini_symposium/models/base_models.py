@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mini_symposium.errors import InputError
-from mini_symposium.models.base_files import local_directory, reason
+from mini_symposium.errors import InputError, reason
+from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.devices import device, out_of_memory, training_dtype
 from mini_symposium.recipe import Recipe
 from mini_symposium.run import find

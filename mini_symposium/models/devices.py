@@ -1,7 +1,6 @@
 """The device that computes: which it is, in what it trains, how much memory it has, and how it says that it is full."""
 
 import ctypes
-import resource
 import sys
 
 import psutil
@@ -39,6 +38,15 @@ def peak_memory() -> int:
     """Most bytes held so far: by this process's tensors on CUDA, by the whole process on a CPU."""
     if device().type == "cuda":
         return torch.cuda.max_memory_allocated()
+    return process_peak()
+
+
+def process_peak() -> int:
+    """The most bytes of memory that this process has held so far."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # Windows has no such module
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -13,9 +13,7 @@ to and written, so a merge needs the memory of the largest tensor, a few times o
 
 import json
 import re
-import resource
 import shutil
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -29,8 +27,8 @@ from mini_symposium.errors import InputError
 from mini_symposium.files.writing import clear_away, write_json, written_whole
 from mini_symposium.models.adapters import Factors, check_trained_on, read_adapters
 from mini_symposium.models.base_files import local_directory
-from mini_symposium.models.devices import device
-from mini_symposium.models.safetensors_files import Entry, read_header, read_tensor, write_tensors
+from mini_symposium.models.devices import device, process_peak
+from mini_symposium.models.safetensors_files import Header, read_header, read_tensor, write_tensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BASES = ("original", "nf4")
@@ -85,25 +83,19 @@ def merge(
     shards = {path: read_header(path) for path in sorted(source.glob("*.safetensors"))}
     _check_fit(factors, shards, base_model, next(iter(weights)))
     check_trained_on(weights, base_model, source)
-    layouts = {
-        path: {name: (_stored(entry.dtype, DTYPES[dtype]), entry.shape) for name, entry in entries.items()}
-        for path, entries in shards.items()
-    }
-    size = sum(
-        dtype.itemsize * torch.Size(shape).numel() for each in layouts.values() for dtype, shape in each.values()
-    )
+    written = {path: _converted(header, DTYPES[dtype]) for path, header in shards.items()}
+    size = sum(tensor.nbytes for each in written.values() for tensor in each.values())
     check_room(out, size)
     held = psutil.Process().memory_info().rss
     _forget_peak()
     with written_whole(out) as temporary:
         temporary.mkdir()
-        for path, entries in shards.items():
-            tensors = (merged_tensor(path, name, entry, factors, base) for name, entry in entries.items())
-            layout = layouts[path]
+        for path, header in written.items():
+            tensors = (merged_tensor(path, name, factors, base) for name in header)
             if by_chance:
                 tensors = (stochastic(tensor) if tensor.is_floating_point() else tensor for tensor in tensors)
-            cast = (tensor.to(layout[name][0]) for name, tensor in zip(entries, tensors, strict=True))
-            write_tensors(temporary / path.name, layout, cast)
+            cast = (tensor.to(header[name].dtype) for name, tensor in zip(header, tensors, strict=True))
+            write_tensors(temporary / path.name, header, cast)
         for path in source.iterdir():
             if path.suffix in (".json", ".jinja", ".model") and path.name != "merge.json" and path.is_file():
                 _check_inside(path, source)
@@ -129,19 +121,24 @@ def _check_inside(path: Path, source: Path) -> None:
         raise InputError(f"{path}: leads out of {source}; delete the link, or copy the file itself there")
 
 
-def merged_tensor(path: Path, name: str, entry: Entry, factors: Factors, base: str) -> torch.Tensor:
+def merged_tensor(path: Path, name: str, factors: Factors, base: str) -> torch.Tensor:
     """A tensor of the base with what the adapters add to it, in float32; one that they leave alone as it came."""
-    weight = read_tensor(path, entry)
+    weight = read_tensor(path, name)
     if base == "nf4" and weight.is_floating_point():
         weight = weight.bfloat16()  # as the base is loaded for training, whatever it is stored in
     if name not in factors:
         return weight
     if base == "nf4":
-        # The very call that loading in 4-bit makes, so these are the numbers that training saw.
-        packed, state = quantize_4bit(weight.to(device()), quant_type="nf4", compress_statistics=True)
-        weight = dequantize_4bit(packed, state).cpu()
+        weight = nf4_round_trip(weight)
     a, b = factors[name]
     return weight.float().addmm_(b, a)
+
+
+def nf4_round_trip(weight: torch.Tensor) -> torch.Tensor:
+    """A bfloat16 matrix as training in 4-bit sees it: quantised to NF4 with double quantisation (Dettmers et al. 2023,
+    QLoRA, section 3) and dequantised again, in bfloat16 on the CPU. By the calls that loading in 4-bit makes."""
+    packed, state = quantize_4bit(weight.to(device()), quant_type="nf4", compress_statistics=True)
+    return dequantize_4bit(packed, state).cpu()
 
 
 def stochastic(tensor: torch.Tensor) -> torch.Tensor:
@@ -157,14 +154,14 @@ QUANTISING = 24
 """Bytes an element that bitsandbytes takes to quantise on a CPU: bfloat16, float32 three times over, int32, packed."""
 
 
-def predicted_bytes(shards: Mapping[Path, Mapping[str, Entry]], factors: Factors, base: str, dtype: str) -> int:
+def predicted_bytes(shards: Mapping[Path, Header], factors: Factors, base: str, dtype: str) -> int:
     """Memory that merging takes on top of the process: the worst tensor as read, worked on in float32, and written."""
 
-    def takes(name: str, entry: Entry) -> int:
+    def takes(name: str, tensor: torch.Tensor) -> int:
         work = QUANTISING if base == "nf4" and name in factors else 4
-        return torch.Size(entry.shape).numel() * (entry.dtype.itemsize + work + DTYPES[dtype].itemsize)
+        return tensor.numel() * (tensor.itemsize + work + DTYPES[dtype].itemsize)
 
-    return max(takes(name, entry) for each in shards.values() for name, entry in each.items())
+    return max(takes(name, tensor) for header in shards.values() for name, tensor in header.items())
 
 
 def _forget_peak() -> None:
@@ -177,19 +174,19 @@ def _peak() -> int:
     """Most bytes of memory that the process held since then; without Linux's counter, since it began."""
     with suppress(OSError):
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return process_peak()
 
 
-def _stored(found: torch.dtype, wanted: torch.dtype) -> torch.dtype:
-    return wanted if found.is_floating_point else found
+def _converted(header: Header, dtype: torch.dtype) -> Header:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in header.items()}
 
 
-def _check_fit(factors: Factors, shards: Mapping[Path, Mapping[str, Entry]], base_model: str, where: Path) -> None:
+def _check_fit(factors: Factors, shards: Mapping[Path, Header], base_model: str, where: Path) -> None:
     """Every layer that the adapters change is in the base, with the same shape."""
-    entries = {name: entry for each in shards.values() for name, entry in each.items()}
-    missing = [name for name in factors if name not in entries]
-    for name in factors.keys() & entries.keys():
-        (a, b), shape = factors[name], entries[name].shape
+    header = {name: tensor for each in shards.values() for name, tensor in each.items()}
+    missing = [name for name in factors if name not in header]
+    for name in factors.keys() & header.keys():
+        (a, b), shape = factors[name], tuple(header[name].shape)
         if (b.shape[0], a.shape[1]) != shape:
             raise InputError(f"{name}: the adapter is for {b.shape[0]} x {a.shape[1]}, the base has {shape}")
     if missing:

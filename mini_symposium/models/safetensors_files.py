@@ -1,19 +1,21 @@
-"""Safetensors read and written one tensor at a time, so that no more than one is ever held.
+"""Safetensors files read and written one tensor at a time, so that no more than one tensor is in memory.
 
-The format (huggingface/safetensors): eight bytes with the length of a JSON header, the header with each tensor's type,
-shape and place, then the bytes without a gap. Since a place follows from the types and shapes, the header can be
-written before the first tensor is known. Files are read, not mapped: mapped pages count as a process's memory.
+safetensors reads them. It maps a file into memory, and a mapped page that was read counts as the process's own until
+the file is closed; so each tensor is read from a file opened for it alone. safetensors' own writer takes all tensors of
+a file at once; so files are written here. The format has eight bytes with the length of a JSON header, the header with
+each tensor's type, shape and place, and then the tensors' bytes without a gap. Places follow from types and shapes: the
+header is written before the first tensor is known.
 """
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from mini_symposium.errors import InputError
+from mini_symposium.errors import InputError, reason
 
 TYPES = {
     "F64": torch.float64,
@@ -27,89 +29,48 @@ TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-LARGEST_HEADER = 100_000_000
-"""Bytes; safetensors' own limit."""
+"""Types that are read, by their names in a header. Weights in 8 bits need scales beside them, which a merge would not
+apply."""
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor in a file: its type, its shape, and the bytes `start` to `end` of the file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    end: int
+Header = dict[str, torch.Tensor]
+"""{name: a tensor of the same type and shape on the meta device}, in the order in which the tensors lie in a file."""
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """What is in a file, in the order in which it lies there.
+def read_header(path: Path) -> Header:
+    """The names, types and shapes of a file's tensors.
 
     Raises
     ------
     InputError
-        If the file is no safetensors, is cut off, or holds a type that is not known here.
+        If the file is not safetensors, is cut off, or holds a type that is not in TYPES.
     """
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise ValueError("there is no such file")
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, LARGEST_HEADER):
-                raise ValueError(f"its header should have {length} bytes")
-            found = json.loads(file.read(length))
-        found.pop("__metadata__", None)
-        entries = {
-            name: Entry(TYPES[each["dtype"]], tuple(each["shape"]), *(8 + length + at for at in each["data_offsets"]))
-            for name, each in found.items()
-        }
-        for name, entry in entries.items():
-            counts = (*entry.shape, entry.start, entry.end)
-            if len(counts) > 18 or any(type(count) is not int or count < 0 for count in counts):
-                raise ValueError(f"{name} has a shape or a place that is no count")
-            if entry.end - entry.start != math.prod(entry.shape) * entry.dtype.itemsize:
-                raise ValueError(f"{name} has another size than its shape")
+        if not path.is_file():  # opening a pipe would wait for somebody to write into it
+            raise FileNotFoundError("there is no such file")
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            return {
+                name: torch.empty(each.get_shape(), dtype=TYPES[each.get_dtype()], device="meta")
+                for name, each in slices.items()
+            }
     except KeyError as error:
-        if error.args[0] in ("dtype", "shape", "data_offsets"):
-            raise InputError(f"{path}: not a whole safetensors file (a tensor has no {error})") from error
         raise InputError(f"{path}: holds {error}, which is not read here; save it in 16 or 32 bits") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # not UTF-8, not JSON, not a mapping
-        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
-    end = max((entry.end for entry in entries.values()), default=0)
-    if end > size:
-        raise InputError(f"{path}: cut off: {size} bytes of {end}; copy or download it again")
-    at, ordered = 8 + length, sorted(entries.items(), key=lambda pair: (pair[1].start, pair[1].end))
-    for name, entry in ordered:  # the same bytes for many names would be as many tensors
-        if entry.start != at:
-            raise InputError(f"{path}: not a whole safetensors file ({name} does not follow the tensor before it)")
-        at = entry.end
-    if at != size:
-        raise InputError(f"{path}: not a whole safetensors file (its last {size - at} bytes belong to no tensor)")
-    return dict(ordered)
+    except (OSError, SafetensorError, TypeError, RuntimeError) as error:  # torch's for a shape beyond its integers
+        raise InputError(
+            f"{path}: not a whole safetensors file ({reason(error)}); copy or download it again"
+        ) from error
 
 
-def read_tensor(path: Path, entry: Entry) -> torch.Tensor:
-    """One tensor of a file, in memory of its own."""
-    if entry.start == entry.end:
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    content = bytearray(entry.end - entry.start)
-    with path.open("rb", buffering=0) as file:
-        file.seek(entry.start)
-        view = memoryview(content)
-        while view:
-            got = file.readinto(view[: 2**28])
-            if not got:
-                raise InputError(f"{path}: became shorter while it was read")
-            view = view[got:]
-    return torch.frombuffer(content, dtype=entry.dtype).reshape(entry.shape)
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """One tensor of a file. Its bytes are read when it is used, and leave memory with it."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
 
 
 @dataclass(frozen=True)
 class Tensors(Mapping):
-    """Tensors by name, each made anew when it is asked for: a model's, while one of them is held."""
+    """A model's tensors by name, each made anew whenever it is asked for, so that only those in use are in memory."""
 
     names: tuple[str, ...]
     make: Callable[[str], torch.Tensor]
@@ -125,19 +86,18 @@ class Tensors(Mapping):
 
 
 def read_model(folder: Path) -> Tensors:
-    """All tensors of a model directory in float32."""
-    shards = {path: read_header(path) for path in sorted(folder.glob("*.safetensors"))}
-    places = {name: (path, entry) for path, each in shards.items() for name, entry in each.items()}
-    return Tensors(tuple(places), lambda name: read_tensor(*places[name]).float())
+    """All tensors of a model directory, in float32."""
+    files = {name: path for path in sorted(folder.glob("*.safetensors")) for name in read_header(path)}
+    return Tensors(tuple(files), lambda name: read_tensor(files[name], name).float())
 
 
 def changed(tensors: Mapping[str, torch.Tensor], change: Callable[[str, torch.Tensor], torch.Tensor]) -> Tensors:
-    """The tensors, each as `change` makes it of its name and itself."""
+    """The tensors after `change`, which is called with a name and its tensor."""
     return Tensors(tuple(tensors), lambda name: change(name, tensors[name]))
 
 
 def plus(tensors: Mapping[str, torch.Tensor], factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Tensors:
-    """The tensors with what adapters add to them."""
+    """The tensors with what adapters add to them; `factors` as `adapters.read_adapters` gives them."""
 
     def add(name: str, tensor: torch.Tensor) -> torch.Tensor:
         a, b = factors.get(name, (None, None))
@@ -148,36 +108,31 @@ def plus(tensors: Mapping[str, torch.Tensor], factors: Mapping[str, tuple[torch.
 
 @torch.no_grad()
 def take(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put `tensors` into a model in place of its own."""
+    """Copy `tensors` into the parameters of `model`."""
     for name, parameter in model.named_parameters():
         parameter.copy_(tensors[name])
 
 
-def read_names(folder: Path) -> list[str]:
-    """Names of a model directory's tensors."""
-    return [name for path in sorted(folder.glob("*.safetensors")) for name in read_header(path)]
+def write_tensors(path: Path, header: Header, tensors: Iterable[torch.Tensor]) -> None:
+    """Write a safetensors file. The tensors are asked for one by one, in the order of `header`.
 
-
-def write_tensors(
-    path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[torch.Tensor]
-) -> None:
-    """Write a safetensors file of `layout`; the tensors are asked for one by one, in its order."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, (dtype, shape) in layout.items():
-        end = at + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+    Raises
+    ------
+    ValueError
+        If a tensor has another type or shape than `header` says.
+    """
+    places, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in header.items():
+        end = at + tensor.nbytes
+        places[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end
-    text = json.dumps(header).encode()
+    text = json.dumps(places).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as file:
-        _write(file, len(text).to_bytes(8, "little") + text)
-        for (name, (dtype, shape)), tensor in zip(layout.items(), tensors, strict=True):
-            if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)):
-                raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} where {dtype} {shape} was announced")
-            _write(file, tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _write(file, content) -> None:
-    view = memoryview(content)
-    while view:
-        view = view[file.write(view) :]
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, expected), tensor in zip(header.items(), tensors, strict=True):
+            if (tensor.dtype, tensor.shape) != (expected.dtype, expected.shape):
+                raise ValueError(
+                    f"{name}: {tensor.dtype} {tuple(tensor.shape)}, expected {expected.dtype} {tuple(expected.shape)}"
+                )
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -39,7 +39,8 @@ from mini_symposium.models.adapters import Factors
 from mini_symposium.models.base_files import Wheel, cache_directory, download
 from mini_symposium.models.base_models import load_model, load_tokenizer
 from mini_symposium.models.generation import generate
-from mini_symposium.models.safetensors_files import Tensors, plus, read_names, take
+from mini_symposium.models.predictions import predict
+from mini_symposium.models.safetensors_files import Tensors, plus, read_model, take
 
 QUANTISER, SERVER = "cyllama", "xllamacpp"
 """Optional packages with parts of llama.cpp: its quantiser, its server. Both are in the extra `release`."""
@@ -161,13 +162,13 @@ def check_answers(file: Path, model: Path, kind: str, factors: Factors | None = 
                 f"{file.name}: llama.cpp cuts {prompt!r} into other tokens: at token {at} {theirs} instead of {ours}"
             )
     reference = load_model(str(model), load_in_4bit=False, dtype=torch.float32).eval()
-    take(reference, plus(read_gguf(file, read_names(model)), factors or {}))
+    take(reference, plus(read_gguf(file, list(read_model(model))), factors or {}))
     answers = generate(reference, tokenizer, prompts, stops, max_new_tokens=32)
     same = [
         (answer.text, answer.stop_reason) == (reply.text.strip(), reply.stop_reason)
         for answer, reply in zip(answers, replies, strict=True)
     ]
-    gaps = [_behind(reference, reply.prompt_ids, reply.ids) for reply in replies]
+    gaps = _behind(reference, replies)
     behind, allowed = torch.cat(gaps).mean().item(), ALLOWED.get(kind, 0.1)
     if not behind <= allowed:
         at = max(range(len(gaps)), key=lambda i: gaps[i].sum())
@@ -184,15 +185,14 @@ def check_answers(file: Path, model: Path, kind: str, factors: Factors | None = 
     }
 
 
-@torch.inference_mode()
-def _behind(model: PreTrainedModel, prompt: Sequence[int], chosen: Sequence[int]) -> torch.Tensor:
-    """By how many nats each of the chosen tokens lies below the best at its place, (T)."""
-    if not chosen:
-        return torch.zeros(0)
-    ids = torch.tensor([[*prompt, *chosen]], device=model.device)
-    predicted = model(ids).logits[0, len(prompt) - 1 : -1].float()
-    best = predicted.max(-1).values
-    return (best - predicted.gather(1, ids[0, len(prompt) :, None])[:, 0]).cpu()
+def _behind(model: PreTrainedModel, replies: "Sequence[Reply]") -> list[torch.Tensor]:
+    """By how many nats each token of a reply lies below the likeliest at its place, (T) for each reply."""
+    gaps = []
+    for k, predicted in predict(model, [[*reply.prompt_ids, *reply.ids] for reply in replies], batch_size=1):
+        predicted = predicted[len(replies[k].prompt_ids) - 1 : -1].cpu()
+        chosen = torch.tensor(replies[k].ids, dtype=torch.long)[:, None]
+        gaps.append(predicted.max(-1).values - predicted.gather(1, chosen)[:, 0])
+    return gaps
 
 
 def describe_check(found: dict) -> str:

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import psutil
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from mini_symposium.errors import InputError, RunError
-from mini_symposium.models.devices import device
-from mini_symposium.models.merge import stochastic
-from mini_symposium.models.safetensors_files import changed, read_header, read_model, read_names
+from mini_symposium.models.merge import nf4_round_trip, stochastic
+from mini_symposium.models.safetensors_files import changed, read_header, read_model
 from mini_symposium.release.gguf import (
     FILE_TYPES,
     INSTALL,
@@ -89,7 +87,7 @@ def stored(
             else:
                 files = [file.with_stem(f"{storage}-{file.stem}") for file in whole]
                 list(pool.map(quantise, whole, files, [storage] * len(models)))
-                tensors = [read_gguf(file, read_names(model)) for model, file in zip(models, files, strict=True)]
+                tensors = [read_gguf(file, list(read_model(model))) for model, file in zip(models, files, strict=True)]
                 types = tensor_types(files[-1])
             yield storage, [dict(each) for each in tensors] if hold else tensors, types
 
@@ -111,7 +109,4 @@ def _whole_gguf(model: Path, file: Path) -> None:
 def _nf4(tensor: torch.Tensor, quantised: bool) -> torch.Tensor:
     """What loading in 4-bit makes of a tensor: bfloat16 first, then blocks of 64 in NF4; see `base_models.nf4`."""
     half = tensor.bfloat16()
-    if not quantised:
-        return half.float()
-    packed, state = quantize_4bit(half.to(device()), quant_type="nf4", compress_statistics=True)
-    return dequantize_4bit(packed, state).float().cpu()
+    return (nf4_round_trip(half) if quantised else half).float()

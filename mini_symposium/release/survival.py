@@ -196,8 +196,8 @@ def _write_tuned(base: Path, factors: Factors, out: Path) -> None:
     shutil.copytree(base, out, ignore=shutil.ignore_patterns("*.safetensors"))
     tensors = plus(read_model(base), factors)
     for path in base.glob("*.safetensors"):
-        layout = {name: (entry.dtype, entry.shape) for name, entry in read_header(path).items()}
-        write_tensors(out / path.name, layout, (tensors[name] for name in layout))
+        header = read_header(path)
+        write_tensors(out / path.name, header, (tensors[name] for name in header))
 
 
 def _left(measured: Mapping[str, float], base_loss: float, live: Mapping[str, float]) -> dict:

@@ -222,7 +222,7 @@ def test_a_damaged_base_or_adapter_is_named(checkpoint, sharded, tmp_path):
     shutil.copytree(local_directory("tiny"), base)
     weights = base / "model.safetensors"
     whole = weights.read_bytes()
-    for content, said in ((whole[:-1000], "cut off"), (whole[:100], "not a whole safetensors"), (b"", "not a whole")):
+    for content, said in ((whole[:-1000], "file not fully covered"), (whole[:100], "not a whole safetensors"), (b"", "not a whole")):
         weights.write_bytes(content)
         with pytest.raises(InputError, match=said):
             merge(checkpoint, str(base), out)

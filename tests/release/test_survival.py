@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mini_symposium.errors import InputError
 from mini_symposium.models.base_files import local_directory
-from mini_symposium.models.safetensors_files import read_model, read_names
+from mini_symposium.models.safetensors_files import read_model
 from mini_symposium.recipe import load_recipe
 from mini_symposium.release.gguf import quantise, read_gguf, tensor_types, to_gguf
 from mini_symposium.release.storage_formats import STORAGES, possible
@@ -72,7 +72,7 @@ def test_what_is_read_from_gguf_is_what_was_written(name, kind, tmp_path):
     if kind != "f32":
         quantise(file, tmp_path / "b.gguf", kind)
         file = tmp_path / "b.gguf"
-    written, read = read_model(folder), read_gguf(file, read_names(folder))
+    written, read = read_model(folder), read_gguf(file, list(read_model(folder)))
     assert written.keys() == read.keys()
     for key, tensor in written.items():
         if kind == "f32":
