@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 
-from mini_symposium.errors import InputError
+from mini_symposium.errors import InputError, reason
 from mini_symposium.files.writing import written_whole
 from mini_symposium.run import ROOT, RunDirectory
 
@@ -64,7 +64,7 @@ def publish(run: RunDirectory, root: Path = ROOT) -> list[Path]:
         try:
             notebook = clean(nbformat.read(path, as_version=4))
         except (nbformat.ValidationError, nbformat.reader.NotJSONError, AttributeError, KeyError) as error:
-            cause = str(error).splitlines()[0]
+            cause = reason(error)
             raise InputError(f"{path}: not a notebook ({cause}); run `mini-symposium reproduce` again") from error
         with written_whole(root / "notebooks" / path.name) as temporary:
             nbformat.write(notebook, temporary)

@@ -31,6 +31,7 @@ from peft import PeftModel
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
 
+from mini_symposium.errors import reason
 from mini_symposium.models.devices import keep_freed_memory
 
 GROUPS = (
@@ -350,7 +351,7 @@ class FusedAdapters:
                 return self.compiled(*inputs)
             except BackendCompilerFailed as error:
                 print(
-                    f"the layer could not be compiled ({str(error).splitlines()[0]}); continuing without",
+                    f"the layer could not be compiled ({reason(error)}); continuing without",
                     file=sys.stderr,
                 )
                 self.compiled = None

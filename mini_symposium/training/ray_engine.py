@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mini_symposium.errors import InputError, RunError
+from mini_symposium.errors import InputError, RunError, reason
 
 INSTALL = "pip install -e '.[ray]'"
 
@@ -88,8 +88,7 @@ def _connect(ray) -> None:
         _knock(address or "")
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
     except (OSError, RuntimeError, ValueError) as error:
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"RAY_ADDRESS={address}: no cluster answers there ({said})") from error
+        raise InputError(f"RAY_ADDRESS={address}: no cluster answers there ({reason(error)})") from error
 
 
 def _knock(address: str) -> None:
