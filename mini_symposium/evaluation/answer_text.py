@@ -1,19 +1,19 @@
-"""What the text of an answer shows: copied training rows, another script, headings nobody asked for, perspectives, an
-assistant's phrases.
+"""What the text of an answer shows: recited training rows, letters of another script, headings that nobody asked for,
+perspectives, phrases of assistant models.
 
-Everything is counted over the whole text. Script drift in particular is not judged line by line: Chinese has no spaces
-and often no line breaks, and one Chinese word in a long English line is drift as well.
+Everything is counted over the whole text. Script drift, for one, is not judged line by line: Chinese has no spaces and
+often no line breaks, and a single Chinese word in a long English line is drift as well.
 
-A stretch counts as recited from eight words on. Any two texts share a few words in a row; the proxy's base shares at
-most three with any training row (`copied_words` in figures/proxy/results.json), so eight in a row are not chance. What
-the prompt says as well is an echo of the question and is not counted.
+Eight words in a row are recited. Any two texts share a few words in a row, but the answers of the proxy's base model
+share at most three with any training row (`copied_words` in figures/proxy/results.json), so eight are not chance. Words
+that the prompt has in the same order are an echo of the question and do not count.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, takewhile
 
 import regex
 
@@ -22,11 +22,11 @@ from mini_symposium.data.text_overlap import HAN, words
 
 _LETTERS = regex.compile(r"\p{L}")
 _HEADING = re.compile(r" {0,3}###(?!#)(.*)")
-"""In an answer a `###` without a text, without a space, or with up to three spaces before it is a heading as well."""
+"""In an answer a `###` without text, without a space after it or with up to three spaces before it is a heading."""
 
 
 def han_share(text: str) -> float:
-    """Share of a text's letters that are Han, as Chinese writes, and Japanese in part; 0 without letters.
+    """Share of a text's letters that are Han; 0 without letters.
 
     >>> han_share("The capital is 北京."), han_share("Ça va, こんにちは, 1 + 1 = 2!")
     (0.14285714285714285, 0.0)
@@ -35,51 +35,33 @@ def han_share(text: str) -> float:
     return sum(bool(HAN.match(letter)) for letter in letters) / len(letters) if letters else 0.0
 
 
-def headings(text: str) -> list[str]:
-    """The text of each `###` line, in order; one in fenced code is a comment and does not count.
-
-    >>> headings("It is late.\\n### The Friend\\nCall her.\\n```\\n### setup\\n```\\n###")
-    ['The Friend', '']
-    """
-    return [section.heading for section in split_sections(text, _HEADING)[1]]
-
-
 def leaked(answer: str, known: Iterable[str]) -> list[str]:
-    """Headings of an answer that are some of `known`: of the training rows, say, in an answer to another format.
+    """The headings of an answer that are in `known`, for example headings of the training rows.
 
-    At the end of an answer the beginning of one counts as well, for it may have been cut off there.
+    A heading in fenced code does not count. If the answer ends with the beginning of a known heading, that counts as
+    well, because the answer may have been cut off there.
 
     Parameters
     ----------
     known
         Headings without `###`.
 
-    >>> said = "Sure.\\n### Complete Response\\nIt is.\\n### Notes\\nNone.\\n### New Qu"
-    >>> leaked(said, ["New Query", "Complete Response"])
+    >>> answer = "Sure.\\n### Complete Response\\nIt is.\\n### Notes\\nNone.\\n### New Qu"
+    >>> leaked(answer, ["New Query", "Complete Response"])
     ['Complete Response', 'New Query']
     """
-    known, found = list(known), headings(answer)
-    last = answer.rstrip().rpartition("\n")[2]
-    leaks = [heading for heading in found if heading in known]
-    cut = found and found[-1] and last.lstrip(" #") == found[-1] and found[-1] not in known
-    return leaks + ([each for each in known if each.startswith(found[-1])][:1] if cut else [])
-
-
-def speaks_for(answer: str, name: str) -> bool:
-    """Whether an answer goes on with a line of somebody else: a heading `### Name`, or `Name:`.
-
-    >>> answers = "Aye.\\n### Ines\\nThanks!", "Aye.\\nInes: Thanks!", "Ask Ines: she knows."
-    >>> [speaks_for(said, "Ines") for said in answers]
-    [True, True, False]
-    """
-    named = regex.escape(name)
-    return regex.search(rf"^[ \t*]*(?:#+[ \t]*{named}(?!\w)|{named}\**:)", answer, regex.MULTILINE) is not None
+    known, headings = list(known), [section.heading for section in split_sections(answer, _HEADING)[1]]
+    leaks = [heading for heading in headings if heading in known]
+    last_line = answer.rstrip().rpartition("\n")[2].lstrip(" #")
+    if headings and headings[-1] == last_line != "" and last_line not in known:
+        leaks += [heading for heading in known if heading.startswith(last_line)][:1]
+    return leaks
 
 
 def perspectives(answer: str, heading: str = "") -> list[Section]:
-    """An answer as sections, those without text left out.
+    """An answer as sections, without those that have no text.
 
-    What stands before its own first heading belongs to `heading`, the one that the prompt ended with.
+    The text before its first heading belongs to `heading`, with which the prompt ended.
 
     >>> [section.heading for section in perspectives("Day ten.\\n\\n### Second Look\\nDay eight.", "First Impression")]
     ['First Impression', 'Second Look']
@@ -89,11 +71,11 @@ def perspectives(answer: str, heading: str = "") -> list[Section]:
 
 
 def distance(one: str, other: str) -> float:
-    """How little two texts say with the same words: 1 - |A and B| / min(|A|, |B|) over their sets of content words.
+    """How much two texts differ in their words: 1 - |A and B| / min(|A|, |B|) for their sets A and B of content words.
 
-    The overlap coefficient of sets, not ROUGE-L: the same thought in another order is no other perspective, and a short
-    remark that the longer text contains is none either. Content words have four letters or more, or are Han; case does
-    not count. 1 where one of them has none, unless both say the same.
+    This is one minus the overlap coefficient of the sets, and not ROUGE-L, because the same thought in another order is
+    not another perspective, nor is a short remark that the longer text contains. Content words have at least four
+    letters or are Han; case is ignored. If a text has none the distance is 1, unless both texts are the same.
 
     >>> distance("Keep the Saturdays open.", "Open? Then keep your Saturdays!"), distance("Bake bread.", "Call her.")
     (0.0, 1.0)
@@ -104,28 +86,28 @@ def distance(one: str, other: str) -> float:
 
 
 def mean_distance(sections: Sequence[Section]) -> float | None:
-    """Mean `distance` over all pairs of an answer's perspectives; None for fewer than two."""
+    """Mean `distance` over all pairs of sections; None for fewer than two."""
     pairs = [distance(one.text, other.text) for one, other in combinations(sections, 2)]
     return sum(pairs) / len(pairs) if pairs else None
 
 
 def assistant_phrases(answer: str) -> list[str]:
-    """The phrases of assistant models in an answer, `dataset.ASSISTANT_PHRASES`, each time that one stands there.
+    """Every occurrence of a phrase of assistant models in an answer, see `dataset.ASSISTANT_PHRASES`.
 
     >>> assistant_phrases("Certainly! As an AI, I would delve into it.")
     ['Certainly!', 'As an AI', 'delve']
     """
-    return [found.group() for found in ASSISTANT_PHRASES.finditer(answer)]
+    return [match.group() for match in ASSISTANT_PHRASES.finditer(answer)]
 
 
-LEAST = 8
-"""Words in a row, as `text_overlap.words` counts them, from which on a stretch is recited."""
+RECITED_WORDS = 8
+"""As many words in a row, as counted by `text_overlap.words`, are recited."""
 
 SCRIPTS = (
     *("Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Hebrew", "Arabic", "Devanagari", "Bengali", "Tamil"),
     *("Thai", "Hangul", "Hiragana", "Katakana", "Han"),
 )
-"""Unicode's names of the scripts that are told apart."""
+"""The scripts that are distinguished, by their names in Unicode."""
 
 _RUN = r"(?P<{0}>\p{{{0}}}(?:[\p{{{0}}}\P{{L}}]*\p{{{0}}})?)"
 _SCRIPT = regex.compile("|".join(map(_RUN.format, SCRIPTS)))
@@ -136,41 +118,34 @@ _LEAKED_HEADING = regex.compile(
 
 @dataclass(frozen=True)
 class Mark:
-    """Characters `start` to `end` of an answer: `kind` is recited, script or heading; `label` says of what."""
+    """A marked part of an answer."""
 
     kind: str
+    """recited, script or heading."""
     start: int
     end: int
+    """Characters `start` to `end`, without the last."""
     label: str
+    """The label of the row, the name of the script, or "heading"."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """An answer's marks, in order, and what they come to."""
+    """An answer's marks in order, and their totals."""
 
     marks: tuple[Mark, ...]
     recited: float
-    """Share of the answer's words that stand in recited stretches."""
+    """Share of the answer's words that are recited."""
     row: str
-    """The training row most of them come from; "" if there are none."""
+    """The training row that most of them come from; "" without recited words."""
     drift: float
-    """Share of its letters that are of a script which the prompt does not use."""
+    """Share of the answer's letters that are of a script which the prompt does not use."""
     headings: int
-    """Headings and role marks that no stop string caught."""
-
-
-def _places(text: str) -> list[tuple[str, int, int]]:
-    """Each word with its start and end; words leave nothing but space between them, so the next is the next found."""
-    found, at = [], 0
-    for word in words(text):
-        start = text.index(word, at)
-        at = start + len(word)
-        found.append((word, start, at))
-    return found
+    """Number of headings and role marks that no stop string caught."""
 
 
 class TrainingRows:
-    """Training rows by label, searchable for what an answer repeats.
+    """Training rows by label, and what an answer repeats of them.
 
     >>> rows = TrainingRows({"row 1": "one two three four five six seven eight nine"})
     >>> rows.read("So: two three four five six seven eight nine!")
@@ -182,47 +157,50 @@ drift=0.0, headings=0)
         self.rows = {label: words(text) for label, text in rows.items()}
         self._starts: dict[tuple[str, ...], list[tuple[str, int]]] = {}
         for label, row in self.rows.items():
-            for at in range(len(row) - LEAST + 1):
-                self._starts.setdefault(tuple(row[at : at + LEAST]), []).append((label, at))
+            for at in range(len(row) - RECITED_WORDS + 1):
+                self._starts.setdefault(tuple(row[at : at + RECITED_WORDS]), []).append((label, at))
 
     def read(self, answer: str, prompt: str = "") -> Reading:
-        """Every mark of `answer`, which was given to `prompt`."""
-        places = _places(answer)
+        """The marks of `answer`, which was given to `prompt`."""
+        places, at = [], 0
+        for word in words(answer):  # only white space is between words, so a word is found where it was read
+            start = answer.index(word, at)
+            at = start + len(word)
+            places.append((word, start, at))
         recited = self._recited(places, words(prompt))
         drifted = _drifted(answer, prompt)
         headings = [Mark("heading", m.start(), m.end(), "heading") for m in _LEAKED_HEADING.finditer(answer)]
         by_row, letters = Counter(), sum(map(str.isalpha, answer))
         for mark in recited:
             by_row[mark.label] += sum(mark.start <= start < mark.end for _, start, _ in places)
-        away = sum(sum(map(str.isalpha, answer[mark.start : mark.end])) for mark in drifted)
+        drifted_letters = sum(sum(map(str.isalpha, answer[mark.start : mark.end])) for mark in drifted)
         return Reading(
             tuple(sorted([*recited, *drifted, *headings], key=lambda mark: (mark.start, mark.end))),
             by_row.total() / len(places) if places else 0.0,
             by_row.most_common(1)[0][0] if by_row else "",
-            away / letters if letters else 0.0,
+            drifted_letters / letters if letters else 0.0,
             len(headings),
         )
 
-    def _recited(self, places: Sequence[tuple[str, int, int]], asked: Sequence[str]) -> list[Mark]:
-        """From left to right the longest stretch at each word, so that no word stands in two."""
-        said, echo = [word for word, _, _ in places], f" {' '.join(asked)} "
-        found, at = [], 0
-        while at + LEAST <= len(said):
+    def _recited(self, places: Sequence[tuple[str, int, int]], prompt: Sequence[str]) -> list[Mark]:
+        """From left to right the longest recited run that begins at a word; runs do not overlap."""
+        answer, echo = [word for word, _, _ in places], f" {' '.join(prompt)} "
+        marks, at = [], 0
+        while at + RECITED_WORDS <= len(answer):
             label, size = "", 0
-            for row, start in self._starts.get(tuple(said[at : at + LEAST]), ()):
-                both = zip(said[at:], self.rows[row][start:], strict=False)
-                length = next((n for n, (one, other) in enumerate(both) if one != other), None)
-                length = min(len(said) - at, len(self.rows[row]) - start) if length is None else length
+            for row, start in self._starts.get(tuple(answer[at : at + RECITED_WORDS]), ()):
+                both = zip(answer[at:], self.rows[row][start:], strict=False)
+                length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], both))
                 if length > size:
                     label, size = row, length
-            if size and f" {' '.join(said[at : at + size])} " not in echo:
-                found.append(Mark("recited", places[at][1], places[at + size - 1][2], label))
+            if size and f" {' '.join(answer[at : at + size])} " not in echo:
+                marks.append(Mark("recited", places[at][1], places[at + size - 1][2], label))
             at += size or 1
-        return found
+        return marks
 
 
 def _drifted(answer: str, prompt: str) -> list[Mark]:
-    """Runs of letters of a script that the prompt does not use; spaces and signs between them belong to the run."""
-    used = {found.lastgroup for found in _SCRIPT.finditer(prompt)}
-    runs = [found for found in _SCRIPT.finditer(answer) if prompt and found.lastgroup not in used]
-    return [Mark("script", found.start(), found.end(), found.lastgroup) for found in runs]
+    """Runs of letters of a script that the prompt does not use, with the spaces and signs between them."""
+    used = {match.lastgroup for match in _SCRIPT.finditer(prompt)}
+    runs = [match for match in _SCRIPT.finditer(answer) if prompt and match.lastgroup not in used]
+    return [Mark("script", run.start(), run.end(), run.lastgroup) for run in runs]

@@ -9,11 +9,9 @@ from mini_symposium.evaluation.answer_text import (
     assistant_phrases,
     distance,
     han_share,
-    headings,
     leaked,
     mean_distance,
     perspectives,
-    speaks_for,
 )
 from mini_symposium.run import find
 
@@ -58,19 +56,12 @@ def test_a_training_heading_in_an_answer_leaks_and_an_own_one_does_not(examples)
     assert leaked(f"{ANSWER}\n### The Acc", known) == ["The Accountant"]
     assert leaked(f"### Steps\n{ANSWER}\n#### Baker\n## Chemist\nThe ### Baker said so.", known) == []
     assert leaked(f"```\n### Baker\n```\n{ANSWER}", known) == []
-    assert headings(f"### Steps\n{ANSWER}\n### Baker") == ["Steps", "Baker"]
 
 
 def test_headings_of_an_answer_may_be_bare_or_indented_and_are_none_in_code():
-    assert headings("   ### Baker \n###Chemist\n###\n    ### indented code") == ["Baker", "Chemist", ""]
-    assert headings("````\n```\n### Baker\n````\n### Chemist") == ["Chemist"]
-
-
-def test_speaking_for_the_user_is_seen_and_speaking_of_them_is_not():
-    assert speaks_for("*He nods.*\n### Ines\nThank you!", "Ines")
-    assert speaks_for("*He nods.*\n**Ines:** Thank you!", "Ines")
-    assert not speaks_for("*He turns to Ines.* Ines: a name like any other.\nInessa: hm?\n### Inessa", "Ines")
-    assert not speaks_for("Call me.", "(a+)+")
+    known = ["", "Baker", "Chemist"]
+    assert leaked("   ### Baker \n###Chemist\n###\n    ### Baker\n", known) == ["Baker", "Chemist", ""]
+    assert leaked("````\n```\n### Baker\n````\n### Chemist", known) == ["Chemist"]
 
 
 def test_an_answers_sections_are_the_rows_own(examples):
