@@ -1,8 +1,8 @@
 """Files and folders that are there whole or not at all, even if the process is killed or the machine crashes.
 
 A file is written in a new folder beside its place, such as `.epoch-0007.x1y2.part`, flushed to disk, and renamed. The
-folder is locked while its writer lives, so that the leftovers of a killed writer can be told from a file that is being
-written.
+folder is locked while its writer lives, which distinguishes a file that is being written from the leftovers of a killed
+writer.
 """
 
 import errno
@@ -54,7 +54,7 @@ def write_json(path: str | Path, value) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     with written_whole(path) as temporary:
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        # Half a character, from a file name that is no text, becomes the escape that JSON has for it.
+        # Half a surrogate pair, from a file name that is not UTF-8, becomes its escape in JSON.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -76,13 +76,14 @@ def clear_away(folder: Path, name: str = "") -> bool:
     for part in folder.glob(f".{name}.*{PART}") if name else list(folder.rglob(f".*{PART}")):
         try:
             lock = _lock(part / LOCK)
-        except OSError:  # its writer has it
+        except OSError:  # its writer has the lock
             being_written = True
             continue
         if lock.is_locked:
             shutil.rmtree(part, ignore_errors=True)
-        being_written |= not lock.is_locked
-        lock.release()
+            lock.release()
+        else:
+            being_written = True
     return being_written
 
 
@@ -122,7 +123,7 @@ def _lock(path: Path, patience: float = 0.0, reentrant: bool = False):
     Raises
     ------
     TimeoutError
-        If somebody else has the lock for `patience` more seconds.
+        If somebody else still has the lock after `patience` seconds.
     OSError
         If the file cannot be written.
     """
