@@ -1,4 +1,4 @@
-"""The ways in which a model is stored, and what each makes of its weights: a file's tensors as they are read back."""
+"""The ways of storing a model, and what each makes of its weights: a file's tensors as they are read back."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,11 +25,11 @@ from mini_symposium.release.gguf import (
 CASTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STOCHASTIC = "bf16, stochastic"
 STORAGES = (*CASTS, STOCHASTIC, *FILE_TYPES, "NF4")
-"""In order of size: as safetensors, as GGUF through llama.cpp, and as loading in 4-bit makes of them."""
+"""From large to small: safetensors, GGUF by llama.cpp, and NF4 as loading in 4-bit makes it."""
 
 
-def possible(storages: Sequence[str]) -> tuple[list[str], str]:
-    """Those of `storages` that can be made here, and a line that says how to make the others; "" if there are none.
+def available(storages: Sequence[str]) -> tuple[list[str], str]:
+    """Those of `storages` that can be made here, and a line that says how to make the others; "" if all can.
 
     Raises
     ------
@@ -40,14 +40,14 @@ def possible(storages: Sequence[str]) -> tuple[list[str], str]:
     if unknown or not storages:
         raise InputError(f"storages {', '.join(unknown) or 'none'}: there are {', '.join(STORAGES)}")
     missing = [name for name in storages if name in FILE_TYPES and not installed(QUANTISER)]
-    said = f"not measured: {', '.join(missing)}; `{INSTALL}` adds llama.cpp's quantiser" if missing else ""
-    return [name for name in storages if name not in missing], said
+    note = f"not measured: {', '.join(missing)}; `{INSTALL}` adds llama.cpp's quantiser" if missing else ""
+    return [name for name in storages if name not in missing], note
 
 
 def stored(
     models: Sequence[Path], linear: set[str], storages: Sequence[str], scratch: Path
 ) -> Iterator[tuple[str, list[Mapping[str, torch.Tensor]], dict[str, int]]]:
-    """For each storage the tensors of each float32 model as its file would give them back, in float32.
+    """For each storage, the tensors of each model as they are read back from it, in float32.
 
     Parameters
     ----------
@@ -56,44 +56,44 @@ def stored(
     linear
         Names of the matrices that NF4 quantises; it leaves the others in bfloat16.
     scratch
-        A folder for GGUF files: one in float32 for each model, and those of each quantised storage.
+        A folder for GGUF files: one in float32 for each model, and one for each model and quantised storage.
 
     Yields
     ------
-    name, tensors of each model, and how many matrices are in which GGUF type (else {})
-        The tensors are made once where memory has room for them, for dequantising takes longer than what is then done
-        with them; else each whenever it is asked for.
+    storage, tensors of each model, {GGUF type: number of matrices}
+        The types are those of the last model's file, {} if it is not GGUF. Where memory has room, the tensors are
+        computed once, because dequantising takes longer than what is done with them; else whenever they are asked for.
 
     Raises
     ------
     RunError
-        If a float32 GGUF file does not give back exactly what was written, so that nothing after it could be trusted.
+        If a float32 GGUF file does not give back exactly what was written: no quantised file could then be trusted.
     """
-    rounds = {name: lambda _, tensor, cast=cast: tensor.to(cast).float() for name, cast in CASTS.items()}
-    rounds |= {
+    round_trips = {name: lambda _, tensor, cast=cast: tensor.to(cast).float() for name, cast in CASTS.items()}
+    round_trips |= {
         STOCHASTIC: lambda _, tensor: stochastic(tensor),
         "NF4": lambda name, tensor: _nf4(tensor, name in linear),
     }
-    # Once this storage's models, once those that the caller still holds, and one to compare with.
+    # The models of this storage, those of the one before, which the caller still holds, and one to compare with.
     sizes = [_bytes(model) for model in models]
-    hold = 2 * sum(sizes) + max(sizes) < psutil.virtual_memory().available
-    with ThreadPoolExecutor(len(models)) as pool:  # converter and quantiser are programs, mostly of one thread
+    keep = 2 * sum(sizes) + max(sizes) < psutil.virtual_memory().available
+    with ThreadPoolExecutor(len(models)) as pool:  # the converter and the quantiser mostly use one thread each
         whole = [scratch / f"{number}.gguf" for number in range(len(models))]
-        if set(storages) - set(rounds):
+        if set(storages) - set(round_trips):
             list(pool.map(_whole_gguf, models, whole))
         for storage in storages:
-            if storage in rounds:
-                tensors, types = [changed(read_model(model), rounds[storage]) for model in models], {}
+            if storage in round_trips:
+                tensors, types = [changed(read_model(model), round_trips[storage]) for model in models], {}
             else:
                 files = [file.with_stem(f"{storage}-{file.stem}") for file in whole]
                 list(pool.map(quantise, whole, files, [storage] * len(models)))
                 tensors = [read_gguf(file, list(read_model(model))) for model, file in zip(models, files, strict=True)]
                 types = tensor_types(files[-1])
-            yield storage, [dict(each) for each in tensors] if hold else tensors, types
+            yield storage, [dict(each) for each in tensors] if keep else tensors, types
 
 
 def _bytes(folder: Path) -> int:
-    """Of a model directory's tensors in float32."""
+    """Bytes of a model directory's tensors in float32."""
     headers = [read_header(path) for path in folder.glob("*.safetensors")]
     return sum(4 * math.prod(entry.shape) for header in headers for entry in header.values())
 
@@ -103,10 +103,10 @@ def _whole_gguf(model: Path, file: Path) -> None:
     tensors = read_model(model)
     for name, tensor in read_gguf(file, tuple(tensors)).items():
         if not torch.equal(tensor, tensors[name]):
-            raise RunError(f"{name}: comes back from a float32 GGUF as something else; its layout is not known here")
+            raise RunError(f"{name}: a float32 GGUF file gives back other values; its layout there is not known")
 
 
 def _nf4(tensor: torch.Tensor, quantised: bool) -> torch.Tensor:
-    """What loading in 4-bit makes of a tensor: bfloat16 first, then blocks of 64 in NF4; see `base_models.nf4`."""
+    """A tensor as loading in 4-bit makes it: rounded to bfloat16, and then, if it is quantised, to NF4."""
     half = tensor.bfloat16()
     return (nf4_round_trip(half) if quantised else half).float()
