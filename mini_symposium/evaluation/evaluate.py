@@ -29,26 +29,40 @@ ENGINEER = prompt_format("### Software Engineer")
 """The card's own example of a heading that changes the answer."""
 
 
-def measure(
+def evaluate(
     model: PreTrainedModel | Callable[[str], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
-    targets: Mapping[Path, str],
+    files: Mapping[Path, str],
     *material,
     show: Callable[[str], object] = lambda line: None,
     **options,
-) -> None:
+) -> dict[str, dict]:
     """Evaluate named adapters of `model`, "base" for none, each into its JSON file.
 
-    A file that is there is kept, if it was measured with the same settings on the same prompts.
+    A file that was measured with the same settings on the same prompts is kept.
 
     Parameters
     ----------
     model
-        With all the adapters; or what loads it, given a name, for each file that is measured.
+        With all the adapters; or a function that loads it, given a name, for each file that has to be measured.
+    files
+        {file: the name of its adapter}.
     material, options
-        Of `evaluate`: examples, twins, prompts; formats, max_new_tokens, posix_queries, probes.
+        Of `evaluate_adapter`: examples, twins, prompts; formats, max_new_tokens, posix_queries, probes.
     show
         Called with each file before it is measured.
+
+    Returns
+    -------
+    dict
+        {name: its evaluation, see `evaluate_adapter`}.
+
+    Examples
+    --------
+    >>> from mini_symposium import evaluate, load_examples, open_run
+    >>> run = open_run("runs/proxy")  # doctest: +SKIP
+    >>> files = {run.evaluation_file(path): name for name, path in run.newest_checkpoints().items()}  # doctest: +SKIP
+    >>> found = evaluate(model, tokenizer, files, examples, twins, prompts)  # doctest: +SKIP
     """
     examples, twins, prompts = material
     settings = {
@@ -56,19 +70,20 @@ def measure(
         "rows": fingerprint([*examples, *twins]),
         **{key: [form.name for form in value] if key == "formats" else value for key, value in options.items()},
     }
-    settings = json.loads(json.dumps(settings))
-    for file, name in targets.items():
-        if file.exists() and read_object(file).get("settings") == settings:
-            continue
-        show(str(file))
-        loaded = model if isinstance(model, torch.nn.Module) else model(name)
-        found = evaluate(loaded, tokenizer, *material, name=name, **options) | {"settings": settings}
-        if name == "base":
-            found["paper_bytes"] = sum(predicted_bytes(load_recipe("paper")).values())
-        write_json(file, found)
+    settings, found = json.loads(json.dumps(settings)), {}
+    for file, name in files.items():
+        if not file.exists() or read_object(file).get("settings") != settings:
+            show(str(file))
+            loaded = model if isinstance(model, torch.nn.Module) else model(name)
+            measured = evaluate_adapter(loaded, tokenizer, *material, name=name, **options) | {"settings": settings}
+            if name == "base":
+                measured["paper_bytes"] = sum(predicted_bytes(load_recipe("paper")).values())
+            write_json(file, measured)
+        found[name] = read_object(file)
+    return found
 
 
-def evaluate(
+def evaluate_adapter(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],

@@ -20,7 +20,7 @@ import pandas as pd
 from mini_symposium.data.dataset import Example, fingerprint, load_examples
 from mini_symposium.data.held_out import HeldOut
 from mini_symposium.errors import InputError, RunError
-from mini_symposium.evaluation import evaluate
+from mini_symposium.evaluation.evaluate import evaluate
 from mini_symposium.files.writing import alone, write_json, written_whole
 from mini_symposium.models.adapters import folded, load_with_adapters
 from mini_symposium.models.base_models import load_tokenizer
@@ -232,7 +232,7 @@ class Sweep:
         Parameters
         ----------
         show, options
-            Of `evaluate.measure`.
+            Of `evaluate`.
         """
         adapters = self.evaluated(last)
         files = {self.root / "base.json": "base"}
@@ -242,7 +242,7 @@ class Sweep:
             return folded(load_with_adapters(self.base.base_model, {name: adapters[name]} if name in adapters else {}))
 
         tokenizer = load_tokenizer(self.base.base_model)
-        evaluate.measure(load, tokenizer, files, examples, held_out, prompts, show=show, **options)
+        evaluate(load, tokenizer, files, examples, held_out, prompts, show=show, **options)
 
 
 def run_grid(
