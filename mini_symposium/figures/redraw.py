@@ -10,7 +10,7 @@ from mini_symposium.data.dataset import load_examples
 from mini_symposium.figures import training
 from mini_symposium.figures.ledger import ledger_picture, memorization_curves
 from mini_symposium.figures.style import Picture
-from mini_symposium.figures.survival import survival_of_table
+from mini_symposium.figures.survival import survival_picture
 from mini_symposium.files.reading import refuse_other_shapes
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import RunDirectory
@@ -56,7 +56,7 @@ def _of_run(run: RunDirectory) -> dict[str, Picture]:
         "format_grid": lambda rows: training.format_grid(rows, "copied_words", recipe.scale),
         "pass_rates": lambda rows: training.format_grid(rows, "passed", recipe.scale),
         "recitation": lambda rows: training.recitation(rows, recipe.scale),
-        "survival": lambda rows: survival_of_table(rows, recipe.scale),
+        "survival": lambda rows: survival_picture({"storages": rows, "layers": []}, recipe.scale),
     }
     for name, draw in from_csv.items():
         csv = run.figures / f"{name}.csv"

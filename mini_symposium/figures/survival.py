@@ -20,7 +20,8 @@ def survival_picture(measured: Mapping[str, Sequence[Mapping]], scale: str) -> P
     Parameters
     ----------
     measured
-        {"storages", "layers"}, as `release.survival.survival` returns them.
+        {"storages", "layers"}, as `release.survival.survival` returns them. The rows of the picture's csv, which name
+        their layer, may all stand in "storages".
 
     Raises
     ------
@@ -29,7 +30,7 @@ def survival_picture(measured: Mapping[str, Sequence[Mapping]], scale: str) -> P
     """
     if not measured["storages"]:
         raise InputError("no storage has been measured; run notebook 04 or `mini-symposium survival` first")
-    rows = [{**row, "layer": "all"} for row in measured["storages"]] + list(measured["layers"])
+    rows = [{"layer": "all", **row} for row in measured["storages"]] + list(measured["layers"])
     table = pd.DataFrame(rows).reindex(columns=COLUMNS)
     numbers = table.columns[3:]
     table[numbers] = table[numbers].astype(float).map(as_written)
@@ -68,14 +69,6 @@ def survival_picture(measured: Mapping[str, Sequence[Mapping]], scale: str) -> P
         weights.set_ylim(len(whole) - 0.4, -0.6)
     figure.drawn = table
     return figure
-
-
-def survival_of_table(rows: Sequence[Mapping], scale: str) -> Picture:
-    """The same picture from the rows of its csv."""
-    parts = {"storages": [], "layers": []}
-    for row in rows:
-        parts["storages" if row["layer"] == "all" else "layers"].append(row)
-    return survival_picture(parts, scale)
 
 
 def _bar(axes, y: int, value: float, colour: str, more: str = "") -> None:

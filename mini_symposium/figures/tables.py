@@ -11,10 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
 
-from mini_symposium.errors import INVISIBLE, InputError
-
-_SPELLINGS = {"Ġ": "·", "▁": "·", "Ċ": "⏎", "<0x0A>": "⏎"}
-"""How byte-level BPE and SentencePiece spell a space and a newline, and the sign that is shown for it."""
+from mini_symposium.errors import INVISIBLE
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,29 +76,21 @@ def plain(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Shown:
     return Shown(_table(map(as_html, headers), [map(as_html, row) for row in rows]), "\n".join(text))
 
 
-def expected_measured(rows: Sequence[Sequence[object]], tolerance: float = 0.0) -> Shown:
-    """A table of predictions, of what was measured, and of whether they match.
+def expected_measured(rows: Sequence[Sequence[object]]) -> Shown:
+    """A table of predictions, of what was measured, and of whether the two are equal.
 
     Parameters
     ----------
     rows
-        (what, expected, measured), or (what, expected, measured, match) where the caller judges the match.
-    tolerance
-        Largest difference at which two numbers still match, as a share of the expected one.
+        (what, expected, measured).
 
-    >>> expected_measured([("steps", 390, 390), ("bytes", 100, 103)], tolerance=0.01)
+    >>> expected_measured([("steps", 390, 390), ("bytes", 100, 103)])
     what  | expected | measured | match
     ------+----------+----------+------
     steps | 390      | 390      | ✓ yes
     bytes | 100      | 103      | ✗ NO
     """
-
-    def matches(expected, measured) -> bool:
-        numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (expected, measured))
-        return abs(measured - expected) <= tolerance * abs(expected) if numbers else measured == expected
-
-    judged = [(*row[:3], row[3] if len(row) > 3 else matches(*row[1:3])) for row in rows]
-    cells = [(*row[:3], "✓ yes" if row[3] else "✗ NO") for row in judged]
+    cells = [(*row, "✓ yes" if row[1] == row[2] else "✗ NO") for row in rows]
     return plain(["what", "expected", "measured", "match"], cells)
 
 
@@ -111,36 +100,20 @@ def side_by_side(answers: Sequence[Mapping], query: str) -> Shown:
     Parameters
     ----------
     answers
-        {"format", "model", "answer"}, and if known "tokens" and "stop_reason"; answers to another "query" are left out.
-
-    Raises
-    ------
-    InputError
-        If there is no answer to that query.
+        {"format", "model", "answer", "tokens", "stop_reason"}, one for each format and model.
     """
-    answers = [answer for answer in answers if answer.get("query", query) == query]
-    if not answers:
-        raise InputError(f"no answer to {query!r}; ask it first")
     models = list(dict.fromkeys(answer["model"] for answer in answers))
     formats = list(dict.fromkeys(answer["format"] for answer in answers))
-    cells = {(answer["format"], answer["model"]): answer for answer in answers}
-
-    def note(answer: Mapping) -> str:
-        tokens = [f"{answer['tokens']} tokens"] if "tokens" in answer else []
-        reason = answer.get("stop_reason")
-        return _plain(", ".join(tokens + ["cut off" if reason == "length" else f"ended by {reason}"] * bool(reason)))
-
-    def cell(answer: Mapping | None) -> str:
-        if answer is None:
-            return "—"
-        text = as_html(answer["answer"]) if answer["answer"].strip() else "<em>(empty)</em>"
-        return text + f"<br><small>[{as_html(note(answer))}]</small>" * bool(note(answer))
-
-    rows = [[f"<b>{as_html(form)}</b>", *(cell(cells.get((form, model))) for model in models)] for form in formats]
-    text = [f"Query: {_plain(query)}"]
-    for (form, model), answer in cells.items():
-        text.append(f"\n[{_plain(form)} · {_plain(model)}] {note(answer)}".rstrip())
+    cells, text = {}, [f"Query: {_plain(query)}"]
+    for answer in answers:
+        form, model = answer["format"], answer["model"]
+        ending = "cut off" if answer["stop_reason"] == "length" else f"ended by {answer['stop_reason']}"
+        note = _plain(f"{answer['tokens']} tokens, {ending}")
+        shown = as_html(answer["answer"]) if answer["answer"].strip() else "<em>(empty)</em>"
+        cells[form, model] = f"{shown}<br><small>[{as_html(note)}]</small>"
+        text.append(f"\n[{_plain(form)} · {_plain(model)}] {note}")
         text.append("\n".join(f"  {line}" for line in (_plain(answer["answer"]).strip() or "(empty)").splitlines()))
+    rows = [[f"<b>{as_html(form)}</b>", *(cells[form, model] for model in models)] for form in formats]
     table = _table(["format", *map(as_html, models)], rows)
     return Shown(f"<p><b>Query:</b> {as_html(query)}</p>\n{table}", "\n".join(text))
 
@@ -153,27 +126,13 @@ def supervised_tokens(tokens: Sequence[str], mask: Sequence[int]) -> Shown:
     Parameters
     ----------
     tokens
-        Decoded pieces, or a tokenizer's own spelling with Ġ or ▁ for a space.
+        Decoded one by one.
     mask
         1 for a supervised token, 0 for another, as in `dataset.Row.completion_mask`.
-
-    Raises
-    ------
-    InputError
-        If there are not as many masks as tokens.
     """
-    if len(tokens) != len(mask):
-        raise InputError(f"{len(tokens)} tokens but {len(mask)} masks; take both from one row")
-    # Where a token has a space or a newline the tokens are decoded already, and Ġ is a letter (of Maltese).
-    spellings = {} if any(set(token) & {" ", "\n"} for token in tokens) else _SPELLINGS
-
-    def shown(token: str) -> str:
-        for spelling, sign in {**spellings, " ": "·", "\n": "⏎"}.items():
-            token = token.replace(spelling, sign)
-        return _plain(token)
-
+    signs = [_plain(token.replace(" ", "·").replace("\n", "⏎")) for token in tokens]
     supervised, parts, text = sum(map(bool, mask)), [], []
-    for inside, pairs in groupby(zip(map(shown, tokens), map(bool, mask), strict=True), key=lambda pair: pair[1]):
+    for inside, pairs in groupby(zip(signs, map(bool, mask), strict=True), key=lambda pair: pair[1]):
         run = [token for token, _ in pairs]
         for token in run:
             shade = "#cfe5f5" if inside else "#f2f2f2"

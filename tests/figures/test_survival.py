@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from mini_symposium.errors import InputError
-from mini_symposium.figures.survival import survival_of_table, survival_picture
+from mini_symposium.figures.survival import survival_picture
 
 
 def stored(storage, verdict, **more):
@@ -28,7 +28,7 @@ def test_the_picture_is_drawn_from_the_results_and_again_from_its_csv(tmp_path):
     assert list(csv[csv["layer"] == "all"]["verdict"]) == ["kept", "blurred", "lost"]
     texts = [text.get_text() for text in drawn.axes[0].get_yticklabels()]
     assert texts == ["fp32: kept", "bf16: blurred", "NF4: lost"]
-    again = survival_of_table(csv.to_dict("records"), "tiny")
+    again = survival_picture({"storages": csv.to_dict("records"), "layers": []}, "tiny")
     assert again.png() == (tmp_path / "survival.png").read_bytes()
 
 
