@@ -193,23 +193,15 @@ def _replace(macro: str, text: str, value: str, literally: bool = False) -> str:
     >>> _replace("{{name}}", "I am {{NAME}}.", "A$$")
     'I am A$.'
     """
-    room = LONGEST
-
-    def bounded(piece: str) -> str:
-        nonlocal room
-        room -= len(piece)
-        if room < 0:
-            raise InputError(f"a sequence with {macro} grows beyond {LONGEST:,} characters; shorten it, or the names")
-        return piece
+    pattern, dollars = re.compile(re.escape(macro), re.I), 0 if literally else value.count("$")
+    if len(pattern.findall(text)) * (len(value) + dollars * len(text)) > LONGEST:
+        raise InputError(f"a sequence with {macro} grows beyond {LONGEST:,} characters; shorten it, or the names")
 
     def replacement(match: re.Match) -> str:
-        def pattern(sign: re.Match) -> str:
-            around = {"`": slice(match.start()), "'": slice(match.end(), None)}.get(sign[1])
-            return bounded(text[around]) if around else "$" if sign[1] == "$" else match[0]
+        signs = {"$": "$", "&": match[0], "`": text[: match.start()], "'": text[match.end() :]}
+        return re.sub(r"\$([$&`'])", lambda sign: signs[sign[1]], value)
 
-        return bounded(value) if literally or "$" not in value else re.sub(r"\$([$&`'])", pattern, bounded(value))
-
-    return re.sub(re.escape(macro), replacement, text, flags=re.I)
+    return pattern.sub(replacement if dollars else lambda _: value, text)
 
 
 FORMATS = {
