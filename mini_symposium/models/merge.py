@@ -1,14 +1,13 @@
-"""Add an adapter into its base, in float32, so that the result needs no peft; and show that nothing was lost.
+"""Add adapters into their base, in float32, and write a model that needs no PEFT.
 
-At a very low learning rate the whole fine-tune is a perturbation of about 1e-5 on weights of about 1e-2.
-bfloat16 keeps eight bits: saved in it, most of such a change is rounded away. Hence float32 arithmetic and,
-unless asked otherwise, float32 files.
+At a very low learning rate the whole fine-tune changes weights of about 1e-2 by about 1e-5. bfloat16 keeps eight bits
+and rounds most of such a change away. So the sum is taken in float32 and, by default, written in float32.
 
-QLoRA trains against the *dequantised NF4* base. Merging onto the original weights is therefore a slightly
-different model; both are offered, and `compare` measures each against base + adapter.
+QLoRA trains against the *dequantised NF4* base. A merge onto the original weights is therefore a slightly different
+model. Both can be made; `predictions.compare` measures each against base + adapter.
 
-Everything is checked from the files' headers before a byte is written. Then one tensor after another is read, added
-to and written, so a merge needs the memory of the largest tensor, a few times over, and not that of a model.
+Everything is checked from the files' headers before anything is written. Then one tensor after another is read, changed
+and written: a merge needs memory for the largest tensor, a few times over, not for the model.
 """
 
 import json
@@ -42,32 +41,40 @@ def merge(
     dtype: str = "float32",
     by_chance: bool = False,
 ) -> dict:
-    """Write base + adapter as safetensors with config and tokenizer into `out`, one tensor after another.
+    """Write base + adapter into the folder `out`: safetensors, configuration and tokenizer.
 
     Parameters
     ----------
     checkpoint
-        One adapter, or several with the weight of each. What is weighted is what each adds to the base, B A, not A
-        and B by themselves: the product of two means is not the mean of two products.
+        One adapter's folder, or {folder: weight} for several. The weights are those of the changes B A, not of A and B:
+        the product of two means is not the mean of two products.
     base
-        "original": the weights as they came. "nf4": what training saw, quantised and dequantised again.
+        "original": the base's weights as they are stored. "nf4": as training saw them, quantised to NF4 and
+        dequantised.
     dtype
-        Of the file. The sum is always taken in float32.
+        Of the files: float32, float16 or bfloat16. The sum is always taken in float32.
     by_chance
-        For bfloat16: round up or down by chance (see `stochastic`). A change below half of bfloat16's step, which
-        rounding to the nearest drops altogether, is then kept on average, beneath more noise.
+        Round to bfloat16 up or down by chance, see `stochastic`. A change below half of bfloat16's step, which rounding
+        to the nearest drops, is then kept on average, with more noise.
 
     Returns
     -------
     dict
-        The provenance that is also written to `out`/merge.json, and under "memory" the bytes that were predicted and
-        measured at the peak.
+        What is also written to `out`/merge.json: base_model, base, dtype, checkpoints, rounded, mini_symposium (its
+        version). And memory: the process's peak in bytes, predicted and measured.
 
     Raises
     ------
     InputError
-        If `out` exists, an adapter is damaged, it does not fit the base, or the disk has no room. `out` is then as it
+        If `out` exists, an adapter is damaged or does not fit the base, or the disk has no room. `out` is then as it
         was.
+
+    Examples
+    --------
+    >>> from mini_symposium import merge, open_run
+    >>> [checkpoint] = open_run("runs/tiny").newest_checkpoints().values()  # doctest: +SKIP
+    >>> merge(checkpoint, "tiny", Path("merged"), base="nf4")["checkpoints"]  # doctest: +SKIP
+    [{'checkpoint': 'lr-1e-05/epoch-0003', 'weight': 1.0, 'scaling': 2.0, 'sha256': '5f0c...'}]
     """
     if base not in BASES or dtype not in DTYPES:
         raise InputError(f"base={base!r}, dtype={dtype!r}: base is one of {BASES}, dtype one of {tuple(DTYPES)}")
@@ -91,7 +98,7 @@ def merge(
     with written_whole(out) as temporary:
         temporary.mkdir()
         for path, header in written.items():
-            tensors = (merged_tensor(path, name, factors, base) for name in header)
+            tensors = (_merged(path, name, factors, base) for name in header)
             if by_chance:
                 tensors = (stochastic(tensor) if tensor.is_floating_point() else tensor for tensor in tensors)
             cast = (tensor.to(header[name].dtype) for name, tensor in zip(header, tensors, strict=True))
@@ -114,18 +121,18 @@ def merge(
 
 
 def _check_inside(path: Path, source: Path) -> None:
-    """Refuse a link out of the base's folder, for the merge may be published; a hub's cache links to its own blobs."""
+    """Refuse a link that leads out of the base's folder: the merge may be published. The hub's cache links to blobs."""
     real, folder = path.resolve(), source.resolve()
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     if not real.is_relative_to(folder) and real.parent != blobs:
-        raise InputError(f"{path}: leads out of {source}; delete the link, or copy the file itself there")
+        raise InputError(f"{path}: leads out of {source}; delete the link, or put the file itself there")
 
 
-def merged_tensor(path: Path, name: str, factors: Factors, base: str) -> torch.Tensor:
-    """A tensor of the base with what the adapters add to it, in float32; one that they leave alone as it came."""
+def _merged(path: Path, name: str, factors: Factors, base: str) -> torch.Tensor:
+    """A tensor of the base with what the adapters add to it, in float32; if they add nothing, in the base's type."""
     weight = read_tensor(path, name)
     if base == "nf4" and weight.is_floating_point():
-        weight = weight.bfloat16()  # as the base is loaded for training, whatever it is stored in
+        weight = weight.bfloat16()  # training loads the base in bfloat16, whatever it is stored in
     if name not in factors:
         return weight
     if base == "nf4":
@@ -142,20 +149,22 @@ def nf4_round_trip(weight: torch.Tensor) -> torch.Tensor:
 
 
 def stochastic(tensor: torch.Tensor) -> torch.Tensor:
-    """Rounded to bfloat16 up or down by chance, in proportion to how near each is, so that the mean is kept.
+    """Each number rounded to one of the two nearest in bfloat16, in float32: the nearer, the likelier, so that the mean
+    is kept.
 
-    The chances are the same for each tensor of a shape: two models are rounded alike where they are alike.
+    The random numbers depend on the shape alone: two models are rounded alike where they are equal.
     """
     dice = torch.randint(0, 2**16, tensor.shape, dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     return ((tensor.float().view(torch.int32) + dice) & -(2**16)).view(torch.float32)
 
 
 QUANTISING = 24
-"""Bytes an element that bitsandbytes takes to quantise on a CPU: bfloat16, float32 three times over, int32, packed."""
+"""Bytes that bitsandbytes takes for each element while it quantises on a CPU: bfloat16, three times float32, int32, and
+the packed result."""
 
 
 def predicted_bytes(shards: Mapping[Path, Header], factors: Factors, base: str, dtype: str) -> int:
-    """Memory that merging takes on top of the process: the worst tensor as read, worked on in float32, and written."""
+    """Bytes that merging adds to the process's memory: the largest tensor as it is read, changed and written."""
 
     def takes(name: str, tensor: torch.Tensor) -> int:
         work = QUANTISING if base == "nf4" and name in factors else 4
@@ -165,14 +174,14 @@ def predicted_bytes(shards: Mapping[Path, Header], factors: Factors, base: str, 
 
 
 def _forget_peak() -> None:
-    """Let the peak be that of the merge, not of what the process, or the one that it was forked from, did before."""
+    """Reset Linux's counter of peak memory, which includes what the process did before, and what its parent did."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak() -> int:
-    """Most bytes of memory that the process held since then; without Linux's counter, since it began."""
-    with suppress(OSError):
+    """The most bytes of memory that the process held since `_forget_peak`; without Linux's counter, since it began."""
+    with suppress(OSError, TypeError):  # there is no such file, or no such line in it
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     return process_peak()
 
@@ -182,20 +191,21 @@ def _converted(header: Header, dtype: torch.dtype) -> Header:
 
 
 def _check_fit(factors: Factors, shards: Mapping[Path, Header], base_model: str, where: Path) -> None:
-    """Every layer that the adapters change is in the base, with the same shape."""
+    """Refuse adapters that change a layer that the base does not have, or has in another shape."""
     header = {name: tensor for each in shards.values() for name, tensor in each.items()}
     missing = [name for name in factors if name not in header]
     for name in factors.keys() & header.keys():
         (a, b), shape = factors[name], tuple(header[name].shape)
         if (b.shape[0], a.shape[1]) != shape:
-            raise InputError(f"{name}: the adapter is for {b.shape[0]} x {a.shape[1]}, the base has {shape}")
+            adapted = f"the adapter is for {b.shape[0]} x {a.shape[1]}"
+            raise InputError(f"{where}: {name}: {adapted}, but {base_model} has {shape}; another base?")
     if missing:
         raise InputError(f"{where}: {len(missing)} of its layers are not in {base_model}; another base?")
 
 
 def check_room(out: Path, size: int) -> None:
-    """A disk that is already too full is said at once; one that fills up meanwhile is said by `written_whole`."""
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    """Refuse at the start if the disk of `out` has no room for `size` bytes; `written_whole` reports one that fills up."""
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if size > free:
         raise InputError(f"{out}: takes {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; choose another disk")

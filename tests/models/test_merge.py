@@ -259,14 +259,14 @@ def test_a_checkpoint_is_found_by_its_name(checkpoint):
     for names, said in (
         (["epoch-7"], "epoch-7 is not there, but epoch-0, epoch-1"),
         (["last"], "takes epoch-N"),
-        (["1e-9/epoch-6"], "no checkpoint at 1e-09; there are rates 0.001"),
+        (["1e-9/epoch-6"], "no checkpoint at learning rate 1e-09; there are rates 0.001"),
         (["epoch-3=2", "epoch-6"], "a weight to all or to none"),
         (["epoch-6", "6"], "each checkpoint once"),
         (["epoch-6=much"], "a weight is a number"),
         (["epoch-6=nan"], "a weight is a number"),
         (["epoch-6=inf"], "a weight is a number"),
-        (["inf/epoch-6"], "learning rate inf: there are rates 0.001"),
-        (["nan/6"], "learning rate nan: there are rates 0.001"),
+        (["inf/epoch-6"], "learning rate inf; there are rates 0.001"),
+        (["nan/6"], "learning rate nan; there are rates 0.001"),
         (["9" * 5000], "takes epoch-N"),
     ):
         with pytest.raises(InputError, match=re.escape(said)):
