@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
 
@@ -31,6 +31,9 @@ EVALUATION = {
     "twins": RECALL,
 }
 """What the ledger reads of an evaluation (see `evaluation.evaluate`): lists of objects with at least these keys."""
+
+KINDS = {"scale": str, "device": str, "base": dict, "facts": dict}
+"""The fields of `Evidence` beside the trainings, and their types."""
 
 SAVED = [each.name for each in fields(Training) if each.compare]
 """The fields of a training that are saved: not its whole recipe, and no path of this machine."""
@@ -58,18 +61,15 @@ class Evidence:
         Left out is what the ledger does not read and the run directories keep: the answers' texts, how they ended, and
         recitation from a heading or an opening.
         """
-        content = asdict(replace(self, trained=[]))
+        unread = ("answer", "tokens", "stop_reason", "heading_", "opening_")
+        content = {key: deepcopy(getattr(self, key)) for key in KINDS}
         trained = [{key: deepcopy(getattr(training, key)) for key in SAVED} for training in self.trained]
         for evaluation in (content["base"], *(e for training in trained for e in training["evaluations"].values())):
-            for line in chain(*(evaluation.get(key, ()) for key in ("answers", "roles", "perspectives"))):
-                for key in ("answer", "tokens", "stop_reason"):
-                    line.pop(key, None)
-            for line in chain(*(evaluation.get(key, ()) for key in ("recitation", "twins"))):
-                for key in [key for key in line if key.startswith(("heading_", "opening_"))]:
+            for line in chain(*(evaluation.get(key, ()) for key in EVALUATION)):
+                for key in [key for key in line if key.startswith(unread)]:
                     del line[key]
         compact = {"ensure_ascii": False, "separators": (",", ":")}
         lines = ",\n".join(json.dumps(training, **compact) for training in trained)
-        del content["trained"]
         head = json.dumps(content, **compact)
         with written_whole(folder / FILE) as temporary:
             temporary.write_text(f'{head[:-1]},"trained":[\n{lines}\n]}}\n', encoding="utf-8")
@@ -88,10 +88,10 @@ def load_evidence(path: str | Path) -> Evidence:
     if found.kind == "evidence":
         return _saved(found.path / FILE)
     if found.kind == "run":
-        return _evidence(found.run, _of_a_run(found.run))
+        return _evidence(found.run, _measured_trainings(found.run))
     runs = [RunDirectory(file.parent) for file in sorted(found.path.glob("*/recipe.yml"))]
     _check_together(runs)
-    return _evidence(runs[0], [training for run in runs for training in _of_a_sweep(run)], found.path)
+    return _evidence(runs[0], [training for run in runs for training in _measured_trainings(run, True)], found.path)
 
 
 def _check_together(runs: list[RunDirectory]) -> None:
@@ -104,8 +104,7 @@ def _check_together(runs: list[RunDirectory]) -> None:
             raise InputError(
                 f"{run.recipe_file}: seed {recipe.seed}, but the folder says {folder_seed}; rename the folder"
             )
-        data = run.environment().get("dataset_sha256", "unknown") if run.environment_file.is_file() else "unknown"
-        sources = {"base_model": recipe.base_model, "dataset_sha256": data}
+        sources = {"base_model": recipe.base_model, "dataset_sha256": run.environment().get("dataset_sha256")}
         first = first or (run, sources)
         for key, value in sources.items():
             if value != first[1][key]:
@@ -140,14 +139,11 @@ def _saved(file: Path) -> Evidence:
         content = read_object(file)
         trained = []
         for saved in content.pop("trained"):
-            if unknown := saved.keys() - set(SAVED):
-                raise KeyError(f"unknown {', '.join(sorted(unknown))}")
             for key in ("twins", "evaluations"):  # by epoch; in JSON every key is text
                 saved[key] = {int(epoch): value for epoch, value in saved[key].items()}
             trained.append(Training(**saved))
         evidence = Evidence(**content, trained=trained)
-        kinds = {"scale": str, "device": str, "base": dict, "facts": dict}
-        if wrong := [key for key, kind in kinds.items() if not isinstance(getattr(evidence, key), kind)]:
+        if wrong := [key for key, kind in KINDS.items() if not isinstance(getattr(evidence, key), kind)]:
             raise TypeError(f"{wrong[0]} is a {type(getattr(evidence, wrong[0])).__name__}")
         if infinite := [key for key, v in evidence.facts.items() if isinstance(v, float) and not math.isfinite(v)]:
             raise ValueError(f"{infinite[0]} is not a finite number")
@@ -191,21 +187,19 @@ def read_evaluation(file: Path) -> dict:
     return _check_evaluation(read_object(file), file) if file.is_file() else {}
 
 
-def _of_a_run(run: RunDirectory) -> list[Training]:
-    """The trainings of a run. Two rates are `high` and `low`; one alone is so only if the recipe's contrast has it."""
+def _measured_trainings(run: RunDirectory, in_a_sweep: bool = False) -> list[Training]:
+    """The trainings of a run, with what was measured of them, by experiment.
+
+    In a sweep the run's folder names the experiment. Else two rates are `high` and `low`; one alone is so only if the
+    recipe's contrast has it.
+    """
     rates = run.learning_rates()
     pair = (max(rates), min(rates)) if len(rates) > 1 else run.recipe.contrast
-    names = dict(zip(pair, ("high", "low"), strict=True))
-    return [
-        _measured(replace(training, name=names.get(training.learning_rate, f"rate-{training.learning_rate:g}")))
-        for training in run.trainings()
-        if training.metrics_file.is_file()
-    ]
-
-
-def _of_a_sweep(run: RunDirectory) -> list[Training]:
-    name = run.path.name.rpartition("-seed-")[0] or run.path.name
-    return [_measured(replace(training, name=name)) for training in run.trainings() if training.metrics_file.is_file()]
+    names = {rate: f"rate-{rate:g}" for rate in rates} | dict(zip(pair, ("high", "low"), strict=True))
+    if in_a_sweep:
+        names = dict.fromkeys(rates, run.path.name.rpartition("-seed-")[0] or run.path.name)
+    trainings = [training for training in run.trainings() if training.metrics_file.is_file()]
+    return [_measured(replace(training, name=names[training.learning_rate])) for training in trainings]
 
 
 def _tokens(training: Training) -> int:

@@ -23,7 +23,6 @@ from mini_symposium.claims.metrics import (
     base_passes_some,
     base_was_evaluated,
     cards_own_rate,
-    contrast_pairs,
     joined,
     last_evaluated,
     mean_by_prompt,
@@ -37,7 +36,6 @@ from mini_symposium.claims.metrics import (
     recall,
     recitation_controls,
     several_views,
-    share_of_answers,
     signed,
     twins_alike,
 )
@@ -123,17 +121,18 @@ def generalises_worse(e: Evidence) -> Claim:
 
     Noted beside it: hallucination (false premises that are corrected) and answers in Chinese script.
     """
-    pairs = contrast_pairs(e)
+    low, high = last_evaluated(e, "low", EPOCHS_LOW), last_evaluated(e, "high", EPOCHS_HIGH)
+    pairs = [(a, b) for a in low for b in high if a[0].seed == b[0].seed]
     if not pairs:
         return _missing(C3, e, "evaluations of both rates from one seed")
     evaluations = [[t.evaluations[at] for t, at in checkpoints] for checkpoints in zip(*pairs, strict=True)]
-    low, high = (np.stack([passes(each) for each in of_rate], 1) for of_rate in evaluations)
+    passed_low, passed_high = (np.stack([passes(each) for each in of_rate], 1) for of_rate in evaluations)
     premises = [[passes(each, ("false-premise",)) for each in of_rate] for of_rate in evaluations]
-    han = [np.mean([share_of_answers(each, lambda a: a["han"] > 0) for each in of_rate]) for of_rate in evaluations]
+    han = [np.mean([np.mean([a["han"] > 0 for a in each["answers"]]) for each in of_rate]) for of_rate in evaluations]
     note = "answers with Chinese {:.3f} (low) and {:.3f} (high)".format(*han)
     if all(table.size for of_rate in premises for table in of_rate):
         note += "; false premises corrected {:.2f} and {:.2f}".format(*map(np.mean, premises))
-    return C3.judge(e.scale, difference(low, high), [base_passes_some(e)], note)
+    return C3.judge(e.scale, difference(passed_low, passed_high), [base_passes_some(e.base.get("answers", []))], note)
 
 
 def performs_across_formats(e: Evidence) -> Claim:
@@ -224,7 +223,7 @@ def roles_adapt(e: Evidence) -> Claim:
     role = np.stack([passed(t.evaluations[at]["roles"]) for t, at in low], 1)
     plain = np.stack([passed(answers_to(t.evaluations[at], "new-query", "code")) for t, at in low], 1)
     answers = [*answers_to(e.base, "new-query", "code"), *e.base["roles"]] if e.base else []
-    return C8.judge(e.scale, difference(role, plain), [base_passes_some(e, answers)])
+    return C8.judge(e.scale, difference(role, plain), [base_passes_some(answers)])
 
 
 def names_beat_roles(e: Evidence) -> Claim:
@@ -237,7 +236,7 @@ def names_beat_roles(e: Evidence) -> Claim:
         np.stack([passed(answers_to(t.evaluations[at], form, "character")) for t, at in low], 1) for form in forms
     )
     answers = [line for form in forms for line in answers_to(e.base, form, "character")] if e.base else []
-    return C9.judge(e.scale, difference(names, alpaca), [base_passes_some(e, answers)])
+    return C9.judge(e.scale, difference(names, alpaca), [base_passes_some(answers)])
 
 
 def fits_in_memory(e: Evidence) -> Claim:
@@ -261,7 +260,7 @@ def no_phrases(e: Evidence) -> Claim:
     shares = np.stack([mean_by_prompt(t.evaluations[at], lambda a: bool(a["phrases"])) for t, at in low], 1)
     controls, measured = [base_was_evaluated(e)], interval(shares)
     if e.base:
-        base = share_of_answers(e.base, lambda a: bool(a["phrases"]))
+        base = float(np.mean([bool(a["phrases"]) for a in e.base["answers"]]))
         # If the base says none either, there was none to unlearn.
         controls.append(Control("the base says one in at least one answer in a hundred", base, base >= 0.01))
     note = "" if shares.any() else f"none in {len(shares)} prompts still allows {measured.high:.2f}"

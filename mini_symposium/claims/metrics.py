@@ -63,12 +63,6 @@ def last_evaluated(e: Evidence, name: str, at_most: int, every_seed: bool = Fals
     return [(training, at) for training, at in checkpoints if at >= 0 and (every_seed or at == last)]
 
 
-def contrast_pairs(e: Evidence) -> list[tuple[Checkpoint, Checkpoint]]:
-    """The last evaluated checkpoints of the low and of the high rate, for each seed that both have."""
-    low, high = last_evaluated(e, "low", EPOCHS_LOW), last_evaluated(e, "high", EPOCHS_HIGH)
-    return [(a, b) for a in low for b in high if a[0].seed == b[0].seed]
-
-
 def recall(checkpoints: Sequence[Checkpoint], rows: str = "recitation") -> np.ndarray:
     """(rows, seeds): share of each row's response that comes back when its prompt is given."""
     return np.stack([[line["prompt_recall"] for line in t.evaluations[at][rows]] for t, at in checkpoints], 1)
@@ -149,11 +143,6 @@ def mean_by_prompt(evaluation: dict, value: Callable[[dict], float]) -> np.ndarr
     return np.array([np.mean(values[key]) for key in sorted(values)])
 
 
-def share_of_answers(evaluation: dict, condition: Callable[[dict], bool]) -> float:
-    """The share of all answers for which `condition` is true."""
-    return float(np.mean([condition(line) for line in evaluation["answers"]]))
-
-
 def several_views(evaluation: dict) -> np.ndarray:
     """(prompts,): whether at least two different headings, with different texts, stand before a CONCLUSION."""
 
@@ -165,9 +154,8 @@ def several_views(evaluation: dict) -> np.ndarray:
     return np.array([has_several(line) for line in evaluation["perspectives"]], float)
 
 
-def base_passes_some(e: Evidence, answers: Sequence[dict] | None = None) -> Control:
-    """If the base passes almost none of the compared `answers` (all of its answers if None), no difference can show."""
-    answers = e.base["answers"] if answers is None and e.base else answers or []
+def base_passes_some(answers: Sequence[dict]) -> Control:
+    """If the base passes almost none of its `answers` to what is compared, no difference can show."""
     rate = float(np.mean([line["passed"] for line in answers])) if answers else 0.0
     return Control("the base passes at least one in twenty of these", rate, rate >= 0.05)
 

@@ -128,6 +128,9 @@ def test_seeds_are_paired_and_a_missing_one_is_named():
     assert found.seeds == 1
     assert "missing: rank-64-alpha-128 of seed 42; missing: rank-4-alpha-8 of seed 44" in found.note
     assert ledger.constant_rate_resists(without(schedules(0.9, 0.3), "linear-dose", 43)).seeds == 2
+    both = {"low": ({600: evaluation()}, (1, 2)), "high": ({100: evaluation()}, (2, 3))}
+    seeds = [trained(name, seed=seed, evaluations=each) for name, (each, some) in both.items() for seed in some]
+    assert ledger.generalises_worse(evidence(*seeds)).seeds == 1
     high = evidence(*(trained("high", seed=seed, evaluations={100: evaluation(recall=1.0)}) for seed in (1, 2)))
     assert "missing" not in ledger.high_rate_overfits(high).note
     more = replace(high, trained=[*high.trained, trained("cosine-peak", seed=3)])
