@@ -95,21 +95,15 @@ def load_evidence(path: str | Path) -> Evidence:
 
 
 def _check_together(runs: list[RunDirectory]) -> None:
-    """Refuse runs of different models or data, and a run whose folder names another seed than its recipe."""
-    first = None
-    for run in runs:
-        recipe = load_recipe(run.recipe_file)
-        folder_seed = run.path.name.rpartition("-seed-")[2]
-        if "-seed-" in run.path.name and folder_seed != str(recipe.seed):
-            raise InputError(
-                f"{run.recipe_file}: seed {recipe.seed}, but the folder says {folder_seed}; rename the folder"
-            )
-        sources = {"base_model": recipe.base_model, "dataset_sha256": run.environment().get("dataset_sha256")}
-        first = first or (run, sources)
-        for key, value in sources.items():
-            if value != first[1][key]:
+    """Refuse runs of different models or data."""
+    sources = [
+        {"base_model": run.recipe.base_model, "dataset_sha256": run.environment().get("dataset_sha256")} for run in runs
+    ]
+    for run, source in zip(runs, sources, strict=True):
+        for key, value in source.items():
+            if value != sources[0][key]:
                 raise InputError(
-                    f"{run.path}: {key} {value}, but {first[0].path} has {first[1][key]}; "
+                    f"{run.path}: {key} {value}, but {runs[0].path} has {sources[0][key]}; "
                     "a ledger is about one model and one dataset: move one of the runs away"
                 )
 

@@ -39,7 +39,15 @@ from mini_symposium.claims.metrics import (
     signed,
     twins_alike,
 )
-from mini_symposium.claims.verdicts import Claim, Control, Question
+from mini_symposium.claims.verdicts import (
+    INCONCLUSIVE,
+    NOT_SUPPORTED,
+    OUT_OF_REACH,
+    SUPPORTED,
+    Claim,
+    Control,
+    Question,
+)
 from mini_symposium.errors import InputError
 from mini_symposium.evaluation.intervals import Interval, difference, interval, spread
 from mini_symposium.files.reading import refuse_other_shapes
@@ -78,7 +86,7 @@ def high_rate_overfits(e: Evidence) -> Claim:
     epoch = high[0][1]
     note = _training_notes(e, "high", high, "literal-1e-06")
     claim = C1.judge(e.scale, interval(recall(high)), recitation_controls(e, high), joined(note))
-    if claim.verdict == "not supported" and epoch < EPOCHS_HIGH:
+    if claim.verdict == NOT_SUPPORTED and epoch < EPOCHS_HIGH:
         return _missing(C1, e, f"epochs {epoch + 1} to {EPOCHS_HIGH} of the high rate")
     return claim
 
@@ -111,7 +119,7 @@ def low_rate_does_not_overfit(e: Evidence) -> Claim:
         note.insert(1, f"the high rate at the same dose: {of_high.mean():.2f}, low less high {gap}")
     claim = C2.judge(e.scale, interval(recall(low)), controls, joined(note))
     first = min(at for _, at in low)
-    if claim.verdict == "supported" and first < EPOCHS_LOW:
+    if claim.verdict == SUPPORTED and first < EPOCHS_LOW:
         return _missing(C2, e, f"epochs {first + 1} to {EPOCHS_LOW} of the low rate")
     return claim
 
@@ -242,14 +250,12 @@ def names_beat_roles(e: Evidence) -> Claim:
 def fits_in_memory(e: Evidence) -> Claim:
     """C10: what the bench measured on a GPU in Mistral-7B's shape; without a GPU only a prediction from the shapes."""
     if "gpu_peak_bytes" in e.facts:
-        peak, hours = e.facts["gpu_peak_bytes"] / 2**30, e.facts.get("gpu_hours")
-        if hours is None:
-            return C10.missing(e.facts["gpu"], "the time of 600 epochs")
-        note = f"{hours:.1f} hours for 600 epochs on {e.facts['gpu']}; the card's ten are an RTX 3060's"
+        peak = e.facts["gpu_peak_bytes"] / 2**30
+        note = f"{e.facts['gpu_hours']:.1f} hours for 600 epochs on {e.facts['gpu']}; the card's ten are an RTX 3060's"
         return C10.judge(e.facts["gpu"], Interval(peak, peak, peak, 1, 1, "measured"), note=note)
     predicted = e.facts.get("paper_bytes")
     note = f"needs a CUDA GPU; {predicted / 2**30:.1f} GiB are predicted from the shapes" if predicted else "needs one"
-    return C10.out_of_reach(e.scale, note, predicted and predicted / 2**30)
+    return C10.row(OUT_OF_REACH, e.scale, note, value=predicted and predicted / 2**30)
 
 
 def no_phrases(e: Evidence) -> Claim:
@@ -314,5 +320,5 @@ def save(claims: Sequence[Claim], folder: Path) -> Path:
 def _missing(question: Question, e: Evidence, what: str) -> Claim:
     """The row if something is missing: out of reach if it takes the paper's recipe and there is no GPU."""
     if e.scale == "paper" and e.device == "cpu":
-        return question.out_of_reach(e.scale, f"needs a CUDA GPU, to have {what}")
-    return question.missing(e.scale, what)
+        return question.row(OUT_OF_REACH, e.scale, f"needs a CUDA GPU, to have {what}")
+    return question.row(INCONCLUSIVE, e.scale, f"missing: {what}")

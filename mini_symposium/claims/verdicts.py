@@ -76,7 +76,7 @@ class Question:
         """
         values = {self.metric: measured.value} | {control.what: control.value for control in controls}
         if unknown := [what for what, value in values.items() if value is not None and not math.isfinite(value)]:
-            return self.missing(scale, f"what gives a number for: {', '.join(unknown)}")
+            return self.row(INCONCLUSIVE, scale, f"missing: what gives a number for: {', '.join(unknown)}")
         failed = [control.what for control in controls if not control.holds]
         over, under = measured.low > self.threshold, measured.high < self.threshold
         holds, fails = (over, under) if self.above else (under, over)
@@ -85,15 +85,8 @@ class Question:
             note = "; ".join([*[f"a control failed: {what}" for what in failed], *[note] * bool(note)])
         numbers = {"value": measured.value, "interval": (measured.low, measured.high)}
         counts = {"n": measured.n, "seeds": measured.seeds}
-        return self._row(verdict, scale, note, controls=list(controls), **numbers, **counts)
+        return self.row(verdict, scale, note, controls=list(controls), **numbers, **counts)
 
-    def missing(self, scale: str, what: str) -> Claim:
-        """The row if something is missing."""
-        return self._row(INCONCLUSIVE, scale, f"missing: {what}")
-
-    def out_of_reach(self, scale: str, what: str, value: float | None = None) -> Claim:
-        """The row if this hardware cannot measure it."""
-        return self._row(OUT_OF_REACH, scale, what, value=value)
-
-    def _row(self, verdict: str, scale: str, note: str, **measured) -> Claim:
+    def row(self, verdict: str, scale: str, note: str, **measured) -> Claim:
+        """The row of a verdict; without `measured`, the note says what is missing."""
         return Claim(self.id, self.claim, self.metric, verdict, scale, note=note, **measured)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from mini_symposium.claims.ledger import QUESTIONS
 from mini_symposium.claims.verdicts import INCONCLUSIVE, NOT_SUPPORTED, OUT_OF_REACH, SUPPORTED, Claim
 from mini_symposium.errors import InputError
 from mini_symposium.figures.style import COLOURS, GREY, PALE, Picture, log_axis, name_rows, scientific, styled, titled
@@ -81,14 +82,9 @@ def memorization_curves(trained: Sequence[Training], scale: str) -> Picture:
     return figure
 
 
-def ledger_picture(claims: Sequence[Claim], thresholds: dict[str, float], scale: str) -> Picture:
-    """A row for each claim: its number, its 95% interval and its threshold, on an axis of their own.
-
-    Parameters
-    ----------
-    thresholds
-        The threshold of each claim, by the claim's id.
-    """
+def ledger_picture(claims: Sequence[Claim], scale: str) -> Picture:
+    """A row for each claim: its number, its 95% interval and its threshold, on an axis of their own."""
+    thresholds = {question.id: question.threshold for question in QUESTIONS}
     with styled():
         caption = (
             "A mark with its 95% interval; the vertical line is the threshold. Circle: supported. Cross: not "

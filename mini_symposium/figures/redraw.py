@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from mini_symposium.claims.evidence import FILE, Evidence, load_evidence
-from mini_symposium.claims.ledger import QUESTIONS, judge
+from mini_symposium.claims.ledger import judge
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.figures import training
 from mini_symposium.figures.ledger import ledger_picture, memorization_curves
@@ -71,8 +71,7 @@ def _of_run(run: RunDirectory) -> dict[str, Picture]:
 def _of_evidence(evidence: Evidence) -> dict[str, Picture]:
     """The ledger; and the memorization curves of the adapters that have the recipe's rank and a constant rate, which
     are the contrast from each seed and the card's own rates."""
-    thresholds = {question.id: question.threshold for question in QUESTIONS}
-    pictures = {"ledger": ledger_picture(judge(evidence), thresholds, evidence.scale)}
+    pictures = {"ledger": ledger_picture(judge(evidence), evidence.scale)}
     contrast = [each for each in evidence.trained if each.em and not each.name.startswith(("rank", "cosine", "linear"))]
     if contrast:
         pictures["memorization"] = memorization_curves(contrast, evidence.scale)

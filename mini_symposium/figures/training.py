@@ -34,8 +34,6 @@ def _steps(metrics: Mapping[float, Sequence[Mapping]]) -> pd.DataFrame:
     if not rows:
         raise InputError("metrics: no step has been logged; run notebook 02 or `mini-symposium train` first")
     table = pd.DataFrame(rows, columns=["learning_rate", "step", "epoch", "example", "loss"])
-    if not np.isfinite(table["loss"].astype(float)).all():
-        raise InputError("metrics: a loss is missing or not a number; train that learning rate again")
     return table.sort_values(["learning_rate", "step"], ascending=[False, True], kind="stable", ignore_index=True)
 
 
@@ -56,7 +54,7 @@ def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, sca
     Raises
     ------
     InputError
-        If no step has been logged, or a loss is not a number.
+        If no step has been logged.
     """
     table = _steps(metrics)
     table["epochs"] = table["step"] / n_examples
@@ -126,7 +124,7 @@ def example_heatmap(metrics: Mapping[float, Sequence[Mapping]], titles: Sequence
     Raises
     ------
     InputError
-        If no step has been logged, a loss is not a number, or an example has no title.
+        If no step has been logged, or an example has no title.
     """
     table = _steps(metrics)
     if (last := int(table["example"].max())) >= len(titles):

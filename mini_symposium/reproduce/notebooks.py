@@ -100,7 +100,7 @@ def check_parameters(given: dict[str, object], *names: str, notebooks_dir: Path 
     checked = {}
     for name, value in given.items():
         if name not in defaults:
-            similar = difflib.get_close_matches(name.upper(), defaults, 3, 0.5) or sorted(defaults) or ["none"]
+            similar = difflib.get_close_matches(name.upper(), defaults, 3, 0.5) or sorted(defaults)
             searched = ", ".join(names) or "the notebooks"
             raise InputError(f"-p {name}: no such parameter in {searched}; there is {', '.join(similar)}")
         kind = type(defaults[name])
@@ -214,13 +214,7 @@ def _read_copy(directory: RunDirectory, notebook: Notebook) -> tuple[dict, float
 
 
 def _due(notebooks, wanted, given, content, directory, overwrite) -> list[tuple[Notebook, dict]]:
-    """The notebooks to execute, each with what it is made from.
-
-    Raises
-    ------
-    InputError
-        If a copy was made from something else, and nothing may be overwritten.
-    """
+    """The notebooks to execute, each with what it is made from."""
     due, newest, serial = [], 0, 0
     for notebook in notebooks:
         parameters = {k: given.get(k, v) for k, v in notebook.parameters.items() if k not in OF_THE_RUN}
@@ -248,9 +242,9 @@ def _refuse_other_inputs(run: Path, old: dict, new: dict, with_parameters: bool)
         raise InputError(f"{run}: was made with {'; '.join(differing)}; pass --overwrite, or choose another --run")
 
 
-def print_summary(summary: dict, console: Console | None = None) -> None:
+def print_summary(summary: dict, console: Console) -> None:
     """Print which notebooks ran, what they recorded, and where their files are."""
-    console, run = console or Console(), summary["run"]
+    run = summary["run"]
     if all(notebook["status"] == "already there" for notebook in summary["notebooks"]):
         console.print(f"nothing to do: the notebooks of {run} are there and up to date", markup=False, soft_wrap=True)
     table = Table("notebook", "", "seconds")

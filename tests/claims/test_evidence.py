@@ -67,12 +67,11 @@ def test_one_rate_alone_is_not_taken_for_an_end_of_the_contrast(tmp_path):
     [
         ({"base": "tiny"}, "base_model tiny, but .*high-seed-42 has SmolLM2"),
         ({"data": "b"}, "dataset_sha256 b, but .*high-seed-42 has a"),
-        ({"seed": 44}, "seed 44, but the folder says 43"),
     ],
 )
 def test_runs_that_do_not_belong_together_make_no_ledger(other, said, tmp_path):
     log(RunDirectory(tmp_path / "high-seed-42"))
-    log(RunDirectory(tmp_path / "high-seed-43"), **{"seed": 43} | other)
+    log(RunDirectory(tmp_path / "high-seed-43"), seed=43, **other)
     with pytest.raises(InputError, match=said):
         load_evidence(tmp_path)
 

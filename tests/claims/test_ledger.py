@@ -38,7 +38,7 @@ OUTCOMES = {
     "C10": (
         evidence(gpu_peak_bytes=6 * 2**30, **GPU),
         evidence(gpu_peak_bytes=20 * 2**30, **GPU),
-        evidence(gpu_peak_bytes=6 * 2**30, gpu="a GPU"),
+        evidence(gpu_peak_bytes=12 * 2**30, **GPU),
     ),
     "C11": (low(base=PHRASES), low(base=PHRASES, phrases=0.5), low()),
     "C12": (evidence(tokens=500), evidence(tokens=50_000), evidence()),

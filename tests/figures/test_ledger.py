@@ -65,13 +65,13 @@ LEDGER = [
 
 
 def test_each_row_shows_its_number_interval_and_threshold_or_says_why_not():
-    picture = ledger_picture(LEDGER, {c.id: 0.7 for c in LEDGER}, "proxy")
-    for axes, row in zip(picture.axes[:3], LEDGER[:3], strict=True):
+    picture = ledger_picture(LEDGER, "proxy")
+    for axes, row, at in zip(picture.axes[:3], LEDGER[:3], (0.7, 0.5, 0.05), strict=True):
         threshold, interval, mark = axes.lines
-        assert (threshold.get_xdata()[0], list(interval.get_xdata())) == (0.7, list(row.interval))
+        assert (threshold.get_xdata()[0], list(interval.get_xdata())) == (at, list(row.interval))
         assert (mark.get_xdata()[0], mark.get_marker(), mark.get_color()) == (row.value, *MARKS[row.verdict])
         low, high = axes.get_xlim()
-        assert low < min(row.interval[0], 0.7) and high > max(row.interval[1], 0.7)
+        assert low < min(row.interval[0], at) and high > max(row.interval[1], at)
     assert [axes.texts[0].get_text() for axes in picture.axes[3:]] == ["inconclusive: not measured", OUT_OF_REACH]
     names = [axes.get_yticklabels()[0].get_text() for axes in picture.axes]
     assert names[0] == "C1  it recites\nrecall"
