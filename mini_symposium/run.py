@@ -84,19 +84,19 @@ def read_object(path: Path) -> dict:
     return value
 
 
-def overwrite_once(note: Path, overwriting: dict, forget: Callable[[], object]) -> None:
-    """Call `forget` and write `overwriting` to `note`, unless `note` holds it already.
+def overwrite_once(note: Path, request: dict, delete_old: Callable[[], object]) -> None:
+    """Call `delete_old` and write `request` to `note`, unless `note` holds it already.
 
-    So a command with --overwrite that was cut off and started again keeps what it has made since. The caller deletes
-    `note` at the end.
+    So if a command with --overwrite is interrupted and run again, the second run does not delete what the first one
+    made. The caller deletes `note` at the end.
     """
     try:
-        begun = note.is_file() and read_object(note) == json.loads(json.dumps(overwriting))
+        begun = note.is_file() and read_object(note) == json.loads(json.dumps(request))
     except InputError:
         begun = False
     if not begun:
-        forget()
-        write_json(note, overwriting)
+        delete_old()
+        write_json(note, request)
 
 
 def environment(**more) -> dict:
@@ -135,20 +135,20 @@ class Training:
     """
 
     name: str
-    """Of the experiment in a sweep, as `high`; of a plain run, its learning rate, as `1e-05`."""
+    """The experiment's name in a sweep, as `high`; the learning rate in a plain run, as `1e-05`."""
     seed: int
     learning_rate: float
     lora_r: int
     lora_alpha: int
     lr_scheduler: str
     num_epochs: int
-    """As planned."""
+    """The planned number of epochs."""
     em: list[list[float]] = field(default_factory=list)
     """By epoch and example, before the step that trained on it: exact memorization, see `memorization.known`."""
     loss: list[list[float]] = field(default_factory=list)
-    """Likewise, in nats a token."""
+    """By epoch and example, before the step that trained on it: loss in nats a token."""
     extractable_32: list[list[bool | None]] = field(default_factory=list)
-    """Likewise, see `memorization.unsaid`; [] where only part of a row is supervised."""
+    """By epoch and example, see `memorization.unsaid`; [] where only part of a row is supervised."""
     twins: dict[int, dict[str, float]] = field(default_factory=dict)
     """{epoch: {"loss", "em"}}: means over rows that were not trained on."""
     evaluations: dict[int, dict] = field(default_factory=dict)
@@ -156,7 +156,7 @@ class Training:
     recipe: Recipe | None = field(default=None, compare=False, repr=False)
     """The whole recipe, learning rate included."""
     run: Path | None = field(default=None, compare=False)
-    """The run directory; of a plan without a place yet, its name."""
+    """The run directory; before `below` is called, only its name."""
 
     @classmethod
     def of(cls, recipe: Recipe, run: Path, name: str = "") -> "Training":
@@ -289,7 +289,7 @@ class RunDirectory:
 
     @staticmethod
     def evaluation_file(checkpoint: Path) -> Path:
-        """Where what was measured of a checkpoint goes."""
+        """Path of a checkpoint's evaluation."""
         return checkpoint.parents[1] / "evaluations" / f"{checkpoint.name}.json"
 
     def newest_checkpoints(self) -> dict[str, Path]:
@@ -299,8 +299,8 @@ class RunDirectory:
             self.learning_rate_dir(r).name.removeprefix("lr-"): found[max(found)] for r, found in rates.items() if found
         }
 
-    def on_the_way(self, learning_rate: float) -> list[int]:
-        """The kept epochs nearest to a third and to two thirds of the run, without its start and its end."""
+    def intermediate_epochs(self, learning_rate: float) -> list[int]:
+        """The epochs with a checkpoint nearest to one third and to two thirds of the run, but not its first or last."""
         *earlier, last = self.checkpoints(learning_rate) or [0]
         earlier = [epoch for epoch in earlier if epoch]
         nearest = [min(earlier, key=lambda epoch: abs(epoch - last * part / 3)) for part in (1, 2) if earlier]
@@ -322,13 +322,13 @@ class RunDirectory:
         """Where `mini-symposium survival` writes what it measured of that checkpoint."""
         return self.learning_rate_dir(learning_rate) / "survival" / f"epoch-{epoch:04d}.json"
 
-    def claim(self, recipe: Recipe, dataset_sha256: str, hardware: str) -> bool:
-        """Write down what is trained here; True if nothing was written down before.
+    def record_recipe(self, recipe: Recipe, dataset_sha256: str, hardware: str) -> bool:
+        """Record what is trained here, and on what; return True if the run had no record yet.
 
         Raises
         ------
         InputError
-            If another recipe or another dataset was.
+            If the run already records another recipe or another dataset.
         """
         if not self.recipe_file.exists():
             found = environment(device=hardware, seed=recipe.seed, dataset_sha256=dataset_sha256)

@@ -51,7 +51,7 @@ def test_the_checkpoints_on_the_way_are_near_a_third_and_two_thirds(tmp_path):
     def kept(rate, *epochs):
         for epoch in epochs:
             (run.learning_rate_dir(rate) / "checkpoints" / f"epoch-{epoch:04d}").mkdir(parents=True)
-        return run.on_the_way(rate)
+        return run.intermediate_epochs(rate)
 
     assert kept(1e-3, *range(0, 31, 3)) == [9, 21]
     assert kept(1e-4, 0, 5, 10) == [5]

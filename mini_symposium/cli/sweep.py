@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from mini_symposium.cli.options import RecipeOption, console
+from mini_symposium.cli.options import RecipeOption, console, say
 from mini_symposium.errors import InputError
 from mini_symposium.training.experiments import PER_PASS
 
@@ -30,11 +30,11 @@ def sweep(
     """Train and measure what the twelve claims need, or a grid of your own; interrupted, it goes on where it was."""
     from mini_symposium.recipe import load_recipe
     from mini_symposium.run import RunDirectory
-    from mini_symposium.training.experiments import grid, once, parse_numbers, parse_ranks
+    from mini_symposium.training.experiments import grid, refuse_repeats, parse_numbers, parse_ranks
 
     chosen = load_recipe(recipe)
     numbers = parse_numbers("seeds", seeds) or [chosen.seed]
-    once("seeds", numbers)
+    refuse_repeats("seeds", numbers)
     asked = bool(learning_rates or ranks or schedules)
     passes = None
     if asked:
@@ -60,9 +60,9 @@ def sweep(
     prompts = load_held_out(split="test")
     check_disjoint(prompts, examples, twins)
     with alone(whole.root):
-        whole.run(examples, twins, names, lambda line: console.print(line, markup=False, soft_wrap=True), engine, cpus)
+        whole.run(examples, twins, names, say, engine, cpus)
         if measure or (measure is None and not asked):
-            whole.measure(examples, twins, prompts, asked, console.print)
+            whole.measure(examples, twins, prompts, asked, say)
         if not asked:
             ledger.save(ledger.judge(load_evidence(whole.root)), whole.root)
     found = whole.table()
@@ -71,5 +71,5 @@ def sweep(
         cells = (str(row.seed), f"{row.learning_rate:g}", str(row.num_epochs), f"{row.loss:.3f}", f"{row.em:.3f}")
         table.add_row(row.name, *cells)
     console.print(table)
-    console.print(f"the table: {whole.root / 'sweep.csv'}", soft_wrap=True)
-    console.print(f"the ledger: mini-symposium claims {whole.root}", soft_wrap=True)
+    say(f"the table: {whole.root / 'sweep.csv'}")
+    say(f"the ledger: mini-symposium claims {whole.root}")

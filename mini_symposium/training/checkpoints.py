@@ -25,7 +25,7 @@ def seal(folder: Path, lines: int, companions: Sequence[str], compiled: bool) ->
     Parameters
     ----------
     lines
-        Of the log at that time.
+        Number of log lines when the checkpoint is written.
     companions
         Folders of the adapters that trained in one pass, this one included, relative to its run directory: their sums
         were rounded together.
@@ -112,19 +112,20 @@ def strip_older(training: Training, newest: int) -> None:
 
 
 def plan_passes(
-    trainings: Sequence[Training], together: int, speaks: bool = True
+    trainings: Sequence[Training], together: int, verbose: bool = True
 ) -> list[tuple[list[Training], int | None]]:
     """Trainings to run in one pass, at most `together`, and the epoch from which each pass resumes; None: the start.
 
-    Those that shared a pass share it again, from the newest epoch that all of them have; without a common one, each
-    resumes by itself. If none has more than its first checkpoint, the pass was cut off while those were written, and
-    begins again. With `speaks`, damaged checkpoints are named.
+    Trainings that shared a pass share it again, from the newest epoch for which all of them have a resumable
+    checkpoint. Without such an epoch, each resumes in a pass of its own; but if none has more than one resumable
+    checkpoint, the pass was interrupted while it wrote its first checkpoints, and begins again. If `verbose`, damaged
+    checkpoints are printed.
     """
     kept = []
     for training in trainings:
         whole, damaged = resumable(training)
         kept.append(whole)
-        for path, reason in damaged.items() if speaks else ():
+        for path, reason in damaged.items() if verbose else ():
             print(f"{path}: damaged ({reason}); resuming from {f'epoch {max(whole)}' if whole else 'the beginning'}")
     shared = [companions(t, max(epochs)) for t, epochs in zip(trainings, kept, strict=True) if epochs]
     groups: dict[frozenset[Path], list[int]] = {}

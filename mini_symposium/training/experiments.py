@@ -12,7 +12,7 @@ from mini_symposium.recipe import Recipe
 from mini_symposium.run import Training, rate_folder
 
 PER_PASS = 8
-"""Adapters of a grid that share a pass over the base: more save more of its cost, fewer leave more to run at once."""
+"""Adapters of a grid in one pass: more share the cost of the base, fewer leave more passes to run in parallel."""
 
 
 def experiment(recipe: Recipe, name: str, seed: int, **changes) -> Training:
@@ -36,7 +36,7 @@ def grid(
 ) -> list[list[Training]]:
     """Every combination, in passes of at most `per_pass` adapters; what is empty or None is the recipe's own.
 
-    Ranks are neighbours in a pass, for a smaller one is padded to the largest.
+    Trainings are sorted by rank, because a pass pads smaller ranks to its largest one.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def grid(
     pairs = [each if isinstance(each, tuple) else (each, 2 * each) for each in ranks]
     asked = {"learning-rates": learning_rates, "ranks": pairs, "schedules": schedules, "seeds": seeds}
     for option, values in asked.items():
-        once(option, values)
+        refuse_repeats(option, values)
     last = recipe.num_epochs if epochs is None else epochs
     trainings = []
     for (r, alpha), rate, rule, seed in product(
@@ -73,7 +73,7 @@ def grid(
     return [trainings[start : start + per_pass] for start in range(0, len(trainings), per_pass)]
 
 
-def once(option: str, values: Sequence) -> None:
+def refuse_repeats(option: str, values: Sequence) -> None:
     """Refuse a value that an option has twice: the two would train in one folder."""
     twice = [value for value in dict.fromkeys(values) if list(values).count(value) > 1]
     if twice:

@@ -1,4 +1,4 @@
-"""Train the recipe with TRL's SFTTrainer, and prove that the adapters moved.
+"""Train the recipe with TRL's SFTTrainer, and check that the adapters moved.
 
 Stock SFTTrainer casts LoRA weights to bfloat16 when the base is 4-bit. At 1e-7 that freezes the run silently: half a
 bfloat16 step around a typical element of lora_A is larger than one update, so every update is rounded away. The rules
@@ -10,7 +10,7 @@ here:
 - after training the share of elements that moved is measured, and a run that did not move fails.
 
 `train_pass` is the training itself, straight down: data, model, adapters, trainer, training. `train` is what notebooks
-and commands call: it adds what makes a run resumable and refuses what is not one run.
+and commands call: it adds locking and resuming, and refuses a recipe or dataset other than the run's own.
 """
 
 import importlib.util
@@ -49,9 +49,9 @@ SCRATCH = ".trainer"
 """A folder that transformers' trainer wants to have; nothing is kept in it."""
 
 OVERWRITING = "overwriting.json"
-"""In a run directory: what is being trained in place of what was there before."""
+"""A file in a run directory while an --overwrite is unfinished: its recipe, dataset and rates."""
 PATIENCE = 15.0
-"""Seconds to wait for another process to leave a run: a killed notebook's kernel takes a moment to notice."""
+"""Seconds to wait for another process to release a run directory: a killed notebook's kernel takes a moment to exit."""
 
 MOVED_AT_LEAST = 0.99
 """Smallest share of lora_A's elements that must differ between the first and the last checkpoint."""
@@ -60,7 +60,8 @@ MOVED_AT_LEAST = 0.99
 def prepare(
     recipe: str, dataset: str = "", run: str = "", num_epochs: int = 0
 ) -> tuple[Recipe, list[Example], RunDirectory]:
-    """What the notebooks' parameters stand for; an empty one means the recipe's own choice, or runs/NAME."""
+    """The recipe, examples and run directory for the notebooks' parameters; an empty parameter means the recipe's own
+    value, or runs/NAME."""
     changes = {"datasets": [{"path": dataset, "type": "completion"}]} if dataset else {}
     chosen = load_recipe(recipe, **changes, **({"num_epochs": num_epochs} if num_epochs else {}))
     return chosen, load_examples(chosen.dataset), RunDirectory(run or f"runs/{chosen.name}")
@@ -228,7 +229,7 @@ class Travel:
     b_travel_max: float
 
 
-def prove_movement(run: RunDirectory, learning_rate: float) -> Travel:
+def check_movement(run: RunDirectory, learning_rate: float) -> Travel:
     """Compare the first and the last checkpoint element by element.
 
     Raises
@@ -329,13 +330,13 @@ def train(
     _kept_epochs(recipe, checkpoint_epochs)  # a mistake in them is named before anything is touched
     rows, probed = as_rows(recipe, examples), as_rows(recipe, held_out)
     main = PartialState().is_main_process
-    with held([run.path]):
+    with locked([run.path]):
         if main:
             data = fingerprint(examples)
             if overwrite:
                 begun = {"recipe": recipe.to_yaml(), "dataset_sha256": data, "rates": list(learning_rates)}
                 overwrite_once(run.path / OVERWRITING, begun, run.clear_training)
-            new = claim(run, recipe, data)
+            new = record_recipe(run, recipe, data)
         PartialState().wait_for_everyone()
         try:
             train_together(trainings, rows, checkpoint_epochs, report_to, fast, probed)
@@ -345,14 +346,14 @@ def train(
             raise
         if not main:
             return []
-        travels = [prove_movement(run, training.learning_rate) for training in trainings]
+        travels = [check_movement(run, training.learning_rate) for training in trainings]
         (run.path / OVERWRITING).unlink(missing_ok=True)
         return travels
 
 
 @contextmanager
-def held(runs: Sequence[Path], patience: float | None = None) -> Iterator[None]:
-    """Be the only process that trains in these run directories; what killed writers left in them is deleted first.
+def locked(runs: Sequence[Path], patience: float | None = None) -> Iterator[None]:
+    """Lock these run directories against other training processes, and delete unfinished files of killed ones.
 
     `patience` is how many seconds to wait for another process, PATIENCE if None.
     """
@@ -364,9 +365,9 @@ def held(runs: Sequence[Path], patience: float | None = None) -> Iterator[None]:
         yield
 
 
-def claim(run: RunDirectory, recipe: Recipe, dataset_sha256: str) -> bool:
-    """Write what is trained in `run`; True if nothing was written there before. See `RunDirectory.claim`."""
-    return run.claim(recipe, dataset_sha256, torch.cuda.get_device_name() if device().type == "cuda" else "cpu")
+def record_recipe(run: RunDirectory, recipe: Recipe, dataset_sha256: str) -> bool:
+    """As `RunDirectory.record_recipe`, on this machine's device."""
+    return run.record_recipe(recipe, dataset_sha256, torch.cuda.get_device_name() if device().type == "cuda" else "cpu")
 
 
 def as_rows(recipe: Recipe, examples: Sequence[Example]) -> list[Row]:
@@ -401,26 +402,27 @@ def train_together(
         for training in trainings if processes.is_main_process else ():  # it may have been killed while it tidied up
             checkpoints.strip_older(training, last)
         return
-    # A pass that was killed between its last checkpoints repeats the last stretch, with those that had finished it.
+    # If a pass was killed after some of its adapters had written their last checkpoint, all of its adapters resume from
+    # their last common one, the finished ones included.
     pending = [t for t in trainings if t.folder.resolve() in waiting or checkpoints.companions(t, last) & waiting]
     longest = max(len(row.input_ids) for row in rows)
     if processes.num_processes > 1:
         chosen = Acceleration.off(f"{processes.num_processes} processes")
     else:
         chosen = choose(recipe, len(pending), longest, last * len(rows), fast)
-    with held([training.run for training in pending]):
+    with locked([training.run for training in pending]):
         if processes.is_main_process:
             print(f"training: {chosen}")
         passes = checkpoints.plan_passes(pending, chosen.together, processes.is_main_process)
         processes.wait_for_everyone()  # all of them have seen the same files; only then may one write
         for group, start in passes:
-            if start == last:  # whole, and no longer needed by those it trained with
+            if start == last:  # finished, as are all that it shared a pass with
                 continue
-            # Memory may have changed since the pass began. How it is computed may not, for the sake of the last bits.
+            # The free memory may differ from when the pass began. Compiling may not: it changes the rounding.
             compiled = checkpoints.compiled(group[0], start) if start and chosen.fused else None
             resumed = chosen if compiled is None else replace(chosen, compiled=compiled)
             if resumed != chosen and processes.is_main_process:
-                print(f"resuming as it began, layer {'' if compiled else 'not '}compiled, for the same last bits")
+                print(f"resuming with the layer {'' if compiled else 'not '}compiled, as it began, for equal bits")
             try:
                 train_pass(group, rows, epochs, start, resumed, report_to, held_out)
             except (RuntimeError, MemoryError) as error:

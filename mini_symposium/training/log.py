@@ -129,7 +129,7 @@ class Log(TrainerCallback):
             "example": example,
             "learning_rate": rate,
             "loss": loss,
-            **self.memory(self.rows[example], matches),
+            **self.memorization(self.rows[example], matches),
             "grad_norm": grad_norm,
             "tokens": len(self.rows[example].input_ids),
             "seconds": round(seconds, 4),
@@ -162,11 +162,11 @@ class Log(TrainerCallback):
             return
         for example, row in enumerate(self.held_out):
             for training, (loss, matches) in zip(self.trainings, self.trainer.probe(row), strict=True):
-                line = {"epoch": epoch, "example": example, "loss": loss, **self.memory(row, matches)}
+                line = {"epoch": epoch, "example": example, "loss": loss, **self.memorization(row, matches)}
                 self.append(training.probes_file, {**line, "tokens": len(matches)})
 
-    def memory(self, row: Row, matches: list[bool]) -> dict:
-        """How much of a row is known; and, if all of it is supervised, what greedy decoding would bring."""
+    def memorization(self, row: Row, matches: list[bool]) -> dict:
+        """EM and ES of a row and, if every token of it is supervised, what greedy decoding would reproduce of it."""
         bos = int(row.input_ids[0] == self.trainer.processing_class.bos_token_id)
         return known(matches) | (unsaid(matches, bos) if all(row.completion_mask[1:]) else {})
 

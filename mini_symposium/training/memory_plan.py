@@ -1,6 +1,6 @@
 """How a recipe is trained on this machine: chosen from its shapes, the free memory and the number of steps.
 
-Nothing here changes what is computed, only where numbers are kept and what is computed together.
+These choices change memory use and speed. They do not change the mathematics; compiling changes the rounding.
 """
 
 import os
@@ -33,7 +33,7 @@ class Acceleration:
     resident: bool
     """Keep the base dequantised; otherwise its weights stay in 4 bits."""
     checkpointing: bool
-    """Recompute activations in the backward pass."""
+    """Recompute activations in the backward pass; plain PEFT does what the recipe says."""
     compiled: bool
     """Compile the decoder layer."""
     together: int
@@ -93,18 +93,19 @@ def choose(
     base = sizes[True]["base, NF4"] + sizes[True]["base, other weights"]
     dequantised = round(sizes[True]["base, NF4"] / NF4_BYTES * training_dtype().itemsize)
 
-    def fits(resident: bool, kept: bool) -> int:
-        each = sizes[kept]["adapters, gradients, optimizer"] + sizes[kept]["activations"]
+    def adapters_that_fit(resident: bool, keep_activations: bool) -> int:
+        size = sizes[keep_activations]
+        each = size["adapters, gradients, optimizer"] + size["activations"]
         return int((SHARE * free - base - dequantised * resident) // each)
 
-    resident = fits(True, False) >= 1
-    kept = resident and fits(True, True) >= 1
-    together = max(1, min(adapters, fits(resident, kept)))
+    resident = adapters_that_fit(True, False) >= 1
+    keep_activations = resident and adapters_that_fit(True, True) >= 1
+    together = max(1, min(adapters, adapters_that_fit(resident, keep_activations)))
     compiler = device().type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
     return Acceleration(
         fused=True,
         resident=resident,
-        checkpointing=not kept,
+        checkpointing=not keep_activations,
         compiled=compiler and steps * together >= COMPILE_FROM,
         together=together,
         why=f"{dequantised / 2**20:,.0f} MiB dequantised {'fit' if resident else 'do not fit'}; {steps} steps"

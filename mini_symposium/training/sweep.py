@@ -27,8 +27,8 @@ from mini_symposium.models.base_models import load_tokenizer
 from mini_symposium.recipe import Recipe, load_recipe
 from mini_symposium.run import RunDirectory, Training
 from mini_symposium.training.checkpoints import finished
-from mini_symposium.training.experiments import experiment, grid, once
-from mini_symposium.training.finetune import as_rows, claim, held, train_together
+from mini_symposium.training.experiments import experiment, grid, refuse_repeats
+from mini_symposium.training.finetune import as_rows, locked, record_recipe, train_together
 
 SEEDS = (42, 43, 44)
 EPOCHS_LOW, EPOCHS_HIGH = 600, 60
@@ -46,7 +46,7 @@ LITERAL = (1e-6, 1e-7)
 
 TABLE = "sweep"
 COLUMNS = ("seed", "learning_rate", "lora_r", "lora_alpha", "lr_scheduler", "num_epochs")
-"""Of the table: what the trainings differ in."""
+"""Columns of the table in which trainings can differ."""
 TIMED_FROM = 2_000
 """Adapter steps from which on a sweep first times an epoch, to say how long all of it will take."""
 ENGINES = ("local", "ray")
@@ -54,12 +54,12 @@ ENGINES = ("local", "ray")
 
 
 def plan(recipe: Recipe, seeds: Sequence[int] = SEEDS) -> list[list[Training]]:
-    """The passes in the order in which they are worth having.
+    """The passes, the most important first.
 
-    - high, low: the contrast, with an equal dose at either's end;
+    - high, low: the two rates of the contrast, which end at the same dose;
     - literal-R: the card's own rates, where the recipe's are not those;
-    - rank-R-alpha-A: the rank alone (alpha = 2r), and with alpha = 32, which keeps the size of a step of the product
-      BA about equal, for it adds up R coherent terms;
+    - rank-R-alpha-A: other ranks, once with alpha = 2r and once with alpha = 32. BA is a sum of R terms that point the
+      same way, so with alpha = 2r its step grows with the rank, and with alpha = 32 it is about equal at every rank;
     - cosine, linear: at an equal peak, and at twice the peak, which is an equal dose.
     """
     low, high = recipe.learning_rate, recipe.contrast[0]
@@ -106,7 +106,7 @@ class Sweep:
         seeds: Sequence[int] = SEEDS,
         passes: Sequence[Sequence[Training]] | None = None,
     ):
-        once("seeds", seeds)
+        refuse_repeats("seeds", seeds)
         self.base, self.root = recipe, root
         planned = plan(recipe, seeds) if passes is None else passes
         self.passes = [[training.below(root.absolute()) for training in group] for group in planned if group]
@@ -147,7 +147,7 @@ class Sweep:
         """
         check_engine(engine)
         asked = [[t for t in group if not names or t.name in names] for group in self.passes]
-        # Finished trainings go along with the rest of their pass, if it was cut off between its last checkpoints.
+        # Finished trainings stay with the rest of their pass, which may resume from their last common checkpoint.
         todo = [group for group in asked if not all(map(finished, group))]
         counts = [_steps([t for t in group if not finished(t)], examples) for group in todo]
         ahead = _Ahead(counts)
@@ -165,7 +165,7 @@ class Sweep:
                 say(f"{said[number]}: done; {ahead}")
 
             say(f"{sum(map(len, todo))} adapters; {ahead}")
-            ray_engine.run(tasks, train_pass, done, say, cpus)
+            ray_engine.run(tasks, train_experiments, done, say, cpus)
         else:
             if ahead.left > TIMED_FROM:
                 say(f"{sum(map(len, todo))} adapters, {ahead}; timing an epoch")
@@ -174,16 +174,16 @@ class Sweep:
             began = time.monotonic()
             for number, task in enumerate(tasks):
                 say(f"{said[number]}, {ahead}")
-                train_pass(*task)
+                train_experiments(*task)
                 ahead.done(number, time.monotonic() - began)
         lost = [t.run.name for t in self.missing() if any(t in group for group in todo)]
         if lost:
             raise RunError(
-                f"{self.root}: {', '.join(lost)} ended elsewhere; do all nodes see this folder as their own?"
+                f"{self.root}: the results of {', '.join(lost)} are not here; check that all nodes share this folder"
             )
         self.write_table()
         there = len(self.trainings) - len(self.missing())
-        say(f"{there} of {len(self.trainings)} experiments are there: {self.root}")
+        say(f"{there} of {len(self.trainings)} experiments are finished, in {self.root}")
 
     def table(self) -> pd.DataFrame:
         """A row for each finished training: what it is, and its loss and EM, means over its last epoch."""
@@ -276,7 +276,7 @@ def run_grid(
     return whole.table()
 
 
-def train_pass(
+def train_experiments(
     trainings: Sequence[Training],
     examples: Sequence[Example],
     held_out: Sequence[Example],
@@ -297,9 +297,9 @@ def train_pass(
     last = first.num_epochs
     evaluated = (epoch for epoch in EVALUATED.get(first.name, ()) if epoch <= last)
     tenths = {*range(0, last + 1, max(1, last // 10)), *evaluated}
-    with held([training.run for training in trainings], patience):
+    with locked([training.run for training in trainings], patience):
         for training in trainings:
-            claim(RunDirectory(training.run), training.recipe, fingerprint(examples))
+            record_recipe(RunDirectory(training.run), training.recipe, fingerprint(examples))
         train_together(trainings, rows, sorted(tenths), held_out=probed)
 
 
@@ -310,11 +310,11 @@ def check_engine(engine: str) -> None:
 
 
 def _seconds_a_step(training: Training, examples: Sequence[Example], held_out: Sequence[Example]) -> float:
-    """Median seconds of a step in the second of two epochs of one adapter, in a temporary folder. Rather too much: in a
+    """Median seconds of a step in the second of two epochs of one adapter, in a temporary folder. An overestimate: in a
     pass adapters share work, and a long run is compiled."""
     with tempfile.TemporaryDirectory() as folder:
         short = Training.of(training.recipe.replace(num_epochs=2), Path(folder) / training.run.name, training.name)
-        train_pass([short], examples, held_out)
+        train_experiments([short], examples, held_out)
         lines = RunDirectory(short.run).metrics(short.learning_rate)
         return statistics.median(line["seconds"] for line in lines if line["epoch"] == 1)
 

@@ -1,8 +1,8 @@
-"""TRL's SFTTrainer with what this recipe needs: float32 adapters, several to a pass, and an order that can be named.
+"""TRL's SFTTrainer with what this recipe needs: float32 adapters, several in a pass, and a reproducible order of rows.
 
 The adapters of a pass share the base and nothing else. Each has its own learning rate and schedule, its own moments,
-its own gradient norm (clipped by itself), its own order of examples and its own checkpoints, so that it ends where it
-would have ended alone.
+its own gradient norm (clipped by itself), its own order of examples and its own checkpoints, so that it ends with the
+same weights as if it were trained by itself.
 """
 
 import io
@@ -30,7 +30,8 @@ from mini_symposium.training.memory_plan import Acceleration
 
 
 class EpochOrder(torch.utils.data.Sampler):
-    """A fresh shuffle per epoch that depends on (seed, epoch) alone, so that any step can name its example.
+    """A fresh shuffle per epoch that depends on (seed, epoch) alone, so that the example
+    of any step can be computed from the seed and the step.
 
     With several seeds, one for each adapter of a pass, each step has an example for each of them in turn. If an epoch
     does not divide into steps of `batch` examples, its last step is filled up with examples of weight 0.
@@ -100,8 +101,8 @@ def _load(path: Path) -> dict:
 class RecipeTrainer(SFTTrainer):
     """SFTTrainer for several adapters of one model: the k-th of `trainings` is `adapter_name(k)`, row k of each batch.
 
-    Whatever it overrides exists because a pass has several adapters, or because SFTTrainer's own way would freeze them
-    (see `training.finetune`).
+    Whatever it overrides exists because a pass has several adapters, or because SFTTrainer casts adapters to bfloat16,
+    in which small updates are rounded away (see `training.finetune`).
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class RecipeTrainer(SFTTrainer):
             self.fused = FusedAdapters(self.model, self.adapters, **options)
         self.optimizer = self._optimizer()
         self.lr_scheduler = self._scheduler(steps)
-        self._skip_walks()
+        self._skip_module_traversals()
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """AdamW with a parameter group for each adapter."""
@@ -153,9 +154,9 @@ class RecipeTrainer(SFTTrainer):
             rules += get_scheduler(recipe.lr_scheduler, alone, **options).lr_lambdas
         return LambdaLR(self.optimizer, rules)
 
-    def _skip_walks(self) -> None:
-        """Skip what the Trainer walks over thousands of modules for, at every step: counting operations that nobody
-        reads and, with fused adapters, setting a mode that is set already and clearing gradients that do not exist.
+    def _skip_module_traversals(self) -> None:
+        """Disable three calls that loop over all modules at every step: the FLOP count, which is not used, and, with
+        fused adapters, `train()` when the mode is set and `zero_grad()`, because no module parameter has a gradient.
         """
         self.floating_point_ops = lambda inputs: 0
         if self.fused:
@@ -164,7 +165,7 @@ class RecipeTrainer(SFTTrainer):
             model.zero_grad = lambda set_to_none=True: None
 
     def _get_train_sampler(self, train_dataset=None) -> EpochOrder:
-        """Overridden so that the log can name the example of each step."""
+        """Overridden so that the log can look up the example of each step."""
         return self.order
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -240,20 +241,20 @@ class RecipeTrainer(SFTTrainer):
         for file in folder.glob("rng_state_*.pth"):  # the name with several processes, where nothing is random
             file.rename(file.with_name("rng_state.pth"))
 
-    def _own(self, checkpoint: str) -> list[Path]:
+    def _checkpoints_of_all(self, checkpoint: str) -> list[Path]:
         """The checkpoints of all adapters at the epoch of `checkpoint`, which is the first adapter's."""
         return [training.folder / "checkpoints" / Path(checkpoint).name for training in self.trainings]
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         """Overridden: each adapter from its own folder."""
-        for name, folder in zip(self.adapters, self._own(resume_from_checkpoint), strict=True):
+        for name, folder in zip(self.adapters, self._checkpoints_of_all(resume_from_checkpoint), strict=True):
             set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"), adapter_name=name)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         """Overridden: the parts that `_save_checkpoint` wrote, joined again."""
         if checkpoint is None:
             return
-        folders = self._own(checkpoint)
+        folders = self._checkpoints_of_all(checkpoint)
         state = self.optimizer.state_dict()
         for k, (name, folder) in enumerate(zip(self.adapters, folders, strict=True)):
             own = _load(folder / "optimizer.pt")
@@ -273,7 +274,7 @@ class RecipeTrainer(SFTTrainer):
 
 def check_batches(trainer: RecipeTrainer, rows: Sequence[Row]) -> None:
     """Before step 1: the adapters are float32, and the trainer's own first epoch holds these rows, whole, with EOS in
-    the loss, in the named order.
+    the loss, in the order of `EpochOrder`.
 
     Raises
     ------

@@ -84,7 +84,7 @@ def test_stock_trl_stands_still_and_the_proof_says_so(recipe, examples, tmp_path
     stock.train()
     stock.model.save_pretrained(checkpoints / "epoch-0002")
     with pytest.raises(RunError, match=r"only 0\.\d+% of lora_A .* moved"):
-        finetune.prove_movement(frozen, 1e-7)
+        finetune.check_movement(frozen, 1e-7)
 
 
 def test_metrics_hold_a_line_per_step_at_the_configured_rate(trained, recipe, examples):
@@ -216,7 +216,7 @@ def test_a_compiled_run_goes_on_compiled_though_memory_would_now_say_otherwise(
         finetune.train(short, examples[:3], cut, **how)
     monkeypatch.setattr(memory_plan, "COMPILE_FROM", 10**9)
     finetune.train(short, examples[:3], cut, **how)
-    assert "resuming as it began, layer compiled" in capsys.readouterr().out
+    assert "resuming with the layer compiled" in capsys.readouterr().out
     assert steps(cut, 1e-3) == steps(whole, 1e-3)
     ours, theirs = adapter(cut, 1e-3, 3), adapter(whole, 1e-3, 3)
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)

@@ -15,13 +15,13 @@ import torch
 
 from mini_symposium.claims.evidence import load_evidence
 from mini_symposium.claims.ledger import judge
-from mini_symposium.data.dataset import load_examples
+from mini_symposium.data.dataset import fingerprint, load_examples
 from mini_symposium.errors import InputError
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import RunDirectory, Training, find
 from mini_symposium.training import finetune, ray_engine
 from mini_symposium.training.experiments import grid
-from mini_symposium.training.sweep import run_grid, train_pass
+from mini_symposium.training.sweep import run_grid, train_experiments
 
 os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -122,7 +122,7 @@ def test_a_node_is_killed_and_the_sweep_ends_as_on_one_machine(cluster, recipe, 
         finally:
             driver.kill()
     assert driver.returncode == 0, said
-    assert "4 of 4 experiments are there" in said and "the ledger: " in said
+    assert "4 of 4 experiments are finished" in said and "the ledger: " in said
     after = lines(root)
     for name, log in after.items():
         assert [json.loads(each)["step"] for each in log] == list(range(1, EPOCHS * ROWS + 1)), name
@@ -172,7 +172,7 @@ def test_a_node_that_dies_is_named_and_its_pass_ends_elsewhere(cluster, tmp_path
 def test_what_is_wrong_is_said_as_on_one_machine(cluster, recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     run = RunDirectory(tmp_path / "lr-1e-03-rank-2-alpha-4-constant-seed-1")
-    finetune.claim(run, load_recipe(recipe, seed=7), load_examples(load_recipe(recipe).dataset))
+    finetune.record_recipe(run, load_recipe(recipe, seed=7), fingerprint(load_examples(load_recipe(recipe).dataset)))
     ask = {
         "recipe": recipe,
         "out": str(tmp_path),
@@ -204,16 +204,16 @@ def test_a_successor_waits_for_one_that_only_seems_dead(tmp_path, monkeypatch):
     with subprocess.Popen([sys.executable, "-c", hold, str(run)], stdout=subprocess.PIPE, text=True) as zombie:
         assert zombie.stdout.readline() == "held\n"
         with pytest.raises(InputError, match="another process works here"):
-            train_pass(some, examples, examples, 0.0)
+            train_experiments(some, examples, examples, 0.0)
         assert not RunDirectory(run).recipe_file.exists()
-        train_pass(some, examples, examples, ray_engine.PATIENCE)
+        train_experiments(some, examples, examples, ray_engine.PATIENCE)
         assert zombie.poll() is not None or zombie.wait(5) == 0
     assert RunDirectory(run).checkpoints(1e-3).keys() == {0, 1}
 
 
 def test_a_folder_that_a_node_does_not_see_is_refused(tmp_path):
     with pytest.raises(InputError, match="share the sweep's folder"):
-        train_pass([Training.of(load_recipe("tiny"), tmp_path / "elsewhere" / "run")], [], [])
+        train_experiments([Training.of(load_recipe("tiny"), tmp_path / "elsewhere" / "run")], [], [])
 
 
 def test_without_ray_one_line_says_how_to_get_it(tmp_path, monkeypatch):

@@ -76,7 +76,7 @@ def test_every_experiment_is_trained_in_a_run_of_its_own_and_only_once(small):
     again = []
     examples, twins = load_examples(find("data/minisymposium.md"))[5:8], load_examples(find("data/twins.md"))[5:7]
     whole.run(examples, twins, ("high", "low", "rank-2-alpha-4"), again.append)
-    assert len(again) == 1 and "experiments are there" in again[0]
+    assert len(again) == 1 and "experiments are finished" in again[0]
     kept = load_recipe(whole.root / "rank-2-alpha-4-seed-1" / "recipe.yml")
     assert (kept.lora_r, kept.lora_alpha, kept.num_epochs, kept.seed) == (2, 4, 2, 1)
 
