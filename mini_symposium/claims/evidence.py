@@ -49,7 +49,7 @@ class Evidence:
     """Evaluation of the base model without an adapter; {} if it was not evaluated."""
     trained: list[Training]
     facts: dict = field(default_factory=dict)
-    """The base model's name, tokens of the dataset's rows, the paper recipe's sequence_len and predicted bytes."""
+    """The base model's name, tokens in all rows of the dataset, the paper recipe's sequence_len and predicted bytes."""
 
     def named(self, name: str) -> list[Training]:
         """The trainings of that experiment, in order of their seeds."""
@@ -149,7 +149,10 @@ def _saved(file: Path) -> Evidence:
 
 def _evidence(run: RunDirectory, trained: list[Training], folder: Path | None = None) -> Evidence:
     base = read_evaluation((folder or run.path) / "base.json")
-    recipe, tokens = run.recipe, next(map(_tokens, run.trainings()), 0)
+    recipe = run.recipe
+    with _reading(run.path):
+        lines = read_jsonl(trained[0].metrics_file) if trained else []
+        tokens = sum({line["example"]: line["tokens"] for line in lines}.values())
     facts = {"base_model": recipe.base_model, "tokens": tokens, "sequence_len": load_recipe("paper").sequence_len}
     facts |= _on_a_gpu()
     if "paper_bytes" in base:
@@ -194,13 +197,6 @@ def _measured_trainings(run: RunDirectory, in_a_sweep: bool = False) -> list[Tra
         names = dict.fromkeys(rates, run.path.name.rpartition("-seed-")[0] or run.path.name)
     trainings = [training for training in run.trainings() if training.metrics_file.is_file()]
     return [_measured(replace(training, name=names[training.learning_rate])) for training in trainings]
-
-
-def _tokens(training: Training) -> int:
-    """Tokens in all rows of the dataset; 0 if no step was logged."""
-    with _reading(training.metrics_file):
-        lines = read_jsonl(training.metrics_file) if training.metrics_file.is_file() else []
-        return sum({line["example"]: line["tokens"] for line in lines}.values())
 
 
 def _measured(training: Training) -> Training:

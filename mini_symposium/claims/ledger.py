@@ -18,17 +18,13 @@ from mini_symposium.claims.metrics import (
     EPOCHS_COMPARED,
     EPOCHS_HIGH,
     EPOCHS_LOW,
-    Checkpoint,
     answers_to,
     base_passes_some,
     base_was_evaluated,
-    cards_own_rate,
     joined,
     last_evaluated,
     mean_by_prompt,
     mean_em,
-    measured_at,
-    memorized_at,
     missing_seeds,
     of_shared_seeds,
     passed,
@@ -37,17 +33,10 @@ from mini_symposium.claims.metrics import (
     recitation_controls,
     several_views,
     signed,
+    training_notes,
     twins_alike,
 )
-from mini_symposium.claims.verdicts import (
-    INCONCLUSIVE,
-    NOT_SUPPORTED,
-    OUT_OF_REACH,
-    SUPPORTED,
-    Claim,
-    Control,
-    Question,
-)
+from mini_symposium.claims.verdicts import INCONCLUSIVE, OUT_OF_REACH, Claim, Control, Question
 from mini_symposium.errors import InputError
 from mini_symposium.evaluation.intervals import Interval, difference, interval, spread
 from mini_symposium.files.reading import refuse_other_shapes
@@ -84,16 +73,11 @@ def high_rate_overfits(e: Evidence) -> Claim:
     if not high:
         return _missing(C1, e, "an evaluation of the high rate")
     epoch = high[0][1]
-    note = _training_notes(e, "high", high, "literal-1e-06")
+    note = training_notes(e, "high", high, "literal-1e-06")
     claim = C1.judge(e.scale, interval(recall(high)), recitation_controls(e, high), joined(note))
-    if claim.verdict == NOT_SUPPORTED and epoch < EPOCHS_HIGH:
+    if claim.verdict == "not supported" and epoch < EPOCHS_HIGH:
         return _missing(C1, e, f"epochs {epoch + 1} to {EPOCHS_HIGH} of the high rate")
     return claim
-
-
-def _training_notes(e: Evidence, name: str, checkpoints: Sequence[Checkpoint], cards_own: str) -> list[str]:
-    trained = [training for training, _ in checkpoints]
-    return [measured_at(checkpoints), memorized_at(trained), cards_own_rate(e, cards_own), missing_seeds(e, name)]
 
 
 def low_rate_does_not_overfit(e: Evidence) -> Claim:
@@ -112,14 +96,14 @@ def low_rate_does_not_overfit(e: Evidence) -> Claim:
         *recitation_controls(e, low),
         Control("seeds whose high rate was asked at the same dose: at least one", len(pairs), bool(pairs)),
     ]
-    note = _training_notes(e, "low", low, "literal-1e-07")
+    note = training_notes(e, "low", low, "literal-1e-07")
     if pairs:
         of_low, of_high = (recall(checkpoints) for checkpoints in zip(*pairs, strict=True))
         gap = signed(difference(of_low, of_high))
         note.insert(1, f"the high rate at the same dose: {of_high.mean():.2f}, low less high {gap}")
     claim = C2.judge(e.scale, interval(recall(low)), controls, joined(note))
     first = min(at for _, at in low)
-    if claim.verdict == SUPPORTED and first < EPOCHS_LOW:
+    if claim.verdict == "supported" and first < EPOCHS_LOW:
         return _missing(C2, e, f"epochs {first + 1} to {EPOCHS_LOW} of the low rate")
     return claim
 

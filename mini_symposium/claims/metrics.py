@@ -53,6 +53,12 @@ def missing_seeds(e: Evidence, *names: str) -> str:
     return joined(f"missing: {name} of seed {listed(without)}" for name, without in missing.items() if without)
 
 
+def training_notes(e: Evidence, name: str, checkpoints: Sequence[Checkpoint], cards_own: str) -> list[str]:
+    """The notes above, of an experiment's checkpoints."""
+    trained = [training for training, _ in checkpoints]
+    return [measured_at(checkpoints), memorized_at(trained), cards_own_rate(e, cards_own), missing_seeds(e, name)]
+
+
 def last_evaluated(e: Evidence, name: str, at_most: int, every_seed: bool = False) -> list[Checkpoint]:
     """For each training of that experiment, its last evaluated epoch up to `at_most`.
 
