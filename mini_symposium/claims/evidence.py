@@ -174,13 +174,7 @@ def _on_a_gpu() -> dict:
 
 
 def read_evaluation(file: Path) -> dict:
-    """Read an evaluation; {} if the file is not there.
-
-    Raises
-    ------
-    InputError
-        If the file is damaged or holds something else.
-    """
+    """Read an evaluation; {} if the file is not there, InputError if it holds something else."""
     return _check_evaluation(read_object(file), file) if file.is_file() else {}
 
 

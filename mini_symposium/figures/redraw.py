@@ -17,19 +17,10 @@ from mini_symposium.run import RunDirectory
 
 
 def redraw(run: RunDirectory) -> list[Path]:
-    """Draw a run's figures again from its metrics, its results and the csv files beside them.
+    """Draw a run's figures again from its metrics, its results and the csv files beside them; return the PNG files.
 
     Of a saved sweep only the evidence is kept; then the ledger and the memorization curves are drawn, beside it.
-
-    Returns
-    -------
-    list of Path
-        The PNG files.
-
-    Raises
-    ------
-    InputError
-        If there is neither evidence nor a recipe with metrics, or a file is damaged.
+    Raises an InputError if there is neither evidence nor a recipe with metrics, or a file is damaged.
     """
     with refuse_other_shapes(f"{run.path}: cannot be drawn again from what is there", "run the notebooks"):
         if (run.path / FILE).is_file():
@@ -69,8 +60,7 @@ def _of_run(run: RunDirectory) -> dict[str, Picture]:
 
 
 def _of_evidence(evidence: Evidence) -> dict[str, Picture]:
-    """The ledger; and the memorization curves of the adapters that have the recipe's rank and a constant rate, which
-    are the contrast from each seed and the card's own rates."""
+    """The ledger; and the memorization curves of adapters of the recipe's rank, trained at a constant rate."""
     pictures = {"ledger": ledger_picture(judge(evidence), evidence.scale)}
     contrast = [each for each in evidence.trained if each.em and not each.name.startswith(("rank", "cosine", "linear"))]
     if contrast:

@@ -57,15 +57,10 @@ def styled():
 
 
 class Picture(Figure):
-    """A Figure that shows itself in a notebook without pyplot and is saved with the numbers that it draws.
-
-    Attributes
-    ----------
-    drawn : pandas.DataFrame
-        The numbers drawn, a row for each mark; `save` writes them as csv.
-    """
+    """A Figure that shows itself in a notebook without pyplot and is saved with the numbers that it draws."""
 
     drawn: pd.DataFrame
+    """The numbers drawn, a row for each mark."""
 
     def png(self) -> bytes:
         """The PNG file: the same bytes each time, without a date or a version.
@@ -89,12 +84,7 @@ class Picture(Figure):
     def save(self, path: str | Path) -> "Picture":
         """Write `path`.png, and `path`.csv with the numbers drawn; return the picture, so that a notebook shows it.
 
-        If drawing fails, both files stay as they were.
-
-        Raises
-        ------
-        InputError
-            If the directory cannot be written.
+        If drawing fails, both files stay as they were. Raises an InputError if the directory cannot be written.
         """
         with written_whole(f"{path}.csv") as csv, written_whole(f"{path}.png") as png:
             self.drawn.to_csv(csv, index=False, float_format="%.6g", lineterminator="\n", encoding="utf-8")
@@ -136,12 +126,8 @@ def short(text: str, width: int) -> str:
 def titled(height: float, title: str, scale: str, caption: str, rates: bool = True) -> Picture:
     """An empty picture with its heading: the title, then the scale and what to look at.
 
-    Parameters
-    ----------
-    height
-        Of the axes below the heading, in inches.
-    rates
-        Whether learning rates are shown; then the proxy's heading adds that they do not transfer.
+    The axes below the heading are `height` inches high. If learning `rates` are shown, the proxy's heading adds that
+    they do not transfer.
     """
     scale_name = SCALES.get(scale, scale) + (RATES_DO_NOT_TRANSFER.get(scale, "") if rates else "")
     lines = textwrap.wrap(f"{scale_name}. {caption}", 118)

@@ -77,12 +77,7 @@ def plain(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Shown:
 
 
 def expected_measured(rows: Sequence[Sequence[object]]) -> Shown:
-    """A table of predictions, of what was measured, and of whether the two are equal.
-
-    Parameters
-    ----------
-    rows
-        (what, expected, measured).
+    """A table of (what, expected, measured), and of whether the last two are equal.
 
     >>> expected_measured([("steps", 390, 390), ("bytes", 100, 103)])
     what  | expected | measured | match
@@ -97,10 +92,7 @@ def expected_measured(rows: Sequence[Sequence[object]]) -> Shown:
 def side_by_side(answers: Sequence[Mapping], query: str) -> Shown:
     """The answers to one query: formats as rows, models as columns.
 
-    Parameters
-    ----------
-    answers
-        {"format", "model", "answer", "tokens", "stop_reason"}, one for each format and model.
+    `answers` has {"format", "model", "answer", "tokens", "stop_reason"} for each format and model.
     """
     models = list(dict.fromkeys(answer["model"] for answer in answers))
     formats = list(dict.fromkeys(answer["format"] for answer in answers))

@@ -92,14 +92,8 @@ def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, sca
 def _label_ends(axes, ends: Sequence[tuple[float, float, str, str]], top: float) -> None:
     """Write each line's name at its end, in its colour.
 
-    A name stands above its line's end where other lines go on further to the right; names never overlap.
-
-    Parameters
-    ----------
-    ends
-        (x, y, name, colour) for each line.
-    top
-        Upper limit of the y axis.
+    A name stands above its line's end where other lines go on further to the right; names never overlap. `ends` has
+    (x, y, name, colour) for each line; `top` is the upper limit of the y axis.
     """
     axes.set_ylim(0, top)
     gap, lowest = top * 0.065, -math.inf
@@ -114,12 +108,7 @@ def _label_ends(axes, ends: Sequence[tuple[float, float, str, str]], top: float)
 def example_heatmap(metrics: Mapping[float, Sequence[Mapping]], titles: Sequence[str], scale: str) -> Picture:
     """Loss of each example at each epoch; learning rates stand side by side on one colour scale.
 
-    Parameters
-    ----------
-    metrics
-        For each learning rate, the lines of its metrics.jsonl.
-    titles
-        A title for each example, by its index in the dataset.
+    `metrics` are those of `loss_curves`; `titles` names each example, by its index in the dataset.
 
     Raises
     ------
@@ -162,10 +151,7 @@ def example_heatmap(metrics: Mapping[float, Sequence[Mapping]], titles: Sequence
 def token_lengths(rows: Sequence[Mapping], scale: str, sequence_len: int) -> Picture:
     """How many tokens each example has, prompt and completion stacked, and how many are allowed.
 
-    Parameters
-    ----------
-    rows
-        For each example {"title", "prompt", "completion"}: a text and two numbers of tokens.
+    `rows` has {"title", "prompt", "completion"} for each example: a text and two numbers of tokens.
     """
     table = pd.DataFrame(rows, columns=["title", "prompt", "completion"])
     table.insert(0, "example", range(len(table)))
@@ -200,10 +186,7 @@ def travel(rows: Sequence[Mapping], scale: str) -> Picture:
     its sign, so it can travel about learning_rate x steps; a step after a sudden large gradient may be up to 3.2 times
     as long. An element whose gradient changes its sign at random travels about learning_rate x sqrt(steps).
 
-    Parameters
-    ----------
-    rows
-        For each learning rate {learning_rate, dose, a_moved_share, a_travel_rms, b_travel_rms, b_travel_max}.
+    `rows` has {learning_rate, dose, a_moved_share, a_travel_rms, b_travel_rms, b_travel_max} for each learning rate.
     """
     parts = {"b_travel_max": "lora_B, largest", "b_travel_rms": "lora_B, rms", "a_travel_rms": "lora_A, rms"}
     table = pd.DataFrame(
@@ -256,10 +239,7 @@ def travel(rows: Sequence[Mapping], scale: str) -> Picture:
 def recitation(rows: Sequence[Mapping], scale: str) -> Picture:
     """How much of the rows' responses the checkpoints recite when given the prompts, by epoch.
 
-    Parameters
-    ----------
-    rows
-        {learning_rate, epoch, rows: "training" or "twins", recall: the mean over rows, missing if none was asked for}.
+    `rows` has {learning_rate, epoch, rows: "training" or "twins", recall: the mean, missing if no row was asked for}.
     """
     table = pd.DataFrame(rows).sort_values(["learning_rate", "rows", "epoch"], ascending=[False, True, True])
     with styled():

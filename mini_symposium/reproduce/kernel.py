@@ -67,14 +67,7 @@ def execute(notebook: Notebook, made_from: dict, given: dict, run: RunDirectory,
     """Execute one notebook into `run`/notebooks, with those of the parameters `given` that it has.
 
     While it runs, its copy is named `.running.ipynb`; if it does not get to its end, `.failed.ipynb`. The finished copy
-    holds `made_from`.
-
-    Raises
-    ------
-    NotebookError
-        If a cell raised, or the kernel died.
-    InputError
-        If a cell raised one, or the copy cannot be written.
+    holds `made_from`. An InputError of a cell is raised as one.
     """
     import nbformat
     from papermill import execute_notebook

@@ -81,17 +81,9 @@ def parse_parameters(pairs: list[str]) -> dict[str, object]:
 
 
 def check_parameters(given: dict[str, object], *names: str, notebooks_dir: Path = NOTEBOOKS) -> dict[str, object]:
-    """Check that the notebooks have parameters of these names and types; return `given` as JSON would hold it.
+    """Check that the executed notebooks (`names`, or all) have parameters of these names and types.
 
-    Parameters
-    ----------
-    names
-        Notebooks that are executed; all of them if there are none.
-
-    Raises
-    ------
-    InputError
-        If a parameter is unknown or has another type; suggests similar names.
+    Returns `given` as JSON would hold it. The InputError for an unknown parameter suggests similar names.
     """
     defaults = {}
     for notebook in read_notebooks(Path(notebooks_dir)):
@@ -127,15 +119,13 @@ def reproduce(
 ) -> dict:
     """Execute the notebooks that are not up to date, in order, into `run`/notebooks.
 
-    RECIPE, RUN (absolute) and OVERWRITE are set in every notebook that has them. Kernels start in the caller's
-    working directory, so a relative path in a parameter is relative to where the caller stands.
+    RECIPE, RUN (absolute), OVERWRITE and `parameters` are set in every notebook that has them. Kernels start in the
+    caller's working directory, so a relative path in a parameter is relative to where the caller stands.
 
     Parameters
     ----------
     run
         Run directory; runs/<recipe's name> if None.
-    parameters
-        As `parse_parameters` returns them; each goes to the notebooks that have it.
     only
         Numbers of notebooks, such as "02"; all of them if None.
 

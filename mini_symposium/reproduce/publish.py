@@ -20,13 +20,7 @@ ABSOLUTE_PATH = re.compile(r"(?<![\w.])/(?:home|root|tmp|work|Users|usr|var)/\S+
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Remove from a notebook, in place, what is not committed; return it.
-
-    Raises
-    ------
-    InputError
-        If an output names a path of this machine.
-    """
+    """Remove in place what is not committed; return the notebook. InputError if an output names a path of this machine."""
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     for cell in notebook.cells:
@@ -64,8 +58,9 @@ def publish(run: RunDirectory, root: Path = ROOT) -> list[Path]:
         try:
             notebook = clean(nbformat.read(path, as_version=4))
         except (nbformat.ValidationError, nbformat.reader.NotJSONError, AttributeError, KeyError) as error:
-            cause = reason(error)
-            raise InputError(f"{path}: not a notebook ({cause}); run `mini-symposium reproduce` again") from error
+            raise InputError(
+                f"{path}: not a notebook ({reason(error)}); run `mini-symposium reproduce` again"
+            ) from error
         with written_whole(root / "notebooks" / path.name) as temporary:
             nbformat.write(notebook, temporary)
         written.append(root / "notebooks" / path.name)
