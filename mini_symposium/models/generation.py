@@ -1,7 +1,7 @@
-"""Answers side by side: a whole grid of prompts decodes as one batch, each row with its own stops, greedily or not.
+"""Answers side by side: many prompts decode as one batch, each row with its own adapter and stop strings.
 
-On a CPU answers are computed in float32, where a batch gives every row the tokens that it gets alone. In bfloat16,
-which a GPU uses, the shape of a batch changes the rounding, and where two tokens are nearly tied the other may win.
+On a CPU answers are computed in float32, and every row gets the same tokens in a batch as alone. A GPU computes in
+bfloat16: the shape of the batch changes the rounding, and of two nearly tied tokens the other one may win.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ from mini_symposium.run import Resolved, resolve
 
 @dataclass(frozen=True)
 class Sampling:
-    """How each next token is chosen, in the names and the order that transformers uses; by default the likeliest.
+    """How each next token is chosen; by default the likeliest. Names and order are those of transformers.
 
     Raises
     ------
@@ -45,32 +45,37 @@ class Sampling:
     """
 
     temperature: float = 0.0
-    """0 is greedy; then `top_k`, `top_p` and `seed` mean nothing."""
+    """0 is greedy; `top_k`, `top_p` and `seed` then have no effect."""
     top_k: int = 0
-    """Only among the k likeliest; 0: among all."""
+    """Draw from the k likeliest tokens; 0: from all."""
     top_p: float = 1.0
-    """Only among the likeliest whose probabilities reach p together."""
+    """Draw from the likeliest tokens whose probabilities add up to p."""
     repetition_penalty: float = 1.0
-    """Divides the score of each token that has been there, prompt included (Keskar et al. 2019); 1: none."""
+    """Divides the score of each token that occurred before, in the prompt too (Keskar et al. 2019); 1: none."""
     seed: int = 0
-    """A row draws the same with the same seed, whatever else is in its batch."""
+    """With the same seed a row gets the same tokens, whatever else is in its batch."""
 
     def __post_init__(self):
-        for name, holds, range_ in (
+        for name, valid, expected in (
             ("temperature", self.temperature >= 0, "at least 0"),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
         ):
-            if not holds:
-                raise InputError(f"{name}: {getattr(self, name)} must be {range_}")
+            if not valid:
+                raise InputError(f"{name}: {getattr(self, name)} must be {expected}")
 
 
-class Choice(LogitsProcessor):
-    """Makes the likeliest token the one that `sampling` draws: row by row, so that a row draws what it draws alone.
+class Draw(LogitsProcessor):
+    """Changes the scores so that the likeliest token is the one that `sampling` draws, in a batch as for a row alone.
 
-    Each row has random numbers of its own, and its padding is no token that has been there. The largest of scores
-    plus Gumbel noise is a draw from their softmax (Maddison et al. 2014, "A* Sampling").
+    Each row has its own random numbers, and its padding does not count as tokens that occurred before. The largest of
+    scores plus Gumbel noise is a draw from their softmax (Maddison et al. 2014, "A* Sampling").
+
+    Parameters
+    ----------
+    padding
+        For each row the number of padding tokens on its left.
     """
 
     def __init__(self, sampling: Sampling, padding: Sequence[int]):
@@ -94,39 +99,40 @@ class Choice(LogitsProcessor):
 
 
 SHARE = 0.5
-"""Of the free memory, what a batch may fill with keys and values."""
+"""The part of the free memory that the keys and values of a batch may fill."""
 
 MOST_ROWS = 64
-"""Of a batch on a CPU. With more, the copies of keys and values that each token makes outgrow what the allocator
-reuses, and half the time goes into asking the system for memory."""
+"""In a batch on a CPU. Each token copies the keys and values; with more rows the copies are too large for the allocator
+to reuse, and half the time goes into asking the system for memory."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One continuation: `text` without its stop string, ended by "eos", "stop string", "length", or "stopped".
-
-    `ids` are its tokens before EOS, those of a stop string included.
-    """
+    """The continuation of one prompt."""
 
     text: str
+    """Without its stop string."""
     tokens: int
     stop_reason: str
+    """"eos", "stop string", "length" (as many tokens as allowed), or "stopped" (by the caller)."""
     ids: tuple[int, ...] = ()
+    """Its tokens before EOS, including those of a stop string."""
     seconds: float = field(default=0.0, compare=False)
-    """From the start of its batch to its own end."""
+    """From the start of the batch to the end of this answer."""
 
 
-class _Watch(StoppingCriteria):
-    """After each token: end the rows whose own stop strings show, and pass on what every row has so far."""
+class _StopStrings(StoppingCriteria):
+    """Called after each token: ends the rows that have one of their stop strings, and calls `grown` with all rows'
+    tokens so far, which ends the batch if it returns true."""
 
-    LOOK_BACK = 32  # tokens; a stop string is a short line
+    LOOK_BACK = 32  # tokens; stop strings are short
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[Sequence[str]], prompt_tokens: int, grown):
         self.tokenizer, self.stops, self.prompt_tokens, self.grown = tokenizer, stops, prompt_tokens, grown
         self.started, self.ended = monotonic(), [None] * len(stops)
 
     def seconds(self) -> list[float]:
-        """What each row has taken, up to its end or till now."""
+        """The seconds that each row has taken until it ended, or until now."""
         return [(monotonic() if ended is None else ended) - self.started for ended in self.ended]
 
     def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
@@ -144,8 +150,8 @@ class _Watch(StoppingCriteria):
 
 @contextmanager
 def _contiguous_head(model: PreTrainedModel):
-    """The last position of each prompt as one block: of a strided one PyTorch multiplies each row by its own copy of
-    the head's weights."""
+    """Within the block the head gets its input as one contiguous block. Without it, PyTorch would copy the head's
+    weights for each row of the strided last positions."""
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:
@@ -156,10 +162,11 @@ def _contiguous_head(model: PreTrainedModel):
 
 @contextmanager
 def _steady_products():
-    """Float32 products on a CPU by oneDNN, which sums a row the same way in a batch of any size, and sooner than MKL.
+    """Within the block oneDNN multiplies float32 matrices on a CPU: it adds up a row in the same order in a batch of
+    any size, and is faster than MKL.
 
-    PyTorch hands them over only under the name of bfloat16. It is a permission, and a processor with products for that
-    takes it: it rounds their inputs, and a quarter of greedy answers change (`bench --only grid`). There MKL computes.
+    PyTorch calls oneDNN for them only if it allows bfloat16. A processor that multiplies bfloat16 makes use of that: it
+    rounds the inputs, and a quarter of greedy answers change (`make bench ONLY=grid`). On such a processor MKL stays.
     """
     if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         yield
@@ -174,24 +181,24 @@ def _steady_products():
 
 
 class _Stopped(Exception):
-    """Leaves a forward pass in the middle."""
+    """Raised to leave a forward pass."""
 
 
 @contextmanager
 def _stoppable(model: PreTrainedModel, stop: Event | None):
-    """Within the block a forward pass ends at the next layer once `stop` is set: a long prompt takes seconds.
+    """Within the block `stop` ends a forward pass at the next layer: over a long prompt one pass takes seconds.
 
-    However it ends, no hooks stay: PEFT leaves those that choose each row's adapter when a pass raises.
+    Afterwards all hooks are removed, also PEFT's for each row's adapter, which it leaves if a pass raises.
     """
 
-    def look(*_) -> None:
+    def check(*_) -> None:
         if stop.is_set():
             raise _Stopped
 
     before = {module: set(module._forward_pre_hooks) for module in model.modules()}
     for module in before if stop else ():
         if isinstance(module, DecoderLayer):
-            module.register_forward_pre_hook(look)
+            module.register_forward_pre_hook(check)
     try:
         yield
     finally:
@@ -202,8 +209,8 @@ def _stoppable(model: PreTrainedModel, stop: Event | None):
 
 
 def _rows_that_fit(model: PreTrainedModel, tokens: int, free: int) -> int:
-    """Rows of `tokens` tokens whose keys and values fit; twice their size, for they are copied as they grow. Eager
-    attention also makes maps of tokens x tokens for each head: scores and probabilities in float32."""
+    """Rows of `tokens` tokens that fit into `free` bytes. Keys and values count twice: they are copied to grow. Eager
+    attention also makes maps of tokens x tokens for each head: scores and probabilities, in float32."""
     config = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * size * tokens * model.dtype.itemsize
@@ -225,25 +232,23 @@ def generate(
     sampling: Sampling | None = None,
     stop: Event | None = None,
 ) -> list[Answer]:
-    """Continuations of `prompts`, greedy unless `sampling` is given, decoded as one left-padded batch.
-
-    Where memory is short, as several.
+    """Continue `prompts`, greedily or as `sampling` says, as one left-padded batch; as several if memory is short.
 
     Parameters
     ----------
     prompts
-        Texts, or token ids with BOS where the model wants one: the tokens of a row's beginning are not always those
-        of its text.
+        Texts; or token ids, with BOS where the model wants one, since the first tokens of a row are not always the
+        tokens of its first characters.
     stops
-        For each prompt its stop strings; None for none. The model's own EOS always ends a row.
+        For each prompt its stop strings; None for none. EOS always ends a row.
     adapters
         For each prompt the adapter that answers, "base" for none; None for the active one.
     on_text
-        Called after each token with the text of every row so far; what it returns, if true, ends the generation.
+        Called after each token with the text of every row so far. If it returns true, the generation ends.
     free
         Memory to plan with, in bytes; by default what is free now.
     stop
-        Set from another thread, ends the generation within a layer; what came is kept.
+        If another thread sets it, the generation ends within a layer; the text so far is kept.
 
     Returns
     -------
@@ -274,18 +279,18 @@ def generate(
         start = batch["input_ids"].shape[1]
 
         def keep(generated: list[list[int]], cut: str) -> None:
-            for row, tokens, seconds in zip(rows, generated, watch.seconds(), strict=True):
+            for row, tokens, seconds in zip(rows, generated, criterion.seconds(), strict=True):
                 reason = cut if len(tokens) < max_new_tokens else "length"
                 answers[row] = _answer(tokenizer, tokens, stops[row], reason, seconds)
 
         def grown(generated: list[list[int]]) -> bool:
             nonlocal stopped
-            keep(generated, "stopped")  # unless it goes on
+            keep(generated, "stopped")  # overwritten after the next token, if there is one
             stopped = bool(on_text and on_text([answer.text for answer in answers])) or bool(stop and stop.is_set())
             return stopped
 
-        watch = _Watch(tokenizer, [stops[row] for row in rows], start, (on_text or stop) and grown)
-        choice = [Choice(sampling, [start - len(ids[row]) for row in rows])] if sampling else []
+        criterion = _StopStrings(tokenizer, [stops[row] for row in rows], start, (on_text or stop) and grown)
+        draw = [Draw(sampling, [start - len(ids[row]) for row in rows])] if sampling else []
         chosen = None if adapters is None else [adapters[row] for row in rows]
         output = model.generate(
             **batch,
@@ -293,14 +298,14 @@ def generate(
             do_sample=False,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            stopping_criteria=StoppingCriteriaList([watch]),
-            logits_processor=LogitsProcessorList(choice),
+            stopping_criteria=StoppingCriteriaList([criterion]),
+            logits_processor=LogitsProcessorList(draw),
         )
         keep(output[:, start:].tolist(), "stopped" if stopped else "length")
 
     fit = _rows_that_fit(model, width + max_new_tokens, memory() if free is None else free)
     fit = min(fit, MOST_ROWS) if model.device.type == "cpu" else fit
-    ordered = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # rows of like length need little padding
+    ordered = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # rows of similar length need little padding
     waiting = [ordered[first : first + fit] for first in range(0, len(ordered), fit)]
     with _steady_products(), _contiguous_head(model):
         while waiting and not stopped:
@@ -323,9 +328,8 @@ def _answer(
     if tokenizer.eos_token_id in ids:
         ids, reason = ids[: ids.index(tokenizer.eos_token_id)], "eos"
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    found = [text.index(stop) for stop in stops if stop in text]
-    if found:
-        text, reason = text[: min(found)], "stop string"
+    if starts := [text.index(stop) for stop in stops if stop in text]:
+        text, reason = text[: min(starts)], "stop string"
         ids = [i for i in ids if i != tokenizer.pad_token_id]
     return Answer(text.strip(), len(ids), reason, tuple(ids), seconds)
 
@@ -339,11 +343,8 @@ def answer_grid(
     max_new_tokens: int = 128,
     user: str = "User",
     char: str = "Assistant",
-    on_text: Callable[[list[str]], object] | None = None,
 ) -> list[dict]:
-    """Every query in every format from every named adapter ("base" for none), as one batch.
-
-    `on_text` is called after each token with the text of every cell so far; see `generate`.
+    """Ask every query in every format of every named adapter ("base" for none), as one batch; see `generate`.
 
     Returns
     -------
@@ -353,7 +354,7 @@ def answer_grid(
     cells = grid_cells(names, formats, queries, user, char)
     prompts, adapters = ([cell[key] for cell in cells] for key in ("prompt", "model"))
     stops = [cell.pop("stops") for cell in cells]
-    answers = generate(model, tokenizer, prompts, stops, max_new_tokens, adapters, on_text)
+    answers = generate(model, tokenizer, prompts, stops, max_new_tokens, adapters)
     return [
         {**cell, "answer": answer.text, "tokens": answer.tokens, "stop_reason": answer.stop_reason}
         for cell, answer in zip(cells, answers, strict=True)

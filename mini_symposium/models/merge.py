@@ -204,7 +204,7 @@ def _check_fit(factors: Factors, shards: Mapping[Path, Header], base_model: str,
 
 
 def check_room(out: Path, size: int) -> None:
-    """Refuse at the start if the disk of `out` has no room for `size` bytes; `written_whole` reports one that fills up."""
+    """Refuse at the start if the disk of `out` has too little room; if it fills up later, `written_whole` says so."""
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if size > free:

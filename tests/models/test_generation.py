@@ -11,7 +11,7 @@ from mini_symposium.errors import InputError
 from mini_symposium.evaluation.log_probs import answer_log_probs
 from mini_symposium.models.adapters import folded, load_with_adapters, using
 from mini_symposium.models.base_models import load_model
-from mini_symposium.models.generation import MOST_ROWS, Sampling, answer_grid, generate
+from mini_symposium.models.generation import MOST_ROWS, Draw, Sampling, answer_grid, generate
 
 PROXY = "SmolLM2-135M-Instruct"
 QUERY = "What is the capital of France?"
@@ -204,11 +204,9 @@ def test_a_row_draws_the_same_alone_and_in_a_batch_and_another_seed_draws_anothe
 
 
 def test_draws_follow_the_softmax():
-    from mini_symposium.models.generation import Choice
-
     scores = torch.tensor([[2.0, 1.0, 0.0]])
     drawn = [
-        Choice(Sampling(1.0, seed=s), [0])(torch.zeros(1, 1, dtype=torch.long), scores).argmax() for s in range(2000)
+        Draw(Sampling(1.0, seed=s), [0])(torch.zeros(1, 1, dtype=torch.long), scores).argmax() for s in range(2000)
     ]
     share = torch.bincount(torch.tensor(drawn), minlength=3) / 2000
     assert torch.allclose(share, scores.softmax(-1)[0], atol=0.04)

@@ -222,9 +222,9 @@ def test_a_damaged_base_or_adapter_is_named(checkpoint, sharded, tmp_path):
     shutil.copytree(local_directory("tiny"), base)
     weights = base / "model.safetensors"
     whole = weights.read_bytes()
-    for content, said in ((whole[:-1000], "file not fully covered"), (whole[:100], "not a whole safetensors"), (b"", "not a whole")):
+    for content in (whole[:-1000], whole[:100], b""):
         weights.write_bytes(content)
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match="not a whole safetensors file"):
             merge(checkpoint, str(base), out)
     weights.write_bytes(whole)
     renamed = tmp_path / "renamed"
