@@ -3,7 +3,6 @@
 Arrays have prompts or rows as the first axis and seeds as the second, as `evaluation.intervals` takes them.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -98,9 +97,10 @@ def twins_alike(some: Sequence[Training], others: Sequence[Training]) -> Control
         [twins["em"] for t in group for epoch, twins in t.twins.items() if epoch <= EPOCHS_COMPARED]
         for group in (some, others)
     ]
-    apart = float(np.mean(means[0]) - np.mean(means[1])) if all(means) else math.inf
-    what = "EM of held-out twins differs by less than 0.02" if all(means) else "held-out twins were measured"
-    return Control(what, apart if all(means) else 0.0, abs(apart) < 0.02)
+    if not all(means):
+        return Control("held-out twins were measured", 0.0, False)
+    apart = float(np.mean(means[0]) - np.mean(means[1]))
+    return Control("EM of held-out twins differs by less than 0.02", apart, abs(apart) < 0.02)
 
 
 def memorized_at(trained: Sequence[Training]) -> str:
