@@ -1,7 +1,6 @@
 """The grid of a sweep: what it holds, and what is refused."""
 
 import pytest
-from conftest import command
 
 from mini_symposium.errors import InputError
 from mini_symposium.recipe import load_recipe
@@ -41,20 +40,3 @@ def test_rates_that_differ_in_their_last_digits_have_folders_of_their_own():
 def test_a_value_that_no_recipe_has_is_refused(values, said):
     with pytest.raises(InputError, match=said):
         grid(load_recipe("proxy"), **values)
-
-
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        (["--learning-rates", "fast"], "--learning-rates fast: takes numbers, as in 1e-3,1e-4"),
-        (["--ranks", "4:x"], "--ranks 4:x: takes r or r:alpha"),
-        (["--ranks", "4", "--schedules", "step"], "is one of constant, cosine, linear"),
-        (["--ranks", "4", "--seeds", "1,1"], "--seeds: 1 more than once"),
-        (["--epochs", "3"], "--epochs: is for a grid"),
-        (["--ranks", "4", "--engine", "slurm"], "--engine slurm: is one of local, ray"),
-    ],
-)
-def test_a_mistyped_grid_is_one_line_and_touches_nothing(tmp_path, arguments, said):
-    done = command("sweep", "--recipe", "tiny", "--out", tmp_path / "s", *arguments, check=False)
-    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
-    assert not (tmp_path / "s").exists()
