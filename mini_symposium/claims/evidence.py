@@ -113,18 +113,13 @@ def _reading(file: Path) -> AbstractContextManager:
     return refuse_other_shapes(f"{file}: not what the ledger reads", "move it away, and measure again")
 
 
-def _check_evaluation(evaluation: object, file: Path) -> dict:
+def _check_evaluation(evaluation: dict, file: Path) -> dict:
     """`evaluation`, if it has the shape of EVALUATION."""
-    evaluation = evaluation if isinstance(evaluation, dict) else {}
-    for key, shape in EVALUATION.items():
-        lines = evaluation.get(key)
-        problem = ""
-        if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
-            problem = f"no {key}"
-        elif missing := [k for line in lines for k, kind in shape.items() if not isinstance(line.get(k), kind)]:
-            problem = f"{key} without {missing[0]}"
-        if problem:
-            raise InputError(f"{file}: not an evaluation of this kit: {problem}; move it away, and measure again")
+    with _reading(file):
+        for key, shape in EVALUATION.items():
+            for line in evaluation[key]:
+                if wrong := [name for name, kind in shape.items() if not isinstance(line[name], kind)]:
+                    raise TypeError(f"{key} with another {wrong[0]}")
     return evaluation
 
 

@@ -197,10 +197,7 @@ def _read_copy(directory: RunDirectory, notebook: Notebook) -> tuple[dict, float
         return None
     with refuse_other_shapes(f"{path}: not a finished copy", "move it away, or choose another --run"):
         metadata = parse_json(read_text(path), path)["metadata"]
-        made_from = metadata["mini_symposium"]
-        if missing := {"source", "parameters", "recipe", "dataset"} - made_from.keys():
-            raise KeyError(*sorted(missing))
-        return made_from, round(metadata["papermill"]["duration"], 1)
+        return metadata["mini_symposium"], round(metadata["papermill"]["duration"], 1)
 
 
 def _due(notebooks, wanted, given, content, directory, overwrite) -> list[tuple[Notebook, dict]]:
