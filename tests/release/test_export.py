@@ -169,9 +169,3 @@ def test_axolotls_schema_accepts_the_recipe(axolotl, name, tmp_path):
     broken = tmp_path / "broken.yml"
     broken.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "learning_rate": "fast", "eval_steps": 3}))
     assert axolotl(broken).returncode != 0
-
-
-def test_a_model_that_axolotl_does_not_have_is_refused(tmp_path):
-    done = command("export", "axolotl", "tiny", "--out", tmp_path / "out", check=False)
-    assert done.returncode == 2 and "Axolotl has no such model" in done.stderr
-    assert not (tmp_path / "out").exists()
