@@ -229,7 +229,7 @@ def test_ctrl_c_keeps_everything_and_says_how_to_go_on(nursery, whole, tmp_path)
     )
     ended, _ = nursery.run(interruptible, run, after=2.0, signal=signal.SIGINT)
     assert ended == 130, nursery.said
-    assert "interrupted; what was finished is kept, and the same command goes on from there" in nursery.said
+    assert "interrupted; finished work is kept, and the same command resumes from there" in nursery.said
     assert "Traceback" not in nursery.said
     assert leftovers(run) == []
     assert nursery.train(run)[0] == 0, nursery.said

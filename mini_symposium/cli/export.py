@@ -1,14 +1,14 @@
-"""The commands that take a run to where it is used: `mini-symposium export gguf` and the others."""
+"""`mini-symposium export ...`: a run's model, prompt formats, recipe or card as files for other programs."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mini_symposium.cli.options import Checkpoints, console
+from mini_symposium.cli.options import Checkpoints, say
 
 app = typer.Typer(
-    help="Write a run's model, prompt formats, recipe or card as the files that other programs take.",
+    help="Write a run's model, prompt formats, recipe or card as files for other programs.",
     no_args_is_help=True,
 )
 
@@ -19,19 +19,17 @@ Rate = Annotated[
     float, typer.Option("--learning-rate", min=0, help="of the checkpoints; the lowest trained if not given")
 ]
 Base = Annotated[str, typer.Option(help="nf4, the base that training saw, or original")]
-Lora = Annotated[bool, typer.Option("--lora", help="the base as it is, and the adapter beside it as a LoRA GGUF")]
-Check = Annotated[bool, typer.Option(help="ask each file through llama.cpp, and compare with transformers")]
-Name = Annotated[str, typer.Option(help="stands for {{user}} or {{char}}, which this program does not know")]
-
-
-def _say(line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+Lora = Annotated[
+    bool, typer.Option("--lora", help="the base without the adapter, and the adapter beside it as a LoRA GGUF")
+]
+Check = Annotated[bool, typer.Option(help="compare llama.cpp's answers from each file with transformers'")]
+Name = Annotated[str, typer.Option(help="replaces {{user}} or {{char}}, for Ollama has no such names")]
 
 
 def _say_files(out: str, exported: dict) -> None:
     for name, entry in exported["files"].items():
         types = ", ".join(f"{count} matrices in {kind}" for kind, count in entry.get("types", {}).items())
-        _say(f"{Path(out) / name}: {entry['bytes'] / 1e6:,.1f} MB" + f" ({types})" * bool(types))
+        say(f"{Path(out) / name}: {entry['bytes'] / 1e6:,.1f} MB" + f" ({types})" * bool(types))
 
 
 @app.command()
@@ -48,12 +46,11 @@ def gguf(
     base: Base = "nf4",
     check: Check = True,
 ):
-    """GGUF files for llama.cpp, each asked there and compared with transformers on the same weights."""
-    from mini_symposium.release.export import choose
-    from mini_symposium.release.export import gguf as write
+    """GGUF files for llama.cpp, whose answers are compared with those of transformers on the same weights."""
+    from mini_symposium.release import export
 
-    what = choose(run_or_model, checkpoint or [], learning_rate)
-    _say_files(out, write(what, Path(out), kind or ["f16"], base, lora, check, _say))
+    released = export.choose(run_or_model, checkpoint or [], learning_rate)
+    _say_files(out, export.gguf(released, Path(out), kind or ["f16"], base, lora, check, say))
 
 
 @app.command()
@@ -72,14 +69,13 @@ def ollama(
 ):
     """A GGUF file and a Modelfile with the prompt format's template and stop strings."""
     from mini_symposium.data.prompt_formats import prompt_format
-    from mini_symposium.release.export import choose
-    from mini_symposium.release.export import ollama as write
+    from mini_symposium.release import export
 
     form = prompt_format(format)
-    what = choose(run_or_model, checkpoint or [], learning_rate)
-    options = {"base": base, "lora": lora, "check": check, "show": _say}
-    _say_files(out, write(what, Path(out), form, kind, user, char, **options))
-    _say(f"{Path(out) / 'Modelfile'}: from that folder, ollama create NAME -f Modelfile")
+    released = export.choose(run_or_model, checkpoint or [], learning_rate)
+    options = {"base": base, "lora": lora, "check": check, "show": say}
+    _say_files(out, export.ollama(released, Path(out), form, kind, user, char, **options))
+    say(f"{Path(out) / 'Modelfile'}: from that folder, ollama create NAME -f Modelfile")
 
 
 @app.command()
@@ -92,13 +88,13 @@ def sillytavern(
         ),
     ] = None,
 ):
-    """Instruct and context presets; first the one that names {{user}} and {{char}}, as the card advises."""
+    """Instruct and context presets; the first names {{user}} and {{char}}, as the card advises."""
     from mini_symposium.data.prompt_formats import FORMATS, prompt_format
     from mini_symposium.release.chat_frontends import write_sillytavern
 
     names = format or sorted(FORMATS, key=lambda name: name != "character")
     for path in write_sillytavern([prompt_format(name) for name in names], Path(out)):
-        _say(str(path))
+        say(path)
 
 
 @app.command()
@@ -113,7 +109,7 @@ def axolotl(
     from mini_symposium.release.export import axolotl as write
 
     for path in write(found.recipe, Path(out), found.path.name if found.kind == "run" else found.recipe.name):
-        _say(str(path))
+        say(path)
 
 
 @app.command()
@@ -122,9 +118,9 @@ def card(
     out: Out,
     checkpoint: Annotated[str, typer.Option(help="epoch-N or RATE/epoch-N; the last one if not given")] = "",
     learning_rate: Rate = 0,
-    license: Annotated[str, typer.Option(help="the hub's name of one; the base model's, where it is known")] = "",
+    license: Annotated[str, typer.Option(help="as the hub names it; the base model's, if known, if not given")] = "",
 ):
-    """A model card from what the run recorded; `out` may hold a model already."""
+    """A model card from the run's own files; `out` may hold a model already."""
     from mini_symposium.run import open_run
 
     directory = open_run(run)
@@ -133,5 +129,5 @@ def card(
 
     found = find_checkpoint(directory, checkpoint, learning_rate)
     for path in write_card(directory, Path(out), found, license):
-        _say(str(path))
-    _say(f"to upload it: hf upload YOU/NAME {out} --private")
+        say(path)
+    say(f"to upload it: hf upload YOU/NAME {out} --private")

@@ -1,19 +1,18 @@
-"""The command line. Each command loads only what it needs, so `--help` and bad input answer at once."""
+"""The command line. A command imports only what it needs, so that `--help` and errors in the input come at once."""
 
 import errno
 import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from mini_symposium.cli import export as cli_export
 from mini_symposium.cli import sweep as cli_sweep
-from mini_symposium.cli.options import Checkpoints, Parameters, RecipeOption, RunOption, console
+from mini_symposium.cli.options import Checkpoints, Parameters, RecipeOption, RunOption, console, literal, say
 from mini_symposium.errors import InputError, RunError, printable
 
 app = typer.Typer(
@@ -25,8 +24,9 @@ app = typer.Typer(
 app.add_typer(cli_export.app, name="export")
 
 INTERRUPTED = 130
-"""The exit code after Ctrl-C, as a shell has it."""
+"""The exit code after Ctrl-C, as in a shell."""
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+"""Of an OSError: the disk is full, or the user may not write there."""
 
 
 @app.command()
@@ -51,10 +51,11 @@ def train(
     recipe: RecipeOption = "proxy",
     run: RunOption = "",
     parameter: Parameters = None,
-    overwrite: Annotated[bool, typer.Option(help="train again what is there")] = False,
+    overwrite: Annotated[bool, typer.Option(help="train again, in place of what is there")] = False,
 ):
     """Train as notebook 02 does, without the notebook; an interrupted run resumes at its last checkpoint."""
-    from mini_symposium.reproduce.notebooks import alone, check_parameters, parse_parameters
+    from mini_symposium.files.writing import alone
+    from mini_symposium.reproduce.notebooks import check_parameters, parse_parameters
 
     given = check_parameters(parse_parameters(parameter or []), "02_finetune")
     from accelerate import PartialState
@@ -66,7 +67,7 @@ def train(
     chosen, examples, directory = prepare(
         given.get("RECIPE", recipe), given.get("DATASET", ""), given.get("RUN", run), given.get("NUM_EPOCHS", 0)
     )
-    main_process = PartialState().is_main_process  # of those that `accelerate launch` started
+    main_process = PartialState().is_main_process  # the first of those that `accelerate launch` started
     with alone(directory.path) if main_process else nullcontext():
         travels = run_training(
             chosen,
@@ -83,11 +84,10 @@ def train(
         return
     table = Table("learning rate", "steps", "LR x steps", "A moved", "A travel, rms", "B travel, rms", "B travel, max")
     for t in travels:
-        figures = [t.dose, t.a_travel_rms, t.b_travel_rms, t.b_travel_max]
-        dose, a_rms, b_rms, b_max = (f"{figure:.2e}" for figure in figures)
+        dose, a_rms, b_rms, b_max = (f"{x:.2e}" for x in (t.dose, t.a_travel_rms, t.b_travel_rms, t.b_travel_max))
         table.add_row(f"{t.learning_rate:g}", str(t.steps), dose, f"{t.a_moved_share:.2%}", a_rms, b_rms, b_max)
     console.print(table)
-    console.print(f"adapters and metrics: {directory.path}", soft_wrap=True)
+    say(f"adapters and metrics: {directory.path}")
 
 
 @app.command()
@@ -106,13 +106,13 @@ def inspect(
     if as_json:
         print(json.dumps({**description, "warnings": warnings}, indent=2, ensure_ascii=False))
         return
-    table = Table("where", "query", "sections", "words", title=escape(printable(f"{file}: {len(examples)} examples")))
+    table = Table("where", "query", "sections", "words", title=literal(f"{file}: {len(examples)} examples"))
     for row in description["examples"]:
         cells = [row["source"], row["query"], " > ".join(row["headings"])[:200], str(row["words"])]
-        table.add_row(*(escape(printable(cell)) for cell in cells))
+        table.add_row(*map(literal, cells))
     console.print(table)
     for warning in warnings:
-        console.print(f"[yellow]note[/] {escape(printable(warning))}", soft_wrap=True)
+        console.print(f"[yellow]note[/] {literal(warning)}", soft_wrap=True)
 
 
 @app.command()
@@ -125,7 +125,7 @@ def ask(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
 ):
-    """Ask one query in several prompt formats, and show the answers side by side."""
+    """Ask one query in several prompt formats, and show the answers one below the other."""
     from mini_symposium.data.prompt_formats import prompt_format
     from mini_symposium.run import resolve
 
@@ -134,9 +134,9 @@ def ask(
     from mini_symposium.models.generation import ask as answers
 
     for cell in answers(found, query, formats, max_new_tokens):
-        title = f"[bold]{escape(printable(cell['format']))}[/] · {escape(printable(cell['model']))}"
+        title = f"[bold]{literal(cell['format'])}[/] · {literal(cell['model'])}"
         console.rule(f"{title} · {cell['tokens']} tokens, {cell['stop_reason']}")
-        console.print(printable(cell["answer"]), markup=False, highlight=False, soft_wrap=True)
+        say(printable(cell["answer"]))
 
 
 @app.command()
@@ -147,11 +147,11 @@ def merge(
         float, typer.Option(min=0, help="of the checkpoints; the lowest trained if not given")
     ] = 0,
     base: Annotated[str, typer.Option(help="nf4, the base that training saw, or original")] = "nf4",
-    dtype: Annotated[str, typer.Option(help="of the file: float32, float16 or bfloat16")] = "float32",
-    by_chance: Annotated[bool, typer.Option("--by-chance", help="bfloat16, rounded up or down by chance")] = False,
+    dtype: Annotated[str, typer.Option(help="of the written weights: float32, float16 or bfloat16")] = "float32",
+    by_chance: Annotated[bool, typer.Option("--by-chance", help="bfloat16 with stochastic rounding")] = False,
     out: Annotated[str, typer.Option(help="folder to write; RUN/lr-R/merged/epoch-N if not given")] = "",
 ):
-    """Add adapters into their base and write a model, tensor by tensor; several are averaged, or weighted."""
+    """Merge adapters into their base and write a model, tensor by tensor. Several are averaged, or weighted."""
     from mini_symposium.run import open_run
 
     directory = open_run(run)
@@ -161,15 +161,15 @@ def merge(
 
     weights = find_checkpoints(directory, checkpoint or [], learning_rate)
     if not out and len(weights) > 1:
-        raise InputError("--out: several checkpoints make a model of their own; name a folder for it")
+        raise InputError("--out: a merge of several checkpoints belongs to none of them; name a folder for it")
     first = next(iter(weights))
     target = Path(out) if out else first.parents[1] / "merged" / first.name
     made = write(weights, recipe.base_model, target, base, dtype, by_chance)
     for adapter in made["checkpoints"]:
-        console.print(f"{adapter['weight']:g} x {adapter['checkpoint']}, scaled by {adapter['scaling']:g}")
+        say(f"{adapter['weight']:g} x {adapter['checkpoint']}, scaled by {adapter['scaling']:g}")
     predicted, measured = (made["memory"][key] / 2**20 for key in ("predicted", "measured"))
-    console.print(f"onto the {base} base in {dtype}: {target}", soft_wrap=True)
-    console.print(f"peak memory: {predicted:,.0f} MiB predicted, {measured:,.0f} MiB measured")
+    say(f"onto the {base} base in {dtype}: {target}")
+    say(f"peak memory: {predicted:,.0f} MiB predicted, {measured:,.0f} MiB measured")
 
 
 @app.command()
@@ -180,10 +180,12 @@ def survival(
     storage: Annotated[
         list[str] | None, typer.Option("--storage", help="fp32, bf16, q8_0, ...; may be repeated; all if not given")
     ] = None,
-    rows: Annotated[int, typer.Option(min=0, help="training rows to measure on, the first; 0: all")] = 6,
-    as_json: Annotated[str, typer.Option("--json", metavar="FILE", help="RUN/lr-R/survival/epoch-N.json")] = "",
+    rows: Annotated[int, typer.Option(min=0, help="how many training rows to measure on, from the first; 0: all")] = 6,
+    as_json: Annotated[
+        str, typer.Option("--json", metavar="FILE", help="RUN/lr-R/survival/epoch-N.json if not given")
+    ] = "",
 ):
-    """Measure what of a fine-tune is left in each way of storing it: in the weights, and in what the model does."""
+    """Measure how much of a fine-tune each storage format keeps: of the weights, and of the model's predictions."""
     from mini_symposium.files.writing import write_json
     from mini_symposium.run import open_run
 
@@ -195,19 +197,18 @@ def survival(
 
     found = find_checkpoint(directory, checkpoint, learning_rate)
     rate, epoch = float(found.parents[1].name.removeprefix("lr-")), int(found.name.removeprefix("epoch-"))
-    console.print(f"{recipe.scale} scale: {recipe.base_model}, learning rate {rate:g}, epoch {epoch}", soft_wrap=True)
-    dim = {"style": "dim", "markup": False, "soft_wrap": True}
-    shown = measure(found, recipe, storage or STORAGES, rows, show=lambda line: console.print(line, **dim))
+    say(f"{recipe.scale} scale: {recipe.base_model}, learning rate {rate:g}, epoch {epoch}")
+    measured = measure(found, recipe, storage or STORAGES, rows, show=lambda line: say(line, style="dim"))
     table = Table("stored as", "verdict", "gain left", "KL, base = 1", "same answers", "cosine", "norm")
-    for row in shown["storages"]:
-        figures = [row[key] for key in ("gain", "kl_share", "same", "cosine", "relative_norm")]
-        cells = ["" if figure is None else f"{figure:.3f}" for figure in figures]
+    for row in measured["storages"]:
+        numbers = [row[key] for key in ("gain", "kl_share", "same", "cosine", "relative_norm")]
+        cells = ["" if number is None else f"{number:.3f}" for number in numbers]
         table.add_row(row["storage"], row["verdict"], *cells)
     console.print(table)
-    console.print(shown["sentence"], soft_wrap=True)
+    say(measured["sentence"])
     target = Path(as_json) if as_json else directory.survival_file(rate, epoch)
-    write_json(target, {"scale": recipe.scale, "learning_rate": rate, "epoch": epoch, "rows": rows, **shown})
-    console.print(f"written: {target}", soft_wrap=True)
+    write_json(target, {"scale": recipe.scale, "learning_rate": rate, "epoch": epoch, "rows": rows, **measured})
+    say(f"written: {target}")
 
 
 app.command()(cli_sweep.sweep)
@@ -228,15 +229,15 @@ def claims(
 
     evidence = load_evidence(run)
     rows = ledger.judge(evidence)
-    title = escape(printable(f"{evidence.scale} scale, {evidence.device}"))
+    title = literal(f"{evidence.scale} scale, {evidence.device}")
     table = Table("", "claim", "verdict", "what was found", title=title)
     for row in rows:
-        table.add_row(row.id, row.claim, row.verdict, escape(row.summary))
+        table.add_row(row.id, row.claim, row.verdict, literal(row.summary))
     console.print(table)
     if save:
         evidence.save(Path(save))
         redraw(RunDirectory(save))
-    console.print(ledger.save(rows, Path(save or RunDirectory(run).path)), soft_wrap=True)
+    say(ledger.save(rows, Path(save or RunDirectory(run).path)))
 
 
 @app.command()
@@ -244,7 +245,7 @@ def render(
     preset: Annotated[str, typer.Argument(metavar="PRESET.json")],
     chat: Annotated[str, typer.Argument(metavar="CHAT.json")],
 ):
-    """Print the prompt and the stop strings that a SillyTavern preset makes of a chat, as JSON."""
+    """Print as JSON the prompt and the stop strings that a SillyTavern preset gives for a chat."""
     from mini_symposium.data.prompt_formats import load_chat, load_preset
 
     form, talk = load_preset(preset), load_chat(chat)
@@ -265,17 +266,17 @@ def figures(
 
     for run in runs:
         for path in redraw(RunDirectory(run)):
-            console.print(path, soft_wrap=True)
+            say(path)
 
 
 @app.command()
 def publish(run: Annotated[str, typer.Argument(help="a finished run directory")]):
-    """Put a run's outputs into notebooks/, cleaned, and its metrics, results and figures into figures/NAME."""
+    """Copy a run's cleaned outputs into notebooks/, and its metrics, results and figures into figures/NAME."""
     from mini_symposium.reproduce.publish import publish as put
     from mini_symposium.run import RunDirectory
 
     for path in put(RunDirectory(run)):
-        console.print(path, soft_wrap=True)
+        say(path)
 
 
 @app.command()
@@ -289,7 +290,7 @@ def doctor(recipe: RecipeOption = "proxy"):
     from mini_symposium.run import environment
 
     found = environment()
-    table = Table("what", "found", title=escape(printable(f"recipe {chosen.name}: {chosen.base_model}")))
+    table = Table("what", "found", title=literal(f"recipe {chosen.name}: {chosen.base_model}"))
     for key in ("mini_symposium", "commit", "python", "platform", "cores"):
         table.add_row(key, str(found[key]))
     table.add_row("packages", ", ".join(f"{name} {version}" for name, version in found["packages"].items()))
@@ -314,23 +315,23 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)
     except SystemExit as ended:
         if ended.code == INTERRUPTED:
-            said = "interrupted; what was finished is kept, and the same command goes on from there"
-            print(f"mini-symposium: {said}", file=sys.stderr)
+            _end("interrupted; finished work is kept, and the same command resumes from there", INTERRUPTED)
         raise
-    except (InputError, RunError) as error:
-        print(f"mini-symposium: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+    except InputError as error:
+        _end(error, 2)
+    except RunError as error:
+        _end(error, 1)
     except (MemoryError, RuntimeError, OSError) as error:
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             where = error.filename or "the run directory"
-            print(
-                f"mini-symposium: {where}: {error.strerror}; free some space or choose another --run", file=sys.stderr
-            )
-            sys.exit(2)
+            _end(f"{where}: {error.strerror}; free some space or choose another --run", 2)
         from mini_symposium.models.devices import out_of_memory
 
         if not out_of_memory(error) and getattr(error, "errno", None) != errno.ENOMEM:
             raise
-        said = "memory ran out; close other programs, ask for less at a time, or take a smaller model"
-        print(f"mini-symposium: {said}", file=sys.stderr)
-        sys.exit(1)
+        _end("memory ran out; close other programs, ask for less at a time, or take a smaller model", 1)
+
+
+def _end(message: object, code: int) -> NoReturn:
+    print(f"mini-symposium: {message}", file=sys.stderr)
+    sys.exit(code)

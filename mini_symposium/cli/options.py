@@ -1,11 +1,25 @@
-"""Options that several commands take, and the console on which all of them speak."""
+"""Options that several commands take, and the console that all of them print on."""
 
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+
+from mini_symposium.errors import printable
 
 console = Console()
+
+
+def say(line: object, **style) -> None:
+    """Print a line as it is: no markup, no line breaks where the terminal ends."""
+    console.print(str(line), markup=False, highlight=False, soft_wrap=True, **style)
+
+
+def literal(text: str) -> str:
+    """Text from a user, a dataset or a model for rich: without control characters, and none of it read as markup."""
+    return escape(printable(text))
+
 
 RecipeOption = Annotated[str, typer.Option(help="tiny, proxy, paper, or the path of a recipe.yml")]
 RunOption = Annotated[str, typer.Option(help="run directory; runs/RECIPE if not given")]
@@ -13,7 +27,6 @@ Parameters = Annotated[
     list[str] | None,
     typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a notebook parameter; may be repeated"),
 ]
-
 Checkpoints = Annotated[
     list[str] | None,
     typer.Option("--checkpoint", help="epoch-N, RATE/epoch-N, or either with =WEIGHT; the last one if not given"),

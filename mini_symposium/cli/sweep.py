@@ -30,7 +30,7 @@ def sweep(
     """Train and measure what the twelve claims need, or a grid of your own; interrupted, it goes on where it was."""
     from mini_symposium.recipe import load_recipe
     from mini_symposium.run import RunDirectory
-    from mini_symposium.training.experiments import grid, refuse_repeats, parse_numbers, parse_ranks
+    from mini_symposium.training.experiments import grid, parse_numbers, parse_ranks, refuse_repeats
 
     chosen = load_recipe(recipe)
     numbers = parse_numbers("seeds", seeds) or [chosen.seed]

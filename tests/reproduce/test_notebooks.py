@@ -228,7 +228,7 @@ def test_killed_or_interrupted_in_and_between_notebooks_it_goes_on_and_ends_the_
     assert attempt(lambda: len(started("01_a")) == 1, signal.SIGKILL)[0] == -signal.SIGKILL
     code, said = attempt(lambda: len(started("01_a")) == 2, signal.SIGINT)
     assert code == 130
-    assert "the same command goes on from there" in said and "Traceback" not in said
+    assert "the same command resumes from there" in said and "Traceback" not in said
     attempt((copies / "01_a.ipynb").exists, signal.SIGKILL)
     first = (copies / "01_a.ipynb").read_bytes()
     attempt(lambda: started("02_b"), signal.SIGKILL)
