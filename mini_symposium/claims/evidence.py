@@ -95,7 +95,13 @@ def load_evidence(path: str | Path) -> Evidence:
 
 
 def _check_together(runs: list[RunDirectory]) -> None:
-    """Refuse runs of different models or data."""
+    """Refuse runs of different models or data, and a folder that names another seed than its recipe."""
+    for run in runs:
+        _, named, seed = run.path.name.rpartition("-seed-")
+        if named and seed != str(run.recipe.seed):
+            raise InputError(
+                f"{run.recipe_file}: seed {run.recipe.seed}, but the folder says {seed}; correct one of them"
+            )
     sources = [
         {"base_model": run.recipe.base_model, "dataset_sha256": run.environment().get("dataset_sha256")} for run in runs
     ]
@@ -130,6 +136,8 @@ def _saved(file: Path) -> Evidence:
         for saved in content.pop("trained"):
             for key in ("twins", "evaluations"):  # by epoch; in JSON every key is text
                 saved[key] = {int(epoch): value for epoch, value in saved[key].items()}
+            if "recipe" in saved or "run" in saved:  # which `Evidence.save` never writes
+                raise TypeError("a training with a recipe or a path")
             trained.append(Training(**saved))
         evidence = Evidence(**content, trained=trained)
         if wrong := [key for key, kind in KINDS.items() if not isinstance(getattr(evidence, key), kind)]:

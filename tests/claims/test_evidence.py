@@ -67,11 +67,12 @@ def test_one_rate_alone_is_not_taken_for_an_end_of_the_contrast(tmp_path):
     [
         ({"base": "tiny"}, "base_model tiny, but .*high-seed-42 has SmolLM2"),
         ({"data": "b"}, "dataset_sha256 b, but .*high-seed-42 has a"),
+        ({"seed": 42}, "seed 42, but the folder says 43"),  # a copied folder is no other seed
     ],
 )
 def test_runs_that_do_not_belong_together_make_no_ledger(other, said, tmp_path):
     log(RunDirectory(tmp_path / "high-seed-42"))
-    log(RunDirectory(tmp_path / "high-seed-43"), seed=43, **other)
+    log(RunDirectory(tmp_path / "high-seed-43"), **{"seed": 43, **other})
     with pytest.raises(InputError, match=said):
         load_evidence(tmp_path)
 
@@ -92,6 +93,15 @@ def test_what_another_tool_wrote_is_refused_by_name(name, text, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=re.escape(Path(name).name)):
+        load_evidence(tmp_path)
+
+
+def test_a_path_in_saved_evidence_is_refused(tmp_path):
+    contrast(evaluation(), evaluation()).save(tmp_path)
+    saved = json.loads((tmp_path / FILE).read_text())
+    saved["trained"][0]["run"] = "/etc"
+    (tmp_path / FILE).write_text(json.dumps(saved))
+    with pytest.raises(InputError, match="a training with a recipe or a path"):
         load_evidence(tmp_path)
 
 
