@@ -237,13 +237,15 @@ class Bench:
 
     def merge(self) -> None:
         """Memory of a merge at Mistral-7B's shape: measured with 1 layer and with 3, and extrapolated to all 32."""
-        options = {"env": child_environment(), "capture_output": True, "text": True, "check": True}
         by_layers = {}
         for layers in (1, 3):
             folder = self.folder / f"{layers}-layers"
             command = [sys.executable, "-m", "bench.merge_memory", str(layers), str(folder)]
-            done = [subprocess.run(command, **options) for _ in ("write", "merge")]
-            by_layers[layers] = json.loads(done[-1].stdout.splitlines()[-1])
+            for _ in ("write", "merge"):
+                done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
+            by_layers[layers] = json.loads(done.stdout.splitlines()[-1])
             shutil.rmtree(folder)
         one, three = by_layers[1], by_layers[3]
         names = ("predicted", "measured")

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
+from transformers import MistralConfig
 
-from bench import report
+from bench import merge_memory, report
 from bench.compare import Bench, ratio
 from bench.turns import Contestant, child_environment
 from mini_symposium.run import ROOT
@@ -82,6 +83,17 @@ def test_the_page_asks_what_the_bare_decode_asks(tmp_path):
     ours, theirs = turns
     assert ours["texts"] == theirs["texts"] and len(ours["texts"]) == 3 and all(ours["texts"])
     assert 0 < ours["first"] < ours["seconds"] and ours["painted"] > 0 and ours["stopped"] > 0
+
+
+def test_a_merge_of_random_layers_is_written_first_and_measured_then(tmp_path, monkeypatch, capsys):
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setattr(merge_memory, "MistralConfig", lambda **more: MistralConfig(vocab_size=99, **shape, **more))
+    monkeypatch.setattr(merge_memory, "SHARD_BYTES", 2**14)
+    merge_memory.main("2", str(tmp_path))
+    assert capsys.readouterr().out == "" and len(list((tmp_path / "base").glob("*.safetensors"))) > 2
+    merge_memory.main("2", str(tmp_path))
+    sizes = json.loads(capsys.readouterr().out)
+    assert sizes["written"] > 4 * 2 * 64 * 99 and sizes["predicted"] > 0 and sizes["measured"] > 0
 
 
 def test_a_ratio_is_taken_round_by_round():
