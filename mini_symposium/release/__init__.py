@@ -1,1 +1,1 @@
-"""Taking a fine-tune to where it is used: exports, GGUF files that answered, and whether it survives its storage."""
+"""Exports: GGUF files checked in llama.cpp, what each storage format keeps of a fine-tune, presets, model cards."""
