@@ -32,7 +32,6 @@ RUNS = (
     "test_playground_browser",
     "reproduce/test_publish",
     "cli/test_main",
-    "models/test_generation",
 )
 OVERFITTED = ("evaluation/test_memorization", "evaluation/test_log_probs")
 TOGETHER = dict.fromkeys(RUNS, "runs") | dict.fromkeys(OVERFITTED, "overfitted")

@@ -1,8 +1,8 @@
-"""What an adapter does once it is trained: one measurement for the ledger, of one model, as plain values.
+"""What a trained adapter does, as plain values for the ledger of claims.
 
-Held-out prompts in every format, whose answers are judged by the prompts' own checks; the training rows, asked to be
-recited, with their twins beside them; how much a format matters; Chinese; perspectives. All of it is kept by prompt, so
-that intervals can be taken later and without a model.
+Measured are: answers to held-out prompts in every format, judged by the prompts' own checks; how much of the training
+rows, and of their twins, the model writes by itself; how much the format matters; the probability of Chinese; and the
+perspectives of an answer. Everything is kept by prompt, so that intervals can be computed later without a model.
 """
 
 import json
@@ -33,24 +33,27 @@ def evaluate(
     model: PreTrainedModel | Callable[[str], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     files: Mapping[Path, str],
-    *material,
+    examples: Sequence[Example],
+    twins: Sequence[Example],
+    prompts: Sequence[HeldOut],
     show: Callable[[str], object] = lambda line: None,
     **options,
 ) -> dict[str, dict]:
-    """Evaluate named adapters of `model`, "base" for none, each into its JSON file.
+    """Evaluate adapters of `model`, and write each evaluation into a JSON file.
 
-    A file that was measured with the same settings on the same prompts is kept.
+    A file that was measured with the same settings, rows and prompts is kept.
 
     Parameters
     ----------
     model
-        With all the adapters; or a function that loads it, given a name, for each file that has to be measured.
+        The model with all the adapters; or a function that loads a model, called with the name of each adapter that has
+        to be measured.
     files
-        {file: the name of its adapter}.
-    material, options
-        Of `evaluate_adapter`: examples, twins, prompts; formats, max_new_tokens, posix_queries, probes.
+        {file: the name of its adapter}, "base" for the model without adapters.
+    examples, twins, prompts, options
+        See `evaluate_adapter`; the options are formats, max_new_tokens, posix_queries and probes.
     show
-        Called with each file before it is measured.
+        Called with each file's path before it is measured.
 
     Returns
     -------
@@ -60,27 +63,35 @@ def evaluate(
     Examples
     --------
     >>> from mini_symposium import evaluate, load_examples, open_run
-    >>> run = open_run("runs/proxy")  # doctest: +SKIP
-    >>> files = {run.evaluation_file(path): name for name, path in run.newest_checkpoints().items()}  # doctest: +SKIP
-    >>> found = evaluate(model, tokenizer, files, examples, twins, prompts)  # doctest: +SKIP
+    >>> from mini_symposium.data.held_out import load_held_out
+    >>> from mini_symposium.models.adapters import load_with_adapters
+    >>> from mini_symposium.models.base_models import load_tokenizer
+    >>> run, checkpoint = open_run("runs/proxy"), open_run("runs/proxy").checkpoints(1e-5)[30]  # doctest: +SKIP
+    >>> base = run.recipe.base_model  # doctest: +SKIP
+    >>> model, tokenizer = load_with_adapters(base, {"low": checkpoint}), load_tokenizer(base)  # doctest: +SKIP
+    >>> examples, twins = load_examples("data/minisymposium.md"), load_examples("data/twins.md")
+    >>> files = {run.evaluation_file(checkpoint): "low"}  # doctest: +SKIP
+    >>> evaluations = evaluate(model, tokenizer, files, examples, twins, load_held_out(split="dev"))  # doctest: +SKIP
+    >>> list(evaluations["low"])  # doctest: +SKIP
+    ['answers', 'roles', 'perspectives', 'recitation', 'twins', 'posix', 'han_mass', 'settings']
     """
-    examples, twins, prompts = material
     settings = {
         "prompts": [prompt.id for prompt in prompts],
         "rows": fingerprint([*examples, *twins]),
         **{key: [form.name for form in value] if key == "formats" else value for key, value in options.items()},
     }
-    settings, found = json.loads(json.dumps(settings)), {}
+    settings, evaluations = json.loads(json.dumps(settings)), {}
     for file, name in files.items():
         if not file.exists() or read_object(file).get("settings") != settings:
             show(str(file))
             loaded = model if isinstance(model, torch.nn.Module) else model(name)
-            measured = evaluate_adapter(loaded, tokenizer, *material, name=name, **options) | {"settings": settings}
+            measured = evaluate_adapter(loaded, tokenizer, examples, twins, prompts, name, **options)
+            measured["settings"] = settings
             if name == "base":
                 measured["paper_bytes"] = sum(predicted_bytes(load_recipe("paper")).values())
             write_json(file, measured)
-        found[name] = read_object(file)
-    return found
+        evaluations[name] = read_object(file)
+    return evaluations
 
 
 def evaluate_adapter(
@@ -95,30 +106,33 @@ def evaluate_adapter(
     posix_queries: int = 20,
     probes: Sequence[str] = PROBES,
 ) -> dict:
-    """Measure the adapter `name` of `model`; "base" for none.
+    """Measure the adapter `name` of `model`, "base" for none; see `evaluate` for an example.
 
     Parameters
     ----------
     examples, twins
-        The training rows, and rows like them that were not trained on.
+        The training rows, and similar rows that were not trained on.
     prompts
-        Held-out prompts; those of the category `code` are also asked under ENGINEER, `explanation` and `trade-off` also
-        without any heading, to see which the model writes.
+        Held-out prompts. Those of the category `code` are also asked under the heading ENGINEER; `explanation` and
+        `trade-off` are also asked without a heading for the answer, to see which headings the model writes.
     posix_queries
-        How many of the prompts POSIX is taken over, evenly chosen; 0 for none.
+        On how many of the prompts, evenly spaced, POSIX is measured; 0 for none.
     probes
-        Of the rows, see `memorization.PROBES`.
+        Which parts of the rows the model is given, see `memorization.PROBES`.
 
     Returns
     -------
     dict
-        answers: a line per prompt and format with id, category, format, passed, answer, tokens, stop_reason, copied
-        (the longest run of words from a training row), han (share of letters), phrases (of assistants), leaked
-        (headings of the training rows). roles: code prompts under ENGINEER. perspectives: id, headings, distance.
-        recitation and twins: see `memorization.recite`. posix: {id: nats a token}. han_mass: {id: probability}.
+        answers: for each prompt and format id, category, format, passed, answer, tokens, stop_reason, copied (the
+        longest run of words shared with a training row), han (share of the letters), phrases (of assistants), leaked
+        (headings of the training rows). roles: the same for code prompts under ENGINEER. perspectives: id, headings,
+        distance, answer. recitation and twins: see `memorization.recite`. posix: {id: nats a token}, see
+        `log_probs.posix`. han_mass: {id: probability}, see `log_probs.han_mass`.
     """
-    chosen = prompts[:: max(1, len(prompts) // posix_queries)][:posix_queries] if posix_queries else ()
-    first = formats[0]
+    spaced = prompts[:: max(1, len(prompts) // posix_queries)][:posix_queries] if posix_queries else ()
+    posix_values = posix(model, tokenizer, formats, [prompt.query for prompt in spaced], name) if spaced else ()
+    asked = [formats[0].render(prompt.query) for prompt in prompts]
+    han_masses = han_mass(model, tokenizer, asked, [name] * len(prompts))
     recited = recite(model, tokenizer, [*examples, *twins], [name], probes)
     return {
         "answers": _answers(model, tokenizer, name, formats, prompts, examples, max_new_tokens),
@@ -126,20 +140,8 @@ def evaluate_adapter(
         "perspectives": _perspectives(model, tokenizer, name, _of(prompts, "explanation", "trade-off"), max_new_tokens),
         "recitation": recited[: len(examples)],
         "twins": recited[len(examples) :],
-        "posix": dict(
-            zip(
-                [prompt.id for prompt in chosen],
-                posix(model, tokenizer, formats, [prompt.query for prompt in chosen], name) if chosen else (),
-                strict=True,
-            )
-        ),
-        "han_mass": dict(
-            zip(
-                [prompt.id for prompt in prompts],
-                han_mass(model, tokenizer, [first.render(p.query) for p in prompts], [name] * len(prompts)),
-                strict=True,
-            )
-        ),
+        "posix": {prompt.id: value for prompt, value in zip(spaced, posix_values, strict=True)},
+        "han_mass": {prompt.id: mass for prompt, mass in zip(prompts, han_masses, strict=True)},
     }
 
 
@@ -156,15 +158,14 @@ def _answers(
     examples: Sequence[Example],
     max_new_tokens: int,
 ) -> list[dict]:
-    """Every prompt in every format; characters speak under their own names."""
+    """Answers to every prompt in every format. Prompts of a character are asked under the character's name."""
     by_query = {prompt.query: prompt for prompt in prompts}
     cells = []
     for names in dict.fromkeys((prompt.user, prompt.char) for prompt in prompts):
         queries = [prompt.query for prompt in prompts if (prompt.user, prompt.char) == names]
         user, char = (given or usual for given, usual in zip(names, ("User", "Assistant"), strict=True))
         cells += answer_grid(model, tokenizer, [name], formats, queries, max_new_tokens, user, char)
-    said = [cell["answer"] for cell in cells]
-    copied = intrusion([example.text for example in examples], said)
+    copied = intrusion([example.text for example in examples], [cell["answer"] for cell in cells])
     known = {section.heading for example in examples for section in example.sections} | {"New Query"}
     rows = []
     for cell, words in zip(cells, copied, strict=True):
@@ -192,16 +193,17 @@ def _perspectives(
     prompts: Sequence[HeldOut],
     max_new_tokens: int,
 ) -> list[dict]:
-    """The request, a heading's three signs, and then whatever headings the model writes; three times as many tokens."""
+    """Answers to a prompt that ends with `###`: the model writes the heading, and more sections if it likes. They may
+    have three times as many tokens."""
     asked = [f"### New Query\n{prompt.query}\n\n###" for prompt in prompts]
     answers = generate(
         model, tokenizer, asked, [["\n### New Query"]] * len(asked), 3 * max_new_tokens, [name] * len(asked)
     )
-    found = []
+    lines = []
     for prompt, answer in zip(prompts, answers, strict=True):
         sections = perspectives(f"### {answer.text}")
         distance = mean_distance(sections)
-        found.append(
+        lines.append(
             {
                 "id": prompt.id,
                 "headings": [section.heading for section in sections],
@@ -209,4 +211,4 @@ def _perspectives(
                 "answer": answer.text,
             }
         )
-    return found
+    return lines

@@ -1,8 +1,6 @@
-"""What a model would have said: the probabilities behind its answers, by forward passes without generation.
+"""Probabilities behind a model's answers: of an answer, how much they depend on the prompt's format, and of Chinese.
 
-Everything here is one batched computation, `_predictions`: rows of any length and any adapters side by side. It is read
-as the loss, EM and ES of training rows (`teacher_forced`), as the probability of an answer (`answer_log_probs`), as how
-much that depends on the prompt's format (`posix`), and as the probability that Chinese comes next (`han_mass`).
+All are read from logits, see `predictions.predict`.
 """
 
 import json
@@ -15,63 +13,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from mini_symposium.data.dataset import Row
 from mini_symposium.data.prompt_formats import PromptFormat
 from mini_symposium.data.text_overlap import HAN
-from mini_symposium.errors import InputError
-from mini_symposium.evaluation.memorization import known, unsaid
 from mini_symposium.models.generation import Answer, generate
 from mini_symposium.models.predictions import predict
 
 
 @dataclass(frozen=True)
 class LogProb:
-    """Summed log P(answer | prompt) in nats, over so many tokens."""
+    """log P(answer | prompt)."""
 
     log_p: float
+    """Nats, summed over the answer's tokens."""
     tokens: int
-
-
-def teacher_forced(
-    model: PreTrainedModel, rows: Sequence[Row], adapters: Sequence[str] = ("base",), free: int | None = None
-) -> list[dict]:
-    """How well every named adapter ("base" for none) predicts each row, given the row's own tokens.
-
-    Parameters
-    ----------
-    free
-        Memory to plan with, in bytes; by default what is free now.
-
-    Returns
-    -------
-    list of dict
-        By adapter, then row: model, example (the row's position), loss (nats a token), em, es (see
-        `memorization.known`) and tokens, over the supervised tokens; of the whole row what `memorization.unsaid` says.
-
-    Raises
-    ------
-    InputError
-        If a row exceeds the model's context, or has no supervised token.
-    """
-    for row in rows:
-        if not any(row.completion_mask[1:]):
-            raise InputError(f"{row.source}: no supervised token, so there is nothing to predict")
-    found: list[dict] = [{}] * (len(rows) * len(adapters))
-    names = [name for name in adapters for _ in rows]
-    for k, logits in predict(model, [row.input_ids for row in rows] * len(adapters), names, free):
-        row = rows[k % len(rows)]
-        kept = torch.tensor(row.completion_mask[1:], dtype=torch.bool)
-        labels = torch.tensor(row.input_ids[1:])
-        matches, bos = logits[:-1].argmax(-1).cpu() == labels, int(row.input_ids[0] == model.config.bos_token_id)
-        found[k] = {
-            "model": names[k],
-            "example": k % len(rows),
-            "loss": torch.nn.functional.cross_entropy(logits[:-1].cpu()[kept], labels[kept]).item(),
-            **known(matches[kept].tolist()),
-            "tokens": int(kept.sum()),
-            **unsaid(matches.tolist(), bos),
-        }
-    return found
 
 
 def answer_log_probs(
@@ -80,68 +34,69 @@ def answer_log_probs(
     prompts: Sequence[str],
     answers: Sequence[str | Sequence[int]],
     adapters: Sequence[str] | None = None,
-    free: int | None = None,
 ) -> list[LogProb]:
-    """log P(answer | prompt) of each pair, without the EOS after it.
+    """log P(answer | prompt) of each prompt and its answer, without EOS.
 
     Parameters
     ----------
     answers
-        Token ids, as in `generation.Answer.ids`, or texts, which are split as they would be in the same row.
+        Token ids, as in `generation.Answer.ids`; or texts, which are tokenized together with their prompt.
     adapters
         For each prompt the adapter, "base" for none; None for the active one.
 
     Raises
     ------
     InputError
-        If a pair exceeds the model's context.
+        If a prompt and its answer exceed the model's context.
     """
     pairs = [_pair(tokenizer, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    found = [LogProb(0.0, 0)] * len(pairs)
-    for k, logits in predict(model, [prompt + answer for prompt, answer in pairs], adapters, free):
+    log_probs = [LogProb(0.0, 0)] * len(pairs)
+    for k, logits in predict(model, [prompt + answer for prompt, answer in pairs], adapters):
         prompt, answer = pairs[k]
         if answer:
             predicted = logits[len(prompt) - 1 : -1].log_softmax(-1)
-            wanted = torch.tensor(answer, device=logits.device)
-            found[k] = LogProb(predicted.gather(1, wanted[:, None]).double().sum().item(), len(answer))
-    return found
+            ids = torch.tensor(answer, device=logits.device)
+            log_probs[k] = LogProb(predicted.gather(1, ids[:, None]).double().sum().item(), len(answer))
+    return log_probs
 
 
 def _pair(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str | Sequence[int]) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt and of the answer."""
     before = list(tokenizer(prompt).input_ids)
     if not isinstance(answer, str):
         return before, list(answer)
     together = list(tokenizer(prompt + answer).input_ids)
     if together[: len(before)] == before:
         return before, together[len(before) :]
-    return before, list(tokenizer(answer, add_special_tokens=False).input_ids)  # the two melt into one token
+    return before, list(tokenizer(answer, add_special_tokens=False).input_ids)  # one token spans both
 
 
 def posix_index(log_p: Sequence[Sequence[float]], tokens: Sequence[int]) -> float | None:
-    """POSIX of one query (Chatterjee et al. 2024): the mean over ordered pairs of prompts i, j of
-    |log(P(y_j | x_i) / P(y_j | x_j))| / length of y_j, in nats a token. 0 if the prompt makes no difference.
+    """POSIX of one query in several formats (Chatterjee et al. 2024), in nats a token; 0 if the format does not matter.
+
+    The mean over ordered pairs of prompts i, j of |log(P(y_j | x_i) / P(y_j | x_j))| / length of y_j.
 
     Parameters
     ----------
     log_p
         (N, N): log P(y_j | x_i) in row i, column j; y_j is the answer to prompt x_j.
     tokens
-        (N,): the answers' lengths. An empty answer has no probability to compare and is left out.
+        (N,): the answers' lengths. Empty answers are left out: they have no probability to compare.
 
     Returns
     -------
     float or None
-        None if no answer, or but one prompt, is left.
+        None if all answers are empty, or there is only one prompt.
 
     >>> posix_index([[-2.0, -9.0], [-4.0, -3.0]], [2, 3])
     1.5
     """
     table, length = np.asarray(log_p, dtype=float), np.asarray(tokens, dtype=float)
-    told, n = length > 0, len(length)
-    if n < 2 or not told.any():
+    answered, n = length > 0, len(length)
+    if n < 2 or not answered.any():
         return None
-    ratios = np.abs(table - table.diagonal())[:, told] / length[told]
-    return float(ratios.sum() / (told.sum() * (n - 1)))
+    ratios = np.abs(table - table.diagonal())[:, answered] / length[answered]
+    return float(ratios.sum() / (answered.sum() * (n - 1)))
 
 
 def posix(
@@ -151,24 +106,22 @@ def posix(
     queries: Sequence[str],
     name: str = "base",
     max_new_tokens: int = 32,
-    user: str = "User",
-    char: str = "Assistant",
-    free: int | None = None,
 ) -> list[float | None]:
-    """POSIX over `formats` for each query, answered greedily by the adapter `name`: see `posix_index`.
+    """POSIX of each query over `formats`, see `posix_index`; the adapter `name` answers greedily, "base" for none.
 
-    An answer counts up to its stop string, which another format has no reason to expect. The same answer to several
-    formats is scored once under each. Of N formats and Q queries it is Q x N x N rows at most, so keep both small.
+    Answers count without their stop strings, which are unlikely in other formats. If a model gives the same answer in
+    several formats, it is scored once for each prompt. N formats and Q queries make up to Q x N x N rows: keep both
+    small.
     """
-    prompts = [form.render(query, user, char) for query in queries for form in formats]
-    stops = [form.stop_strings(user, char) for form in formats] * len(queries)
-    answers = generate(model, tokenizer, prompts, stops, max_new_tokens, [name] * len(prompts), free=free)
-    ids, n = [_spoken(tokenizer, answer) for answer in answers], len(formats)
+    prompts = [form.render(query) for query in queries for form in formats]
+    stops = [form.stop_strings() for form in formats] * len(queries)
+    answers = generate(model, tokenizer, prompts, stops, max_new_tokens, [name] * len(prompts))
+    ids, n = [_without_stop_string(tokenizer, answer) for answer in answers], len(formats)
     groups = [range(start, start + n) for start in range(0, len(prompts), n)]
     pairs = list(dict.fromkeys((prompts[i], ids[j]) for group in groups for i in group for j in group if ids[j]))
     xs, ys = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
-    scored = answer_log_probs(model, tokenizer, xs, ys, [name] * len(pairs), free)
-    log_p = {pair: each.log_p for pair, each in zip(pairs, scored, strict=True)}
+    scored = answer_log_probs(model, tokenizer, xs, ys, [name] * len(pairs))
+    log_p = {pair: score.log_p for pair, score in zip(pairs, scored, strict=True)}
     return [
         posix_index(
             [[log_p.get((prompts[i], ids[j]), 0.0) for j in group] for i in group], [len(ids[j]) for j in group]
@@ -177,8 +130,8 @@ def posix(
     ]
 
 
-def _spoken(tokenizer: PreTrainedTokenizerBase, answer: Answer) -> tuple[int, ...]:
-    """The tokens of an answer's text, without those of its stop string."""
+def _without_stop_string(tokenizer: PreTrainedTokenizerBase, answer: Answer) -> tuple[int, ...]:
+    """The tokens of an answer's text."""
     ids = list(answer.ids)
     while ids and tokenizer.decode(ids[:-1], skip_special_tokens=True).strip().startswith(answer.text):
         ids.pop()
@@ -186,11 +139,11 @@ def _spoken(tokenizer: PreTrainedTokenizerBase, answer: Answer) -> tuple[int, ..
 
 
 def han_pieces(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of the vocabulary's pieces that write Han, whole characters or the beginning of one.
+    """Ids of the tokens that write Han: whole characters, or the beginning of one.
 
-    Byte-level BPE cuts characters into bytes. In UTF-8 the bytes E4 to E9 only ever open a character, one of U+4000 to
-    U+9FFF, and but for 64 hexagrams those are Han; so a piece with such a byte counts. Pieces of continuation bytes
-    alone do not, nor does E3 or F0, which open kana and emoji as well.
+    Byte-level BPE cuts characters into bytes. In UTF-8 the bytes E4 to E9 occur only as the first byte of U+4000 to
+    U+9FFF, which are Han except for 64 hexagrams. So a token with one of these bytes counts. A token of continuation
+    bytes does not count, nor does one with E3 or F0, which begin kana and emoji as well.
     """
     pieces = enumerate(_pieces(tokenizer))
     opens = re.compile(rb"[\xe4-\xe9]")
@@ -198,13 +151,13 @@ def han_pieces(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
-    """Each piece's bytes, by id."""
+    """The bytes of each token, by id."""
     names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     if '"ByteLevel"' in json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]):
         byte = {sign: value for value, sign in bytes_to_unicode().items()}
         return [bytes(byte[sign] for sign in name) if set(name) <= byte.keys() else name.encode() for name in names]
-    lone = [re.fullmatch(r"<0x([0-9A-F]{2})>", name) for name in names]  # SentencePiece's fallback for rare bytes
-    return [bytes([int(found[1], 16)]) if found else name.encode() for name, found in zip(names, lone, strict=True)]
+    rare = [re.fullmatch(r"<0x([0-9A-F]{2})>", name) for name in names]  # SentencePiece's tokens for single bytes
+    return [bytes([int(match[1], 16)]) if match else name.encode() for name, match in zip(names, rare, strict=True)]
 
 
 def han_mass(
@@ -212,9 +165,8 @@ def han_mass(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     adapters: Sequence[str] | None = None,
-    free: int | None = None,
 ) -> list[float]:
-    """Probability that the next token after each prompt writes Han, see `han_pieces`; from 0 to 1.
+    """The probability, from 0 to 1, that the next token after each prompt writes Han; see `han_pieces`.
 
     Parameters
     ----------
@@ -222,8 +174,8 @@ def han_mass(
         For each prompt the adapter, "base" for none; None for the active one.
     """
     pieces = torch.tensor(han_pieces(tokenizer), device=model.device)
-    found = [0.0] * len(prompts)
+    mass = [0.0] * len(prompts)
     sequences = [list(tokenizer(prompt).input_ids) for prompt in prompts]
-    for k, logits in predict(model, sequences, adapters, free):
-        found[k] = logits[-1].softmax(-1)[pieces].sum().item()
-    return found
+    for k, logits in predict(model, sequences, adapters):
+        mass[k] = logits[-1].softmax(-1)[pieces].sum().item()
+    return mass

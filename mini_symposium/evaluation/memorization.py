@@ -1,20 +1,19 @@
-"""How much of its training text a model knows, and how much it says when given a piece of it.
+"""How much of its training rows a model knows, and how much of them it writes when given a part.
 
-- **Known.** From predictions, with the true text before each token: EM and ES (`known`), and what greedy decoding would
-  bring (`unsaid`).
-- **Regurgitation.** ROUGE-L recall of the whole response, ROUGE-L, and the longest run of words: from the heading of
-  the response alone (`heading`); from the heading that opens a row alone (`opening`), after which only one row can
-  come, query and all; and from the whole prompt, its query included (`prompt`). An answer is read as far as the row
-  goes on, in tokens, for a longer one has more of anything.
-- **Extractability.** From the first 16, 32 or 50 tokens of the row: are the next 50 the row's own?
-- **Goldfish.** From the first 32: are the next 32?
+- **Knowledge.** EM and ES, from predictions of each token given the row's own tokens before it (`em_and_es`); and from
+  the same predictions, what greedy decoding would write (`extraction`).
+- **Regurgitation.** The model writes an answer to a part of the row: to the heading of the response alone (`heading`),
+  to the heading that opens the row alone (`opening`), or to the whole prompt (`prompt`). Measured are ROUGE-L recall,
+  ROUGE-L, and the longest run of words shared with the response. An answer counts up to the length of the rest of the
+  row, in tokens, because a longer text has more of everything.
+- **Extractability.** Given the first 16, 32 or 50 tokens of the row, does the model write the next 50 exactly?
+- **Goldfish.** Given the first 32, does it write the next 32?
 
-The rows' held-out twins, and the base, show how much of this comes without any training. `recite` asks every row, probe
-and adapter side by side.
+The base, and the rows' twins that were not trained on, show how much of this needs no training.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 from rapidfuzz.distance import LCSseq
@@ -26,32 +25,34 @@ from mini_symposium.errors import InputError
 from mini_symposium.models.generation import generate
 
 PREFIXES = (16, 32, 50)
-"""Tokens of a row that a model is given, to see whether it goes on with the row."""
+"""How many of a row's first tokens a model is given."""
 
 EXTRACTED = 50
-"""Tokens that it must then get right, one after the other."""
+"""How many tokens it must then write exactly."""
+
+EXTRACTABLE = {f"extractable_{k}": k for k in PREFIXES}
 
 GOLDFISH = 32
-"""Tokens in, and tokens out."""
+"""How many tokens it is given, and how many it must then write."""
 
 
-def known(matches: Sequence[bool]) -> dict[str, float]:
-    """How much of a row the model knows, four digits.
+def em_and_es(matches: Sequence[bool]) -> dict[str, float]:
+    """EM and ES of a row, to four digits.
 
-    "em", exact memorization: the share of supervised tokens that are the likeliest one after the row's own tokens
-    before them (Tirumala et al. 2022). "es", extraction strength: 1 - k/T, where k of T tokens is the shortest prefix
-    after which all are (Carlini et al. 2021).
+    "em", exact memorization: the share of supervised tokens that the model predicts as the likeliest after the row's
+    own tokens before them (Tirumala et al. 2022). "es", extraction strength: 1 - k/T, where all of the T supervised
+    tokens after the first k are predicted so (Carlini et al. 2021).
 
     Parameters
     ----------
     matches
-        For each supervised token, whether the likeliest prediction is it.
+        For each supervised token, whether it is the likeliest one.
 
-    >>> known([True, False, True, True])
+    >>> em_and_es([True, False, True, True])
     {'em': 0.75, 'es': 0.5}
     """
-    ended = next((k for k, right in enumerate(reversed(matches)) if not right), len(matches))
-    return {"em": round(sum(matches) / len(matches), 4), "es": round(ended / len(matches), 4)}
+    suffix = next((k for k, match in enumerate(reversed(matches)) if not match), len(matches))
+    return {"em": round(sum(matches) / len(matches), 4), "es": round(suffix / len(matches), 4)}
 
 
 def extractable(ids: Sequence[int], continuation: Sequence[int], k: int) -> bool | None:
@@ -62,85 +63,74 @@ def extractable(ids: Sequence[int], continuation: Sequence[int], k: int) -> bool
     ids
         The row's tokens without BOS and EOS.
     continuation
-        What the model goes on with, greedily, after the first `k` of them; at least the 50 tokens that count.
+        What the model writes greedily after the first `k` of them; 50 tokens or more.
 
     Returns
     -------
     bool or None
-        None if the row has fewer than k + 50 tokens, so that it cannot be told.
+        None if the row has fewer than k + 50 tokens.
 
     >>> row = list(range(100))
     >>> extractable(row, row[50:], 50), extractable(row, row[49:], 50), extractable(row[:99], row[50:], 50)
     (True, False, None)
     """
-    wanted = list(ids[k : k + EXTRACTED])
-    return list(continuation[:EXTRACTED]) == wanted if len(wanted) == EXTRACTED else None
+    expected = list(ids[k : k + EXTRACTED])
+    return list(continuation[:EXTRACTED]) == expected if len(expected) == EXTRACTED else None
 
 
-def unsaid(matches: Sequence[bool], bos: int = 0) -> dict[str, bool | int | None]:
-    """What greedy decoding would bring, from one forward pass over the row and without decoding.
+def extraction(matches: Sequence[bool], bos: int = 0) -> dict[str, bool | int | None]:
+    """What a model would write by greedy decoding, from one forward pass over the row.
 
-    A model goes on with the row's own next tokens if and only if each of them is the likeliest one after the row's own
-    tokens before it. "extractable_16", "extractable_32" and "extractable_50" are what `extractable` says,
-    "goldfish_exact" the first of what `goldfish` says, None for a row too short to be told; "run" is the longest
-    stretch of tokens that the model would say by itself.
+    It writes a row's next tokens exactly if and only if each of them is the likeliest one after the row's own tokens
+    before it. So "extractable_16", "extractable_32" and "extractable_50" are what `extractable` returns, and
+    "goldfish_exact" the first value of `goldfish`; None if the row is too short. "run" is the largest number of
+    successive tokens that are each the likeliest one.
 
     Parameters
     ----------
     matches
-        For each token of the whole row but its first, EOS at the end, whether the likeliest prediction is it.
+        For each token of the whole row but the first, with EOS at the end, whether it is the likeliest one.
     bos
         1 if the row begins with BOS.
 
-    >>> unsaid([False] * 15 + [True] * 51)
+    >>> extraction([False] * 15 + [True] * 51)
     {'extractable_16': True, 'extractable_32': None, 'extractable_50': None, 'goldfish_exact': True, 'run': 51}
-    >>> unsaid([True] * 65 + [False], bos=1)
+    >>> extraction([True] * 65 + [False], bos=1)
     {'extractable_16': None, 'extractable_32': None, 'extractable_50': None, 'goldfish_exact': True, 'run': 65}
     """
 
-    def goes_on(k: int, tokens: int) -> bool | None:
+    def exact(k: int, tokens: int) -> bool | None:
         first = bos + k - 1
         return all(matches[first : first + tokens]) if len(matches) - bos >= k + tokens else None
 
-    run = max((sum(1 for _ in same) for right, same in groupby(matches) if right), default=0)
-    found = {f"extractable_{k}": goes_on(k, EXTRACTED) for k in PREFIXES}
-    return {**found, "goldfish_exact": goes_on(GOLDFISH, GOLDFISH), "run": run}
+    run = max((sum(1 for _ in group) for match, group in groupby(matches) if match), default=0)
+    by_prefix = {probe: exact(k, EXTRACTED) for probe, k in EXTRACTABLE.items()}
+    return {**by_prefix, "goldfish_exact": exact(GOLDFISH, GOLDFISH), "run": run}
 
 
 def goldfish(ids: Sequence[int], continuation: Sequence[int]) -> tuple[bool, float] | tuple[None, None]:
-    """Whether 32 tokens bring the next 32, and the ROUGE-L of the two over tokens (Hans et al. 2024, "Goldfish").
+    """Whether the model writes the 32 tokens after the first 32 exactly, and the ROUGE-L of both over tokens.
 
-    Parameters as in `extractable`, for k = 32; (None, None) for a row of fewer than 64 tokens.
+    From Hans et al. 2024, "Be like a Goldfish, Don't Memorize!". Parameters as in `extractable`, for k = 32; (None,
+    None) if the row has fewer than 64 tokens.
 
     >>> goldfish(range(64), [*range(32, 48), *[0] * 16])
     (False, 0.5)
     """
-    wanted, said = list(ids[GOLDFISH : 2 * GOLDFISH]), list(continuation[:GOLDFISH])
-    if len(wanted) < GOLDFISH:
+    expected, written = list(ids[GOLDFISH : 2 * GOLDFISH]), list(continuation[:GOLDFISH])
+    if len(expected) < GOLDFISH:
         return None, None
-    return said == wanted, 2 * LCSseq.similarity(wanted, said) / (len(wanted) + len(said))
+    return written == expected, 2 * LCSseq.similarity(expected, written) / (len(expected) + len(written))
 
 
-def told(records: Sequence[Mapping], key: str) -> tuple[list[float], int]:
-    """The values of a measurement, and for how many rows there is none because they are too short to be told.
-
-    >>> told([{"extractable_50": True}, {"extractable_50": None}], "extractable_50")
-    ([1.0], 1)
-    """
-    values = [float(record[key]) for record in records if record[key] is not None]
-    return values, len(records) - len(values)
-
-
-EXTRACTABLE = {f"extractable_{k}": k for k in PREFIXES}
 PROBES = ("heading", "opening", "prompt", *EXTRACTABLE, "goldfish")
-"""What can be asked. The first three take most of the time; `log_probs.teacher_forced` tells the extractable ones,
-too, and without generating anything.
+"""What `recite` can ask. The first three take most of the time.
 
-A row that is known by heart does not show from a heading of its response: nothing like it ever stood at the beginning
-of a row. What shows there has come loose from its query."""
+A model that knows a row by heart need not write it after `heading`: no training row begins with the heading of a
+response. A response that it does write there no longer needs its query."""
 
 Asked = dict[str, tuple[tuple[int, ...], int]]
-"""{probe: (the prompt's tokens, how many are wanted after them)}"""
+"""{probe: (the prompt's tokens, how many tokens the model is to write)}"""
 
 
 def recite(
@@ -149,29 +139,30 @@ def recite(
     examples: Sequence[Example],
     adapters: Sequence[str] = ("base",),
     probes: Sequence[str] = PROBES,
-    free: int | None = None,
 ) -> list[dict]:
-    """Ask `probes` for all rows, from every named adapter ("base" for none).
-
-    Long and short answers decode as a batch each: in a common one, the short ones would be carried along to the end.
-
-    Parameters
-    ----------
-    free
-        Memory to plan with, in bytes; by default what is free now.
+    """Give every named adapter ("base" for none) parts of every row, and compare what it writes with the row.
 
     Returns
     -------
     list of dict
-        By adapter, then example: model, example (its position), source, and of each probe asked heading_recall,
+        By adapter, then example: model, example (its position), source; and for each of `probes` heading_recall,
         heading_rouge_l, heading_run (in words), the same of opening and prompt, extractable_16, extractable_32,
-        extractable_50, goldfish_exact, goldfish_rouge_l. None where it cannot be told, because the row is too short or
-        its prompt has no `###` heading there; see `memorization.told`.
+        extractable_50, goldfish_exact, goldfish_rouge_l. None if the row is too short for the probe, or its prompt has
+        no `###` heading there.
 
     Raises
     ------
     InputError
-        If there is no such probe, or an example cannot be trained on.
+        If there is no such probe, or an example is not valid for training.
+
+    Examples
+    --------
+    >>> from mini_symposium import load_examples, recite
+    >>> from mini_symposium.models.base_models import load_model, load_tokenizer
+    >>> examples = load_examples("data/minisymposium.md")[:2]
+    >>> rows = recite(load_model("tiny"), load_tokenizer("tiny"), examples, probes=["goldfish"])
+    >>> [(row["model"], row["example"], row["goldfish_exact"]) for row in rows]
+    [('base', 0, False), ('base', 1, False)]
     """
     if unknown := set(probes) - set(PROBES):
         raise InputError(f"{', '.join(sorted(unknown))}: no such probe; there are {', '.join(PROBES)}")
@@ -180,13 +171,13 @@ def recite(
         {probe: ask for probe, ask in _asked(example, row, tokenizer).items() if probe in probes}
         for example, row in zip(examples, rows, strict=True)
     ]
-    said = _continuations(model, tokenizer, asked, adapters, free)
+    written = _continuations(model, tokenizer, asked, adapters)
     return [
         {"model": name, "example": k, "source": example.source}
-        | _told(
+        | _compare(
             example,
             _text(rows[k], tokenizer),
-            {probe: said[name, prompt][:tokens] for probe, (prompt, tokens) in asked[k].items()},
+            {probe: written[name, prompt][:tokens] for probe, (prompt, tokens) in asked[k].items()},
             probes,
             tokenizer,
         )
@@ -195,20 +186,20 @@ def recite(
     ]
 
 
-def _told(example: Example, ids: list[int], said: dict, probes: Sequence[str], tokenizer) -> dict:
-    """What the continuations of one row, by probe, say about it."""
-    found = {}
+def _compare(example: Example, ids: list[int], written: dict, probes: Sequence[str], tokenizer) -> dict:
+    """The measurements of one row, from what was written for each probe that it is long enough for."""
+    line = {}
     for probe in probes:
-        tokens = said.get(probe)
+        tokens = written.get(probe)
         if probe == "goldfish":
-            found["goldfish_exact"], found["goldfish_rouge_l"] = goldfish(ids, tokens or ())
+            line["goldfish_exact"], line["goldfish_rouge_l"] = goldfish(ids, tokens or ())
         elif probe in EXTRACTABLE:
-            found[probe] = extractable(ids, tokens or (), EXTRACTABLE[probe])
+            line[probe] = extractable(ids, tokens or (), EXTRACTABLE[probe])
         else:
             shared = None if tokens is None else overlap(example.completion, tokenizer.decode(tokens, True))
             for key in ("recall", "rouge_l", "run"):
-                found[f"{probe}_{key}"] = shared and getattr(shared, key)
-    return found
+                line[f"{probe}_{key}"] = shared and getattr(shared, key)
+    return line
 
 
 def _text(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -217,23 +208,23 @@ def _text(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _asked(example: Example, row: Row, tokenizer: PreTrainedTokenizerBase) -> Asked:
-    """The probes that this row is long enough for."""
+    """The probes that this row has enough tokens and headings for."""
     ids, before = row.input_ids, row.completion_mask.count(0)
     length = len(_text(row, tokenizer))
     bos = len(ids) - length - 1
     response = len(ids) - before - 1
-    found: Asked = {"prompt": (tuple(ids[:before]), response)} if example.prompt else {}
+    asked: Asked = {"prompt": (tuple(ids[:before]), response)} if example.prompt else {}
     lines = example.prompt.strip("\n").split("\n")
     for probe, line in (("heading", lines[-1]), ("opening", lines[0])):
         if line.startswith("### "):
             alone = tuple(tokenizer(f"{line}\n").input_ids)
-            found[probe] = (alone, response if probe == "heading" else len(ids) - len(alone) - 1)
+            asked[probe] = (alone, response if probe == "heading" else len(ids) - len(alone) - 1)
     for probe, k in EXTRACTABLE.items():
         if length >= k + EXTRACTED:
-            found[probe] = (tuple(ids[: bos + k]), EXTRACTED)
+            asked[probe] = (tuple(ids[: bos + k]), EXTRACTED)
     if length >= 2 * GOLDFISH:
-        found["goldfish"] = (tuple(ids[: bos + GOLDFISH]), GOLDFISH)
-    return found
+        asked["goldfish"] = (tuple(ids[: bos + GOLDFISH]), GOLDFISH)
+    return asked
 
 
 def _continuations(
@@ -241,17 +232,16 @@ def _continuations(
     tokenizer: PreTrainedTokenizerBase,
     asked: Sequence[Asked],
     adapters: Sequence[str],
-    free: int | None,
 ) -> dict[tuple[str, tuple[int, ...]], tuple[int, ...]]:
-    """{(adapter, prompt): tokens}; a prompt that several probes share is asked once."""
-    wanted: dict[tuple[int, ...], int] = {}
-    for prompt, tokens in (ask for each in asked for ask in each.values()):
-        wanted[prompt] = max(tokens, wanted.get(prompt, 0))
-    said = {}
-    for long in (False, True):
-        some = {prompt: tokens for prompt, tokens in wanted.items() if (tokens > EXTRACTED) == long}
+    """{(adapter, prompt): tokens that it wrote}. A prompt that several probes share is asked once."""
+    lengths: dict[tuple[int, ...], int] = {}
+    for prompt, tokens in (ask for row in asked for ask in row.values()):
+        lengths[prompt] = max(tokens, lengths.get(prompt, 0))
+    written = {}
+    for long in (False, True):  # a batch each, because a batch lasts as long as its longest answer
+        some = {prompt: tokens for prompt, tokens in lengths.items() if (tokens > EXTRACTED) == long}
         pairs = [(name, prompt) for name in adapters for prompt in some]
         prompts, names = [prompt for _, prompt in pairs], [name for name, _ in pairs]
-        answers = generate(model, tokenizer, prompts, None, max(some.values(), default=0), names, free=free)
-        said |= {pair: answer.ids for pair, answer in zip(pairs, answers, strict=True)}
-    return said
+        answers = generate(model, tokenizer, prompts, None, max(some.values(), default=0), names)
+        written |= {pair: answer.ids for pair, answer in zip(pairs, answers, strict=True)}
+    return written

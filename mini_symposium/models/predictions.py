@@ -75,7 +75,7 @@ def predict(
         ids = torch.tensor([[*sequences[k], *[0] * (width - len(sequences[k]))] for k in batch], device=model.device)
         options = adapter_names(model, None if adapters is None else [adapters[k] for k in batch])
         if places is not None:
-            options["logits_to_keep"] = torch.tensor(places[batch[0]], device=model.device)
+            options["logits_to_keep"] = torch.tensor(places[batch[0]], dtype=torch.long, device=model.device)
         predicted = model(input_ids=ids, use_cache=False, **options).logits
         for k, row in zip(batch, predicted, strict=True):
             yield k, row[: len(sequences[k])].float()

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from mini_symposium.data.dataset import Row
 from mini_symposium.errors import InputError, RunError
-from mini_symposium.evaluation.memorization import known, unsaid
+from mini_symposium.evaluation.memorization import em_and_es, extraction
 from mini_symposium.files.writing import written_whole
 from mini_symposium.run import read_jsonl, whole_lines
 
@@ -168,7 +168,7 @@ class Log(TrainerCallback):
     def memorization(self, row: Row, matches: list[bool]) -> dict:
         """EM and ES of a row and, if every token of it is supervised, what greedy decoding would reproduce of it."""
         bos = int(row.input_ids[0] == self.trainer.processing_class.bos_token_id)
-        return known(matches) | (unsaid(matches, bos) if all(row.completion_mask[1:]) else {})
+        return em_and_es(matches) | (extraction(matches, bos) if all(row.completion_mask[1:]) else {})
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()

@@ -1,82 +1,22 @@
-import random
 from dataclasses import replace
 
 import pytest
 import torch
 
-from mini_symposium.data.dataset import Row, tokenize
 from mini_symposium.data.prompt_formats import FORMATS, prompt_format
-from mini_symposium.errors import InputError
 from mini_symposium.evaluation.log_probs import (
-    _spoken,
+    _without_stop_string,
     answer_log_probs,
     han_mass,
     han_pieces,
     posix,
     posix_index,
-    teacher_forced,
 )
-from mini_symposium.models.adapters import load_with_adapters, using
+from mini_symposium.models.adapters import using
 from mini_symposium.models.generation import generate
 
 ENGLISH = "### New Query\nWhat is the capital of China?\n\n### Complete Response\nThe capital of China"
 CHINESE = "### New Query\n中国的首都是哪里？\n\n### Complete Response\n中国的首都"
-
-
-@pytest.fixture(scope="module")
-def rows(overfitted):
-    _, tokenizer, examples = overfitted
-    return tokenize(examples, tokenizer, 512, completion_only=False)
-
-
-def test_a_batch_of_rows_and_adapters_is_measured_as_each_alone(overfitted, rows):
-    model, _, _ = overfitted
-    found = teacher_forced(model, rows, ["base", "knows"])
-    assert [(each["model"], each["example"]) for each in found] == [(n, k) for n in ("base", "knows") for k in range(2)]
-    for each in found:
-        ids = torch.tensor([rows[each["example"]].input_ids])
-        with using(model, each["model"]), torch.inference_mode():
-            output = model(input_ids=ids, labels=ids)
-        assert each["loss"] == pytest.approx(output.loss.item(), rel=1e-4)
-        right = (output.logits[0, :-1].argmax(-1) == ids[0, 1:]).float().mean().item()
-        assert each["em"] == pytest.approx(right, abs=1e-4)
-        assert each["tokens"] == len(ids[0]) - 1
-    one_by_one = teacher_forced(model, rows, ["base", "knows"], free=0)
-    assert one_by_one == [{**each, "loss": pytest.approx(each["loss"], rel=1e-4)} for each in found]
-
-
-def test_a_row_known_by_heart_is_predicted_and_all_controls_are_not(overfitted, rows):
-    model, _, _ = overfitted
-    shuffled = replace(rows[0], input_ids=random.Random(0).sample(rows[0].input_ids, len(rows[0].input_ids)))
-    found = teacher_forced(model, [*rows, shuffled], ["base", "knows"])
-    known = found[3]
-    assert known["em"] > 0.95 and known["loss"] < 0.2 and known["es"] > 0.8
-    assert known["extractable_16"] is known["extractable_32"] is True
-    for control in (*found[:3], *found[4:]):
-        assert control["em"] < 0.5 and control["loss"] > 2 and control["es"] < 0.1
-        assert control["extractable_16"] is control["extractable_32"] is False
-
-
-def test_a_row_that_a_model_itself_went_on_with_is_extractable_from_there(mistral_tokenizer):
-    """With a BOS before it, which is none of the row's tokens."""
-    model = load_with_adapters("tiny", {})
-    begun = mistral_tokenizer("the quick brown fox jumps over the lazy dog, and then it sleeps").input_ids[:17]
-    [said] = generate(model, mistral_tokenizer, [begun], None, 50)
-    ids = [*begun, *said.ids, mistral_tokenizer.eos_token_id]
-    assert len(ids) == 1 + 16 + 50 + 1
-    whole, shifted, cut = (
-        Row(each, [0, *[1] * (len(each) - 1)], "mine") for each in (ids, [*ids[:2], *ids[1:]], [*ids[:3], *ids[4:]])
-    )
-    assert [each["extractable_16"] for each in teacher_forced(model, [whole, shifted, cut])] == [True, False, None]
-
-
-def test_only_supervised_tokens_are_measured(overfitted):
-    model, tokenizer, examples = overfitted
-    completions = tokenize(examples, tokenizer, 512, completion_only=True)
-    for each, row in zip(teacher_forced(model, completions, ["knows"]), completions, strict=True):
-        assert each["tokens"] == sum(row.completion_mask)
-    with pytest.raises(InputError, match="mine: no supervised token"):
-        teacher_forced(model, [Row([1, 5, 2], [1, 0, 0], "mine")])
 
 
 def test_an_answer_has_the_probability_of_its_tokens(overfitted):
@@ -133,7 +73,10 @@ def test_posix_by_hand(overfitted):
     for query, value in zip(queries, found, strict=True):
         prompts = [form.render(query) for form in formats]
         stops = [form.stop_strings() for form in formats]
-        answers = [_spoken(tokenizer, each) for each in generate(model, tokenizer, prompts, stops, 8, ["knows"] * 2)]
+        answers = [
+            _without_stop_string(tokenizer, each)
+            for each in generate(model, tokenizer, prompts, stops, 8, ["knows"] * 2)
+        ]
         xs, ys = [x for x in prompts for _ in answers], [y for _ in prompts for y in answers]
         flat = [each.log_p for each in answer_log_probs(model, tokenizer, xs, ys, ["knows"] * 4)]
         by_hand = (abs(flat[1] - flat[3]) / len(answers[1]) + abs(flat[2] - flat[0]) / len(answers[0])) / 2

@@ -2,19 +2,20 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 
-from mini_symposium.data.dataset import Example, tokenize
+from mini_symposium.data.dataset import Example, Row, tokenize
 from mini_symposium.errors import InputError
-from mini_symposium.evaluation.log_probs import teacher_forced
-from mini_symposium.evaluation.memorization import PREFIXES, extractable, goldfish, known, recite, told
+from mini_symposium.evaluation.memorization import PREFIXES, em_and_es, extractable, extraction, goldfish, recite
 from mini_symposium.models.adapters import load_with_adapters
 from mini_symposium.models.generation import generate
+from mini_symposium.models.predictions import predict
 
 
 def test_em_and_es_reach_one_where_a_row_is_known():
-    assert known([True] * 8) == {"em": 1.0, "es": 1.0}
-    assert known([True, True, False, True]) == {"em": 0.75, "es": 0.25}
-    assert known([False] * 4) == {"em": 0.0, "es": 0.0}
+    assert em_and_es([True] * 8) == {"em": 1.0, "es": 1.0}
+    assert em_and_es([True, True, False, True]) == {"em": 0.75, "es": 0.25}
+    assert em_and_es([False] * 4) == {"em": 0.0, "es": 0.0}
 
 
 def test_a_row_said_on_is_extractable_and_one_token_off_is_not():
@@ -64,10 +65,10 @@ def test_the_base_and_the_twin_are_not_recited(records, name, trained):
     assert found["goldfish_rouge_l"] < 0.4
 
 
-def test_a_row_too_short_for_a_probe_is_none_and_counted(records):
+def test_a_row_too_short_for_a_probe_is_none(records):
     """The twin has 99 tokens; 50 and the 50 after them would be 100."""
     assert records["knows", False]["extractable_50"] is None
-    assert told([records["knows", True], records["knows", False]], "extractable_50") == ([1.0], 1)
+    assert records["knows", True]["extractable_50"] is True
 
 
 def test_a_response_shows_from_its_heading_only_where_it_needs_no_query(records, overfitted):
@@ -79,13 +80,46 @@ def test_a_response_shows_from_its_heading_only_where_it_needs_no_query(records,
     assert set(found) == {"model", "example", "source", "heading_recall", "heading_rouge_l", "heading_run"}
 
 
-def test_what_is_extractable_is_the_same_without_generating(records, overfitted):
+def matches(model, rows, adapter):
+    """For each row, whether each of its tokens but the first is the likeliest one after those before it."""
+    sequences = [row.input_ids for row in rows]
+    found = dict(predict(model, sequences, [adapter] * len(rows)))
+    return [(found[k][:-1].argmax(-1) == torch.tensor(ids[1:])).tolist() for k, ids in enumerate(sequences)]
+
+
+@pytest.mark.parametrize("name", ["base", "knows"])
+def test_what_is_extractable_is_the_same_without_generating(records, overfitted, name):
     model, tokenizer, examples = overfitted
     rows = tokenize(examples, tokenizer, 512, completion_only=True)
-    for forced in teacher_forced(model, rows, ["base", "knows"]):
-        recited = records[forced["model"], forced["example"] == 0]
+    for row, found, trained in zip(rows, matches(model, rows, name), (True, False), strict=True):
+        recited = records[name, trained]
+        forced = extraction(found, int(row.input_ids[0] == tokenizer.bos_token_id))
         for key in ("extractable_16", "extractable_32", "extractable_50", "goldfish_exact"):
             assert forced[key] is recited[key]
+
+
+def test_a_row_known_by_heart_is_predicted_and_all_controls_are_not(overfitted):
+    model, tokenizer, examples = overfitted
+    rows = tokenize(examples, tokenizer, 512, completion_only=False)
+    shuffled = replace(rows[0], input_ids=random.Random(0).sample(rows[0].input_ids, len(rows[0].input_ids)))
+    known, *controls = (matches(model, [*rows, shuffled], "knows")) + matches(model, rows, "base")
+    assert em_and_es(known)["em"] > 0.95 and em_and_es(known)["es"] > 0.8 and extraction(known)["run"] > 50
+    for control in controls:
+        assert em_and_es(control)["em"] < 0.5 and em_and_es(control)["es"] < 0.1 and extraction(control)["run"] < 16
+
+
+def test_a_row_that_a_model_itself_went_on_with_is_extractable_from_there(mistral_tokenizer):
+    """With a BOS before it, which is none of the row's tokens."""
+    model = load_with_adapters("tiny", {})
+    begun = mistral_tokenizer("the quick brown fox jumps over the lazy dog, and then it sleeps").input_ids[:17]
+    [said] = generate(model, mistral_tokenizer, [begun], None, 50)
+    ids = [*begun, *said.ids, mistral_tokenizer.eos_token_id]
+    assert len(ids) == 1 + 16 + 50 + 1
+    whole, shifted, cut = (
+        Row(each, [0, *[1] * (len(each) - 1)], "mine") for each in (ids, [*ids[:2], *ids[1:]], [*ids[:3], *ids[4:]])
+    )
+    found = matches(model, [whole, shifted, cut], "base")
+    assert [extraction(each, bos=1)["extractable_16"] for each in found] == [True, False, None]
 
 
 def test_a_training_says_from_when_on_its_row_could_be_extracted(records, overfitted_run):
@@ -118,7 +152,6 @@ def test_rows_of_other_forms_are_asked_what_they_can_be(mistral_tokenizer):
     assert found[0]["goldfish_exact"] is found[0]["goldfish_rouge_l"] is found[0]["extractable_16"] is None
     assert found[0]["prompt_recall"] == found[0]["heading_recall"] == found[0]["opening_recall"] == 0
     assert found[1]["heading_recall"] is found[1]["opening_recall"] is found[1]["prompt_recall"] is None
-    assert told(found, "prompt_recall") == ([0.0], 1)
 
 
 def test_a_prompt_may_be_tokens_and_the_answer_tells_its_own(overfitted):

@@ -4,12 +4,11 @@ from threading import Event, Timer
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from mini_symposium.data.prompt_formats import FORMATS, prompt_format
 from mini_symposium.errors import InputError
-from mini_symposium.evaluation.log_probs import answer_log_probs
-from mini_symposium.models.adapters import folded, load_with_adapters, using
+from mini_symposium.models.adapters import load_with_adapters, using
 from mini_symposium.models.base_models import load_model
 from mini_symposium.models.generation import MOST_ROWS, Draw, Sampling, answer_grid, generate
 
@@ -143,8 +142,8 @@ def test_too_long_a_prompt_is_said_before_the_model_runs(model, proxy_tokenizer)
         generate(model, proxy_tokenizer, ["word " * 9000])
 
 
-def test_grid_names_its_cells_and_adapters_differ_from_the_base(tiny_run, mistral_tokenizer):
-    adapters = tiny_run.newest_checkpoints()
+def test_grid_names_its_cells_and_adapters_differ_from_the_base(tiny_checkpoint, mistral_tokenizer):
+    adapters = {"early": tiny_checkpoint.parent / "epoch-0003", "late": tiny_checkpoint}
     model = load_with_adapters("tiny", adapters)
     formats = [prompt_format("new-query"), prompt_format("### Stack Overflow Solution")]
     grid = answer_grid(model, mistral_tokenizer, ["base", *adapters], formats, ["One?", "Two?"], 4)
@@ -159,36 +158,6 @@ def test_grid_names_its_cells_and_adapters_differ_from_the_base(tiny_run, mistra
             seen.append(model(**ids).logits)
     assert not torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[1], seen[2])
-
-
-def test_a_rate_with_a_decimal_point_names_an_adapter(tiny_run, mistral_tokenizer):
-    other, same = tiny_run.newest_checkpoints().values()
-    model = load_with_adapters("tiny", {"2.5e-05": same, "other": other, "same": same})
-    names = ["2.5e-05", "same", "other"]
-    prompts = ["### New Query\nOne?\n\n###"] * len(names)
-    found = [line.log_p for line in answer_log_probs(model, mistral_tokenizer, prompts, ["Two."] * 3, names)]
-    assert found[0] == found[1] != found[2]
-    with using(model, "2.5e-05"):
-        assert generate(model, mistral_tokenizer, prompts[:1], max_new_tokens=4)[0].tokens
-
-
-def test_an_adapter_is_folded_into_float32_weights_and_into_no_others(tiny_run, mistral_tokenizer):
-    adapter = next(iter(tiny_run.newest_checkpoints().values()))
-    live = load_with_adapters("tiny", {"a": adapter})
-    ids = mistral_tokenizer("Hello", return_tensors="pt")
-    with torch.inference_mode():
-        wanted, base = live(**ids).logits, load_with_adapters("tiny", {})(**ids).logits
-        whole = folded(live)
-        torch.testing.assert_close(whole(**ids).logits, wanted, rtol=0, atol=1e-5)
-    assert not isinstance(whole, PeftModel) and (wanted - base).abs().max() > 1e-3
-    rounded = load_with_adapters("tiny", {"a": adapter}, dtype=torch.bfloat16)
-    assert folded(rounded) is rounded and folded(whole) is whole
-
-
-def test_an_adapter_of_another_base_is_refused(tiny_run):
-    checkpoints = tiny_run.newest_checkpoints()
-    with pytest.raises(InputError, match=f"not an adapter for {PROXY}"):
-        load_with_adapters(PROXY, checkpoints)
 
 
 def test_a_row_draws_the_same_alone_and_in_a_batch_and_another_seed_draws_another(model, proxy_tokenizer):

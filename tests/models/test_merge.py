@@ -13,12 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
 from mini_symposium.errors import InputError
-from mini_symposium.models.adapters import find_checkpoint, find_checkpoints, load_with_adapters
+from mini_symposium.models.adapters import load_with_adapters
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.base_models import load_model, load_tokenizer
 from mini_symposium.models.merge import merge
 from mini_symposium.models.predictions import compare, logits
-from mini_symposium.run import RunDirectory
 
 TEXTS = ["### New Query\nHow deep is a well?\n\n### Complete Response\nDrop a stone and count.", "Paris, 巴黎"]
 
@@ -248,32 +247,6 @@ def test_a_damaged_base_or_adapter_is_named(checkpoint, sharded, tmp_path):
     with pytest.raises(InputError, match="use_rslora"):
         merge(same_shape, "tiny", out)
     assert not out.exists()
-
-
-def test_a_checkpoint_is_found_by_its_name(checkpoint):
-    run = RunDirectory(checkpoint.parents[2])
-    assert find_checkpoint(run) == find_checkpoint(run, "epoch-6") == find_checkpoint(run, "1e-3/6") == checkpoint
-    assert find_checkpoint(run, "3").name == "epoch-0003"
-    assert find_checkpoints(run, ["epoch-3", "epoch-6"]) == {checkpoint.parent / "epoch-0003": 0.5, checkpoint: 0.5}
-    assert find_checkpoints(run, ["epoch-3=2", "6=-1"]) == {checkpoint.parent / "epoch-0003": 2.0, checkpoint: -1.0}
-    for names, said in (
-        (["epoch-7"], "epoch-7 is not there, but epoch-0, epoch-1"),
-        (["last"], "takes epoch-N"),
-        (["1e-9/epoch-6"], "no checkpoint at learning rate 1e-09; there are rates 0.001"),
-        (["epoch-3=2", "epoch-6"], "a weight to all or to none"),
-        (["epoch-6", "6"], "each checkpoint once"),
-        (["epoch-6=much"], "a weight is a number"),
-        (["epoch-6=nan"], "a weight is a number"),
-        (["epoch-6=inf"], "a weight is a number"),
-        (["inf/epoch-6"], "learning rate inf; there are rates 0.001"),
-        (["nan/6"], "learning rate nan; there are rates 0.001"),
-        (["9" * 5000], "takes epoch-N"),
-    ):
-        with pytest.raises(InputError, match=re.escape(said)):
-            find_checkpoints(run, names)
-    (checkpoint.parent / ".epoch-0007.ab").mkdir()
-    with pytest.raises(InputError, match="epoch-7 is still being written"):
-        find_checkpoint(run, "epoch-7")
 
 
 def test_nothing_from_outside_the_bases_folder_gets_into_a_merge(checkpoint, tmp_path):

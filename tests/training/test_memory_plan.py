@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 
 from mini_symposium.models.base_models import NF4_BYTES, predicted_bytes
@@ -46,30 +43,3 @@ def test_a_layer_is_compiled_only_for_a_long_run():
     short, long = (choose(load_recipe("proxy"), 1, 400, steps, free=64 * GIB) for steps in (20, 7800))
     assert not short.compiled
     assert "7800 steps" in str(long)
-
-
-FREED = """
-import ctypes, resource, sys
-from mini_symposium.models.devices import keep_freed_memory
-if sys.argv[1] == "kept":
-    keep_freed_memory()
-libc, size = ctypes.CDLL(None), 2**20
-libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-for _ in range(6):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [libc.malloc(size) for _ in range(64)]
-    for block in blocks:
-        ctypes.memset(block, 1, size)
-    for block in blocks:
-        libc.free(block)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
-def test_memory_that_a_step_frees_is_there_for_the_next():
-    pages = {}
-    for how in ("kept", "given back"):
-        done = subprocess.run([sys.executable, "-c", FREED, how], capture_output=True, text=True, check=True)
-        pages[how] = int(done.stdout)
-    assert pages["kept"] < 100 < 10_000 < pages["given back"]

@@ -1,0 +1,69 @@
+"""What is said about the device is what the process itself shows."""
+
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+
+from mini_symposium.models.devices import device, memory, out_of_memory, peak_memory, process_peak, training_dtype
+
+
+def test_the_peak_remembers_memory_that_was_freed():
+    before = process_peak()
+    assert psutil.Process().memory_info().rss <= before * 1.01
+    more = before - psutil.Process().memory_info().rss + 2**27
+    block = torch.ones(more, dtype=torch.uint8)
+    del block
+    assert process_peak() >= before + 0.9 * 2**27
+    assert device().type == "cuda" or peak_memory() == process_peak()
+
+
+def test_a_full_memory_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert out_of_memory(caught.value) and out_of_memory(MemoryError()) and out_of_memory(torch.OutOfMemoryError())
+    with pytest.raises(RuntimeError) as caught:
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert not out_of_memory(caught.value)
+
+
+def test_a_cpu_trains_in_what_it_multiplies():
+    if device().type == "cpu":
+        assert memory() < psutil.virtual_memory().total
+        multiplies = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert training_dtype() == (torch.bfloat16 if multiplies else torch.float32)
+
+
+def test_the_module_loads_where_there_is_no_resource_module():
+    """As on Windows."""
+    code = "import psutil, sys; sys.modules['resource'] = None; import mini_symposium.models.merge"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+FREED = """
+import ctypes, resource, sys
+from mini_symposium.models.devices import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+libc, size = ctypes.CDLL(None), 2**20
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [libc.malloc(size) for _ in range(64)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    for block in blocks:
+        libc.free(block)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_memory_that_a_step_frees_is_there_for_the_next():
+    pages = {}
+    for how in ("kept", "given back"):
+        done = subprocess.run([sys.executable, "-c", FREED, how], capture_output=True, text=True, check=True)
+        pages[how] = int(done.stdout)
+    assert pages["kept"] < 100 < 10_000 < pages["given back"]
