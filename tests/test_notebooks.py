@@ -30,6 +30,7 @@ def test_notebook_contract(path):
         assert node.targets[0].id.isupper()
         ast.literal_eval(node.value)
     assert code[-1].source.splitlines()[-1].strip() == ")" and "run.record(" in code[-1].source
+    assert 1 <= sum(line.startswith("from mini_symposium") for line in code[0].source.splitlines()) <= 3
     for cell in code:
         assert not cell.source.lstrip().startswith(("!", "%", "pip "))
         assert "notebook_login" not in cell.source
