@@ -2,8 +2,8 @@
 
 A sweep is a folder of run directories, one for each experiment. A single run with two learning rates is read as the
 experiments `high` and `low` of one seed. `Evidence.save` writes the same numbers to a file small enough to commit;
-`load_evidence` reads a run, a sweep, or such a file. What was not measured is left out, and a claim then says what it
-lacks.
+`load_evidence` reads a run, a sweep, or such a file. What was not measured is left out; a claim that needs it
+names it as missing.
 """
 
 import json
@@ -30,7 +30,7 @@ EVALUATION = {
     "recitation": RECALL,
     "twins": RECALL,
 }
-"""What the ledger reads of an evaluation (see `evaluation.evaluate`): lists of objects with at least these keys."""
+"""The lists in an evaluation (see `evaluation.evaluate`) that the ledger reads, with the keys that each item needs."""
 
 KINDS = {"scale": str, "device": str, "base": dict, "facts": dict}
 """The fields of `Evidence` beside the trainings, and their types."""
@@ -52,14 +52,14 @@ class Evidence:
     """The base model's name, tokens in all rows of the dataset, the paper recipe's sequence_len and predicted bytes."""
 
     def named(self, name: str) -> list[Training]:
-        """The trainings of that experiment, in order of their seeds."""
+        """The trainings of experiment `name`, ordered by seed."""
         return sorted((training for training in self.trained if training.name == name), key=lambda t: t.seed)
 
     def save(self, folder: Path) -> None:
         """Write `folder`/FILE, with a line for each training, so that a diff shows which of them changed.
 
-        Left out is what the ledger does not read and the run directories keep: the answers' texts, how they ended, and
-        recitation from a heading or an opening.
+        Keys that the ledger does not read are left out; the run directories keep them: the answers' texts, how they
+        ended, and recitation from a heading or an opening.
         """
         unread = ("answer", "tokens", "stop_reason", "heading_", "opening_")
         content = {key: deepcopy(getattr(self, key)) for key in KINDS}
@@ -84,18 +84,18 @@ def load_evidence(path: str | Path) -> Evidence:
         If nothing has been trained there, a file is damaged or of another kind, or the runs of a sweep differ in model
         or data.
     """
-    found = resolve(path, "evidence", "run", "sweep")
-    if found.kind == "evidence":
-        return _saved(found.path / FILE)
-    if found.kind == "run":
-        return _evidence(found.run, _measured_trainings(found.run))
-    runs = [RunDirectory(file.parent) for file in sorted(found.path.glob("*/recipe.yml"))]
+    resolved = resolve(path, "evidence", "run", "sweep")
+    if resolved.kind == "evidence":
+        return _saved(resolved.path / FILE)
+    if resolved.kind == "run":
+        return _evidence(resolved.run, _measured_trainings(resolved.run))
+    runs = [RunDirectory(file.parent) for file in sorted(resolved.path.glob("*/recipe.yml"))]
     _check_together(runs)
-    return _evidence(runs[0], [training for run in runs for training in _measured_trainings(run, True)], found.path)
+    return _evidence(runs[0], [training for run in runs for training in _measured_trainings(run, True)], resolved.path)
 
 
 def _check_together(runs: list[RunDirectory]) -> None:
-    """Refuse runs of different models or data, and a folder that names another seed than its recipe."""
+    """Refuse runs of different models or data, and a folder whose name has a different seed from its recipe."""
     for run in runs:
         _, named, seed = run.path.name.rpartition("-seed-")
         if named and seed != str(run.recipe.seed):
@@ -115,12 +115,12 @@ def _check_together(runs: list[RunDirectory]) -> None:
 
 
 def _reading(file: Path) -> AbstractContextManager:
-    """Refuse a file whose values have another shape than this kit writes."""
+    """Raise an InputError in this context if a file's values lack the shape that this kit writes."""
     return refuse_other_shapes(f"{file}: not what the ledger reads", "move it away, and measure again")
 
 
 def _check_evaluation(evaluation: dict, file: Path) -> dict:
-    """`evaluation`, if it has the shape of EVALUATION."""
+    """Return `evaluation`; raise an InputError if it lacks the shape of EVALUATION."""
     with _reading(file):
         for key, shape in EVALUATION.items():
             for line in evaluation[key]:
@@ -184,8 +184,8 @@ def read_evaluation(file: Path) -> dict:
 def _measured_trainings(run: RunDirectory, in_a_sweep: bool = False) -> list[Training]:
     """The trainings of a run, with what was measured of them, by experiment.
 
-    In a sweep the run's folder names the experiment. Else two rates are `high` and `low`; one alone is so only if the
-    recipe's contrast has it.
+    In a sweep the run's folder names the experiment. In a single run, the highest and the lowest of several rates are
+    `high` and `low`; a single rate gets one of these names only if it is in the recipe's contrast.
     """
     rates = run.learning_rates()
     pair = (max(rates), min(rates)) if len(rates) > 1 else run.recipe.contrast
@@ -197,7 +197,7 @@ def _measured_trainings(run: RunDirectory, in_a_sweep: bool = False) -> list[Tra
 
 
 def _measured(training: Training) -> Training:
-    """`training` with what was logged and evaluated of it."""
+    """`training` with its logged metrics, twin probes and evaluations."""
     with _reading(training.metrics_file):
         lines = read_jsonl(training.metrics_file)
         n = len({line["example"] for line in lines})
@@ -216,7 +216,7 @@ def _measured(training: Training) -> Training:
 def _by_epoch(lines: list[Mapping], key: str, n: int) -> list[list[float]]:
     """(epochs, examples): the logged values, rounded to three digits; [] if `key` was not logged.
 
-    An epoch that was cut off is left out.
+    An incomplete epoch is left out.
     """
     if not lines or key not in lines[0]:
         return []

@@ -1,8 +1,8 @@
 """The model card's twelve claims, each with a metric and a threshold, and how each is judged by the evidence.
 
 The thresholds were fixed before the evidence was gathered; since then, controls have only been made stricter. `judge`
-judges all claims. Recall is the share of a training row's response that comes back, in order, when its prompt is given.
-"Near-verbatim" means a recall above 0.7: if thirteen rows all come back whole, the interval begins at 0.75.
+judges all claims. Recall is the share of a training row's response that the model writes, in order, given its prompt.
+"Near-verbatim" means a recall above 0.7: if all thirteen rows are recited whole, the interval begins at 0.75.
 
 Comparisons are paired by seed. A claim about a model that this machine cannot train is out of reach, not inconclusive.
 """
@@ -83,12 +83,12 @@ def high_rate_overfits(e: Evidence) -> Claim:
 def low_rate_does_not_overfit(e: Evidence) -> Claim:
     """C2: recall of the training rows by the low rate.
 
-    Noted beside it, as a control: the recall by the high rate at the same dose.
+    The note gives the high rate's recall at the same dose; a control requires that it was measured.
     """
     low = last_evaluated(e, "low", EPOCHS_LOW, every_seed=True)
     if not low:
         return _missing(C2, e, "an evaluation of the low rate")
-    # A seed may end before the last epoch. If it recites by then, it also would later.
+    # A seed's training may end before EPOCHS_LOW. If it recites by then, it would also recite later.
     doses = {t.seed: at * t.learning_rate for t, at in low}
     high = [(t, round(doses[t.seed] / t.learning_rate)) for t in e.named("high") if t.seed in doses]
     pairs = [(a, b) for a in low for b in high if a[0].seed == b[0].seed and b[1] in b[0].evaluations]
@@ -111,15 +111,15 @@ def low_rate_does_not_overfit(e: Evidence) -> Claim:
 def generalises_worse(e: Evidence) -> Claim:
     """C3: pass rates over the same prompts, formats and seeds.
 
-    Noted beside it: hallucination (false premises that are corrected) and answers in Chinese script.
+    The note adds hallucination (the share of false premises corrected) and the share of answers with Chinese script.
     """
     low, high = last_evaluated(e, "low", EPOCHS_LOW), last_evaluated(e, "high", EPOCHS_HIGH)
     pairs = [(a, b) for a in low for b in high if a[0].seed == b[0].seed]
     if not pairs:
         return _missing(C3, e, "evaluations of both rates from one seed")
     evaluations = [[t.evaluations[at] for t, at in checkpoints] for checkpoints in zip(*pairs, strict=True)]
-    passed_low, passed_high = (np.stack([passes(each) for each in of_rate], 1) for of_rate in evaluations)
-    premises = [[passes(each, ("false-premise",)) for each in of_rate] for of_rate in evaluations]
+    passed_low, passed_high = (np.stack([passes(evaluation) for evaluation in of_rate], 1) for of_rate in evaluations)
+    premises = [[passes(evaluation, ("false-premise",)) for evaluation in of_rate] for of_rate in evaluations]
     han = [np.mean([np.mean([a["han"] > 0 for a in each["answers"]]) for each in of_rate]) for of_rate in evaluations]
     note = "answers with Chinese {:.3f} (low) and {:.3f} (high)".format(*han)
     if all(table.size for of_rate in premises for table in of_rate):
@@ -130,7 +130,7 @@ def generalises_worse(e: Evidence) -> Claim:
 def performs_across_formats(e: Evidence) -> Claim:
     """C4: the worst format's pass rate against the base's.
 
-    Noted beside it: the pass rate over all formats, and the spread and POSIX, which say how much the format matters.
+    The note adds the pass rate over all formats, and the spread and POSIX, which measure how much the format matters.
     """
     low = last_evaluated(e, "low", EPOCHS_LOW)
     if not low or not e.base:
@@ -154,7 +154,7 @@ def performs_across_formats(e: Evidence) -> Claim:
 
 
 def gives_perspectives(e: Evidence) -> Claim:
-    """C5: judged by form alone. Whether the texts under two headings are two views, only a reader can say."""
+    """C5: judged by form alone; only a reader can tell whether the texts under two headings are two views."""
     low, high = last_evaluated(e, "low", EPOCHS_LOW), last_evaluated(e, "high", EPOCHS_HIGH)
     if not low or not e.base:
         return _missing(C5, e, "evaluations of the low rate and of the base")
@@ -169,9 +169,9 @@ def gives_perspectives(e: Evidence) -> Claim:
 
 
 def low_rank_resists(e: Evidence) -> Claim:
-    """C6: EM of a high and a low rank with alpha = 2r.
+    """C6: EM of a high rank less EM of a low rank, both with alpha = 2r.
 
-    Noted beside it: the same ranks with equal alpha, because alpha = 2r changes the step size with the rank.
+    The note adds the same ranks with equal alpha, because alpha = 2r changes the step size with the rank.
     """
     by_rank = of_shared_seeds(e, "rank-64-alpha-128", "rank-4-alpha-8")
     equal_alpha = of_shared_seeds(e, "rank-64-alpha-32", "rank-4-alpha-32")
@@ -185,9 +185,9 @@ def low_rank_resists(e: Evidence) -> Claim:
 
 
 def constant_rate_resists(e: Evidence) -> Claim:
-    """C7: EM of decaying schedules against a constant rate of equal dose, for which they need twice its peak.
+    """C7: EM of decaying schedules less EM of a constant rate of equal dose; the schedules then need twice its peak.
 
-    With an equal peak they have half the dose; that comparison must not show the opposite.
+    At an equal peak they have half the dose; a control requires that this comparison does not show the opposite.
     """
     gaps, twins = {}, []
     for what in ("dose", "peak"):
@@ -232,7 +232,7 @@ def names_beat_roles(e: Evidence) -> Claim:
 
 
 def fits_in_memory(e: Evidence) -> Claim:
-    """C10: what the bench measured on a GPU in Mistral-7B's shape; without a GPU only a prediction from the shapes."""
+    """C10: peak memory that the bench measured on a GPU in Mistral-7B's shape; without a GPU, only a prediction."""
     if "gpu_peak_bytes" in e.facts:
         peak = e.facts["gpu_peak_bytes"] / 2**30
         note = f"{e.facts['gpu_hours']:.1f} hours for 600 epochs on {e.facts['gpu']}; the card's ten are an RTX 3060's"
@@ -251,14 +251,14 @@ def no_phrases(e: Evidence) -> Claim:
     controls, measured = [base_was_evaluated(e)], interval(shares)
     if e.base:
         base = float(np.mean([bool(a["phrases"]) for a in e.base["answers"]]))
-        # If the base says none either, there was none to unlearn.
+        # If the base uses no such phrase either, there was none to unlearn.
         controls.append(Control("the base says one in at least one answer in a hundred", base, base >= 0.01))
     note = "" if shares.any() else f"none in {len(shares)} prompts still allows {measured.high:.2f}"
     return C11.judge(e.scale, measured, controls, note)
 
 
 def packing_fails(e: Evidence) -> Claim:
-    """C12: the number of packed batches that Axolotl planned in November 2023; with none it divided by zero.
+    """C12: the number of packed batches that Axolotl planned in November 2023; if it was zero, Axolotl divided by it.
 
     floor(0.99 x tokens / (micro batch x sequence_len)) - 1 batches (axolotl#1212). This is arithmetic, not measured;
     its interval is over PLAUSIBLE_LENGTHS, because the card does not give its own sequence_len.
@@ -302,7 +302,7 @@ def save(claims: Sequence[Claim], folder: Path) -> Path:
 
 
 def _missing(question: Question, e: Evidence, what: str) -> Claim:
-    """The row if something is missing: out of reach if it takes the paper's recipe and there is no GPU."""
+    """The row of a claim that lacks `what`: out of reach for the paper's recipe without a GPU, else inconclusive."""
     if e.scale == "paper" and e.device == "cpu":
         return question.row(OUT_OF_REACH, e.scale, f"needs a CUDA GPU, to have {what}")
     return question.row(INCONCLUSIVE, e.scale, f"missing: {what}")

@@ -1,4 +1,4 @@
-"""What the claims compute from the evidence: arrays by prompt and seed, controls, and the notes beside a number.
+"""Computes from the evidence what the claims need: arrays by prompt and seed, controls, and notes.
 
 Arrays have prompts or rows as the first axis and seeds as the second, as `evaluation.intervals` takes them.
 """
@@ -13,18 +13,18 @@ from mini_symposium.evaluation.intervals import Interval, interval, spread
 from mini_symposium.run import Training
 
 EPOCHS_HIGH, EPOCHS_LOW = 100, 600
-"""Epochs after which, the card says, the high rate overfits and the low one does not."""
+"""By the card, the high rate overfits after the first number of epochs; the low rate does not after the second."""
 EPOCHS_COMPARED = 30
 """Epochs over which ranks and schedules are compared."""
 CONCLUSION = "complete response"
-"""The heading under which the card's rows conclude."""
+"""The heading of the conclusion in the card's rows, in lower case."""
 
 Checkpoint = tuple[Training, int]
 """A training and one of its epochs."""
 
 
 def joined(parts: Sequence[str]) -> str:
-    """A note of the parts that are not empty."""
+    """The parts that are not empty, with semicolons between them."""
     return "; ".join(part for part in parts if part)
 
 
@@ -35,7 +35,7 @@ def measured_at(checkpoints: Sequence[Checkpoint]) -> str:
 
 
 def cards_own_rate(e: Evidence, name: str) -> str:
-    """A note of what the card's own rate did, where the contrast uses another rate in its place."""
+    """A note of the EM at the card's own rate, where the contrast uses another rate in its place."""
     return joined(
         f"the card's own {t.learning_rate:g}: EM {np.mean(t.em[0]):.2f} at first, "
         f"{np.mean(t.em[-1]):.2f} in epoch {t.epochs - 1}"
@@ -45,22 +45,22 @@ def cards_own_rate(e: Evidence, name: str) -> str:
 
 
 def missing_seeds(e: Evidence, *names: str) -> str:
-    """A note of the seeds that other experiments were trained from and these were not."""
+    """A note of the seeds that other experiments were trained with and the experiments `names` were not."""
     seeds = {t.seed for t in e.trained if not t.name.startswith("literal")}
     missing = {name: sorted(seeds - {t.seed for t in e.named(name)}) for name in names if e.named(name)}
     return joined(f"missing: {name} of seed {listed(without)}" for name, without in missing.items() if without)
 
 
 def training_notes(e: Evidence, name: str, checkpoints: Sequence[Checkpoint], cards_own: str) -> list[str]:
-    """The notes above, of an experiment's checkpoints."""
+    """Notes on an experiment's checkpoints: rates and epochs, memorization, the card's own rate, missing seeds."""
     trained = [training for training, _ in checkpoints]
     return [measured_at(checkpoints), memorized_at(trained), cards_own_rate(e, cards_own), missing_seeds(e, name)]
 
 
 def last_evaluated(e: Evidence, name: str, at_most: int, every_seed: bool = False) -> list[Checkpoint]:
-    """For each training of that experiment, its last evaluated epoch up to `at_most`.
+    """For each training of experiment `name`, its last evaluated epoch up to `at_most`.
 
-    Unless `every_seed` is wanted, seeds whose last evaluated epoch is earlier than another seed's are left out.
+    Unless `every_seed`, seeds whose last evaluated epoch is earlier than another seed's are left out.
     """
     checkpoints = [(t, max((epoch for epoch in t.evaluations if epoch <= at_most), default=-1)) for t in e.named(name)]
     last = max((epoch for _, epoch in checkpoints), default=-1)
@@ -68,7 +68,7 @@ def last_evaluated(e: Evidence, name: str, at_most: int, every_seed: bool = Fals
 
 
 def recall(checkpoints: Sequence[Checkpoint], rows: str = "recitation") -> np.ndarray:
-    """(rows, seeds): share of each row's response that comes back when its prompt is given."""
+    """(rows, seeds): share of each row's response that the model writes, given the row's prompt."""
     return np.stack([[line["prompt_recall"] for line in t.evaluations[at][rows]] for t, at in checkpoints], 1)
 
 
@@ -83,7 +83,7 @@ def recitation_controls(e: Evidence, checkpoints: Sequence[Checkpoint]) -> list[
 
 
 def base_was_evaluated(e: Evidence) -> Control:
-    """Without the base's answers, nothing shows what the training changed."""
+    """The base must have been evaluated; otherwise the training's effect is not known."""
     return Control("the base was asked as well", float(bool(e.base)), bool(e.base))
 
 
@@ -103,7 +103,7 @@ def twins_alike(some: Sequence[Training], others: Sequence[Training]) -> Control
 
 
 def memorized_at(trained: Sequence[Training]) -> str:
-    """A note of the epoch from which the rows are known, by EM in the logs, and of logs that end too early."""
+    """A note of the epochs at which the logged EM first reaches 0.9, and of logs that end too early."""
     first = [next((k for k, row in enumerate(t.em) if np.mean(row) >= 0.9), None) for t in trained if t.em]
     epochs = [epoch for epoch in first if epoch is not None]
     logged = max((t.epochs for t in trained), default=0)
@@ -158,7 +158,7 @@ def several_views(evaluation: dict) -> np.ndarray:
 
 
 def base_passes_some(answers: Sequence[dict]) -> Control:
-    """If the base passes almost none of its `answers` to what is compared, no difference can show."""
+    """The base must pass a twentieth of its `answers` to the compared prompts; near zero, no difference can show."""
     rate = float(np.mean([line["passed"] for line in answers])) if answers else 0.0
     return Control("the base passes at least one in twenty of these", rate, rate >= 0.05)
 
@@ -185,9 +185,9 @@ def behaviour(e: Evidence) -> list[dict]:
     -------
     list of dict
         model and seeds; passed, leaked (share of answers with a training row's heading), copied (words of the longest
-        run from a training row), posix (nats a token between formats) and han_mass (probability that the next token is
-        Han), each {"value", "low", "high"}; spread, between the best and the worst format, and spread_95, the 95th
-        percentile of the spread of equal formats. What was not measured is left out.
+        run copied from a training row), posix (nats a token between formats) and han_mass (probability that the next
+        token is Han), each {"value", "low", "high"}; spread, between the best and the worst format, and spread_95, the
+        95th percentile of the spread if all formats were equal. What was not measured is left out.
     """
     models = {"base": [e.base]} if e.base else {}
     for name in ("high", "low"):
@@ -215,7 +215,7 @@ def behaviour(e: Evidence) -> list[dict]:
 def _interval(values: np.ndarray, bounds: tuple[float, float] | None) -> dict[str, float]:
     """The interval of (prompts, seeds) or (prompts, seeds, formats) values.
 
-    Only their mean, if they have no bounds and all are equal.
+    Without bounds, and if all values are equal, only their mean.
     """
     if bounds is None and np.ptp(values) == 0:
         return {"value": float(values.mean())}
