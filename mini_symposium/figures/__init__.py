@@ -1,4 +1,4 @@
-"""Pictures and tables of results: of the lines of metrics.jsonl and of dicts. They need no torch and no model."""
+"""Pictures and tables of results, made from lines of metrics.jsonl and from dicts. They need no torch and no model."""
 
 from mini_symposium import lazy
 

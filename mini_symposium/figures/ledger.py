@@ -18,8 +18,8 @@ MARKS = {SUPPORTED: ("o", COLOURS[2]), NOT_SUPPORTED: ("X", COLOURS[0]), INCONCL
 def memorization_curves(trained: Sequence[Training], scale: str) -> Picture:
     """How much of the training rows is known (EM), by epoch and by dose; EM of held-out twins as open circles.
 
-    Dotted: the share of rows of which the model, given 32 tokens, writes the next 50 exactly. It is drawn where the
-    log holds it, over the rows that are long enough. The rates are constant; seeds of one rate share a colour.
+    Dotted: the share of rows of which the model, given 32 tokens, writes the next 50 exactly. It is drawn if it
+    was logged, over the rows that are long enough. The rates are constant; seeds of one rate share a colour.
 
     Raises
     ------

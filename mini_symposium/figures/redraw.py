@@ -1,4 +1,4 @@
-"""Draw all pictures of a run again from the files that it left; needs no model and no torch."""
+"""Draw all pictures of a run again from the run's files; needs no model and no torch."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from mini_symposium.run import RunDirectory
 def redraw(run: RunDirectory) -> list[Path]:
     """Draw a run's figures again from its metrics, its results and the csv files beside them; return the PNG files.
 
-    Of a saved sweep only the evidence is kept; then the ledger and the memorization curves are drawn, beside it.
+    For a saved sweep, which has only evidence, the ledger and the memorization curves are drawn into the same folder.
     Raises an InputError if there is neither evidence nor a recipe with metrics, or a file is damaged.
     """
     with refuse_other_shapes(f"{run.path}: cannot be drawn again from what is there", "run the notebooks"):
@@ -62,7 +62,7 @@ def _of_run(run: RunDirectory) -> dict[str, Picture]:
 def _of_evidence(evidence: Evidence) -> dict[str, Picture]:
     """The ledger; and the memorization curves of adapters of the recipe's rank, trained at a constant rate."""
     pictures = {"ledger": ledger_picture(judge(evidence), evidence.scale)}
-    contrast = [each for each in evidence.trained if each.em and not each.name.startswith(("rank", "cosine", "linear"))]
+    contrast = [t for t in evidence.trained if t.em and not t.name.startswith(("rank", "cosine", "linear"))]
     if contrast:
         pictures["memorization"] = memorization_curves(contrast, evidence.scale)
     return pictures

@@ -17,8 +17,8 @@ LONGEST_BAR = 1.3
 def survival_picture(measured: Mapping[str, Sequence[Mapping]], scale: str) -> Picture:
     """For each storage format: how much of the trained change its weights hold, and how much of its effect is left.
 
-    `measured` has "storages" and "layers", as `release.survival.survival` returns them. The rows of the picture's csv,
-    which name their layer, may all stand in "storages".
+    `measured` has "storages" and "layers", as `release.survival.survival` returns them. Rows read from the
+    picture's csv, which name their layer, may all be passed in "storages".
 
     Raises
     ------

@@ -38,7 +38,7 @@ def _plain(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, int | float):
         return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
-    return INVISIBLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(value))
+    return INVISIBLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(value))
 
 
 def as_html(value: object) -> str:
@@ -50,7 +50,7 @@ def as_html(value: object) -> str:
     '&lt;b&gt;<br>&nbsp; <span>$</span>x<span>$</span>'
     """
     escaped = html.escape(_plain(value)).replace("  ", "&nbsp; ").replace("\n", "<br>")
-    return re.sub(r"[$\\]", lambda found: f"<span>{found[0]}</span>", escaped)
+    return re.sub(r"[$\\]", lambda match: f"<span>{match[0]}</span>", escaped)
 
 
 def _table(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -77,7 +77,7 @@ def plain(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Shown:
 
 
 def expected_measured(rows: Sequence[Sequence[object]]) -> Shown:
-    """A table of (what, expected, measured), and of whether the last two are equal.
+    """A table of (what, expected, measured), with a column for whether the last two are equal.
 
     >>> expected_measured([("steps", 390, 390), ("bytes", 100, 103)])
     what  | expected | measured | match

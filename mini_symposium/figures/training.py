@@ -41,8 +41,8 @@ def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, sca
     """Training loss of each learning rate, by epoch and by dose = learning_rate x steps.
 
     A dot is the loss of a step. The line is the mean over one epoch, `n_examples` steps, drawn at the middle of that
-    epoch. Drawn at its end it would lag by half an epoch; at ten times the rate that is ten times the dose, so the
-    comparison by dose would be biased.
+    epoch. At the end of the epoch it would lag by half an epoch, which is ten times the dose at ten times the rate;
+    the comparison by dose would be biased.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, sca
 def _label_ends(axes, ends: Sequence[tuple[float, float, str, str]], top: float) -> None:
     """Write each line's name at its end, in its colour.
 
-    A name stands above its line's end where other lines go on further to the right; names never overlap. `ends` has
+    A name is written above its line's end if other lines continue further to the right; names never overlap. `ends` has
     (x, y, name, colour) for each line; `top` is the upper limit of the y axis.
     """
     axes.set_ylim(0, top)
