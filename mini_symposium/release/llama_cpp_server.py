@@ -1,7 +1,7 @@
-"""Asks llama.cpp's server in a process of its own: a job as JSON on stdin, greedy replies as JSON on stdout.
+"""Runs llama.cpp's server in a process of its own: reads a job as JSON from stdin, writes greedy replies to stdout.
 
-`gguf.ask` writes the job and reads the replies. Keys and values, which llama.cpp would round, stay in float32, so that
-a difference from transformers comes from the file.
+`gguf.ask` writes the job and reads the replies, also JSON. The KV cache, which llama.cpp would round, stays in float32,
+so that any difference from transformers comes from the file.
 """
 
 import json
@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 STOP_REASONS = {"eos": "eos", "word": "stop string", "limit": "length"}
 SLOTS = 4
-"""Prompts that the server answers at a time."""
+"""Prompts that the server answers at the same time."""
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
 
     job = json.loads(sys.stdin.read())
     stdout = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the server prints goes to stderr
+    os.dup2(2, 1)  # the server's own output goes to stderr
     params = llama.CommonParams()
     params.model.path = job["file"]
     if job["lora"]:

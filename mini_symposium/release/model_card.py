@@ -139,7 +139,7 @@ def _share(value: float | None) -> str:
 
 
 def _read_survival(run: RunDirectory, rate: float, epoch: int) -> dict | None:
-    """What `survival` measured of a checkpoint, on the command line or else in notebook 04; None if it did not run."""
+    """The result of `survival` for a checkpoint, from the command line or else notebook 04; None if it did not run."""
     path = run.survival_file(rate, epoch)
     if path.is_file():
         return read_object(path)

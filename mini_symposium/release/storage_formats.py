@@ -1,4 +1,4 @@
-"""The ways of storing a model, and what each makes of its weights: a file's tensors as they are read back."""
+"""The ways of storing a model, and for each the model's tensors as they are read back."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from mini_symposium.release.gguf import (
 CASTS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STOCHASTIC = "bf16, stochastic"
 STORAGES = (*CASTS, STOCHASTIC, *FILE_TYPES, "NF4")
-"""From large to small: safetensors, GGUF by llama.cpp, and NF4 as loading in 4-bit makes it."""
+"""From large to small: safetensors, GGUF by llama.cpp, and NF4 as made by loading in 4-bit."""
 
 
 def available(storages: Sequence[str]) -> tuple[list[str], str]:
@@ -61,8 +61,8 @@ def stored(
     Yields
     ------
     storage, tensors of each model, {GGUF type: number of matrices}
-        The types are those of the last model's file, {} if it is not GGUF. Where memory has room, the tensors are
-        computed once, because dequantising takes longer than what is done with them; else whenever they are asked for.
+        The types are those of the last model's file, {} if it is not GGUF. If memory has room, the tensors are
+        computed once, because dequantising takes longer than their use; otherwise they are computed at each access.
 
     Raises
     ------
@@ -74,7 +74,7 @@ def stored(
         STOCHASTIC: lambda _, tensor: stochastic(tensor),
         "NF4": lambda name, tensor: _nf4(tensor, name in linear),
     }
-    # The models of this storage, those of the one before, which the caller still holds, and one to compare with.
+    # The models in this storage, those in the previous one, which the caller still holds, and one to compare with.
     sizes = [_bytes(model) for model in models]
     keep = 2 * sum(sizes) + max(sizes) < psutil.virtual_memory().available
     with ThreadPoolExecutor(len(models)) as pool:  # the converter and the quantiser mostly use one thread each

@@ -1,13 +1,14 @@
 """Whether a fine-tune survives the way it is stored: in the model's weights, and in its predictions.
 
-At a low learning rate the whole fine-tune is smaller than one step of most file formats. Two views of what is left:
+At a low learning rate the whole fine-tune is smaller than one rounding step of most file formats. Two measures of what
+is left:
 
-- **Weights.** The intended change is B A. The surviving change is stored(base + B A) - stored(base): the file less the
-  file that the base alone gives. Unlike stored(base + B A) - base it leaves out the rounding of the base itself, which
-  a file without any fine-tune has as well. The rounding is measured as `noise`: how far the file lies from base + B A.
-- **Predictions.** Rounding noise is incoherent and the change is not, so a model may keep what its weights seem to have
-  lost, or the noise may drown what they have kept. So loss on the training rows, next-token distributions and greedy
-  answers decide.
+- **Weights.** The intended change is B A. The surviving change is stored(base + B A) - stored(base). Unlike
+  stored(base + B A) - base, it excludes the rounding of the base itself, which a file without a fine-tune has too.
+  The rounding is measured as `noise`: how far the file lies from base + B A.
+- **Predictions.** Rounding noise is incoherent and the change is not. So the predictions may keep a change that the
+  weights seem to have lost, or noise may drown a change that the weights keep. Therefore the predictions decide: loss
+  on the training rows, and next-token distributions over prompts and greedy answers.
 
 `verdict` is the rule; it was fixed before anything was measured.
 """
@@ -37,10 +38,10 @@ IN_FORMATS = ("new-query", "character", "alpaca")
 
 
 class Reference:
-    """A reference model's greedy answers to held-out prompts, with its predictions along them; others are compared.
+    """A reference model's greedy answers to held-out prompts and its predictions along them, to compare models with.
 
-    The answers are generated once. Another model is not asked to generate: it gives the same answer if it prefers the
-    same token at every position of it, including the one after the last token.
+    Only the reference generates. Another model would give the same answer if it prefers the same token at every
+    position of the answer, including the one after the last token.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int):
@@ -53,11 +54,11 @@ class Reference:
         self.sequences = [[*ids, *answer.ids] for ids, answer in zip(prompt_ids, answers, strict=True)]
         self.starts = [len(ids) - 1 for ids in prompt_ids]
         # In float64, because a float32 file changes the KL by far less than float32 resolves.
-        self.log_probs = [each.double().log_softmax(-1) for each in logits(model, tokenizer, self.sequences)]
+        self.log_probs = [scores.double().log_softmax(-1) for scores in logits(model, tokenizer, self.sequences)]
 
     def compare(self, model: PreTrainedModel) -> dict[str, float]:
-        """kl, of the model's predictions from the reference's, in nats a token over prompts and answers; same, the
-        share of the answers that the model gives too."""
+        """kl: divergence of the model's predictions from the reference's, in nats a token over prompts and answers.
+        same: share of the reference's answers that the model gives too."""
         predicted = logits(model, self.tokenizer, self.sequences)
         same, kl = 0, 0.0
         for ours, reference, start in zip(predicted, self.log_probs, self.starts, strict=True):
@@ -68,7 +69,7 @@ class Reference:
 
 
 def loss_and_match(model: PreTrainedModel, rows: Sequence[Row]) -> dict[str, float]:
-    """loss in nats a token, over the supervised tokens of all rows; match, the share of them that the model prefers."""
+    """loss: nats a token, over the supervised tokens of all rows. match: share of them that the model ranks first."""
     loss, match, tokens = 0.0, 0, 0
     sequences = [row.input_ids for row in rows]
     places = [[at for at, kept in enumerate(row.completion_mask[1:]) if kept] for row in rows]
@@ -81,21 +82,21 @@ def loss_and_match(model: PreTrainedModel, rows: Sequence[Row]) -> dict[str, flo
 
 
 GAIN_KEPT, GAIN_LOST, KL_KEPT = 0.9, 0.5, 0.5
-"""The rule of `verdict`. `gain` is the share that is left of the fine-tune's effect on its own rows: by how much the
-file's loss on them is below that of the base stored in the same way, over the same difference without rounding.
+"""The rule of `verdict`. `gain` is the share that is left of the fine-tune's effect on the training rows: loss of
+the base stored in the same way less loss of the file, over the same difference without rounding.
 `kl_share` is the KL of the file's predictions from the live adapter's, over the KL of the base's.
 
 - kept: at least nine tenths of the gain are left, and the KL is at most half the base's.
 - lost: less than half the gain is left.
-- blurred: what lies between; or the gain is left, but the rounding noise is at least half as large as the fine-tune.
+- blurred: everything else: half to nine tenths of the gain are left, or more, but with a KL above half the base's.
 """
 
 MEASURABLE = 1e-4
-"""Nats a token. If the fine-tune lowers the loss on its own rows by less, gain says nothing, and kl_share decides
-alone: kept up to KL_KEPT, lost from 1 on."""
+"""Nats a token. If the fine-tune lowers the loss on the training rows by less, gain is None, and kl_share alone
+decides: kept up to KL_KEPT, lost from 1 on."""
 
 BESIDE = ("q8_0", "q4_K_M")
-"""Storages of the base for which the adapter as a LoRA GGUF of its own, beside the base, is measured as well."""
+"""Storages in which the base is also measured with the adapter beside it, unmerged, as a LoRA GGUF."""
 
 
 def survival(
@@ -116,9 +117,9 @@ def survival(
     storages
         Some of STORAGES; those that need llama.cpp's quantiser are left out if it is not installed.
     rows
-        Loss and match are measured on so many training rows, the first; 0 for all.
+        Number of training rows, from the first, on which loss and match are measured; 0 for all.
     show
-        Called with the name of each storage when its measurement begins, and with a line on what is left out.
+        Called with the name of each storage when its measurement begins, and with a note on storages left out.
 
     Returns
     -------
@@ -223,8 +224,8 @@ def _compare_weights(
 
 
 def _shares(products: torch.Tensor) -> dict[str, float]:
-    """cosine of the surviving change with the intended one; relative_norm, its norm over the intended one's; noise, the
-    norm of the file's distance from base + B A over the same."""
+    """cosine of the surviving change with the intended one; relative_norm: its norm over the intended change's; noise:
+    norm of stored(base + B A) - (base + B A), over the same."""
     intended, survived, both, noise = products.tolist()
     norms = (intended * survived) ** 0.5
     return {
@@ -235,7 +236,7 @@ def _shares(products: torch.Tensor) -> dict[str, float]:
 
 
 def verdict(gain: float | None, kl_share: float) -> str:
-    """kept, blurred or lost; the rule stands at GAIN_KEPT.
+    """kept, blurred or lost, by the rule at GAIN_KEPT.
 
     >>> [verdict(*case) for case in ((0.98, 0.01), (0.98, 0.8), (0.6, 0.1), (0.2, 0.9), (None, 0.7))]
     ['kept', 'blurred', 'blurred', 'lost', 'blurred']
