@@ -64,10 +64,10 @@ def view(console: Console) -> Iterator[Callable[[str, int, int, str], None]]:
 
 
 def execute(notebook: Notebook, made_from: dict, given: dict, run: RunDirectory, show: Callable) -> None:
-    """Execute one notebook into `run`/notebooks, with those of the parameters `given` that it has.
+    """Execute one notebook into `run`/notebooks, with its parameters taken from `given`.
 
-    While it runs, its copy is named `.running.ipynb`; if it does not get to its end, `.failed.ipynb`. The finished copy
-    holds `made_from`. An InputError of a cell is raised as one.
+    While it runs, its copy is named `.running.ipynb`; if it fails, `.failed.ipynb`. The finished copy holds
+    `made_from`. An InputError in a cell is raised here as an InputError.
     """
     import nbformat
     from papermill import execute_notebook
@@ -111,7 +111,7 @@ def _redacted(content):
 
 
 def _engine() -> type:
-    """papermill's engine, but it reports progress, stops at any error, and runs the Python that runs us."""
+    """papermill's engine, but it reports progress, stops at any error, and runs kernels on this Python interpreter."""
     import zmq
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpecManager
@@ -133,7 +133,7 @@ def _engine() -> type:
         async def _async_check_alive(self):
             # Called every second. Messages to the kernel, such as those of an Output widget, bypass pyzmq's asyncio
             # layer. One that is sent just as a reply arrives uses up the wake-up for that reply, and we would wait for
-            # it forever. Reading EVENTS wakes us again.
+            # it forever. Reading EVENTS restores the wake-up.
             self.kc.shell_channel.socket.get(zmq.EVENTS)
             await super()._async_check_alive()
 
@@ -171,7 +171,7 @@ def _engine() -> type:
             )
             client.notebook, client.show = notebook, show
             client.on_cell_start, client.on_cell_executed = client.starting, client.stop_at_error
-            # What the kernel process itself prints must not disturb the view; its last line may say why it died.
+            # The kernel process's own output must not disturb the view; its last line may give the cause of death.
             with tempfile.TemporaryDirectory() as client.scratch, tempfile.TemporaryFile("w+") as log:
                 try:
                     # Headless: nobody sees the widgets.

@@ -33,7 +33,7 @@ NOTEBOOKS = ROOT / "notebooks"
 OVERWRITING = "overwriting_notebooks.json"
 """File in a run directory: what a command with --overwrite is executing, until it is done."""
 OF_THE_RUN = {"RECIPE", "DATASET", "RUN", "OVERWRITE"}
-"""Parameters of the whole run. A copy is up to date by the recipe's and the dataset's content, not by these values."""
+"""Parameters of the whole run. Copies are compared by the content of recipe and dataset, not by these values."""
 
 
 def read_notebooks(folder: Path) -> list[Notebook]:
@@ -120,7 +120,7 @@ def reproduce(
     """Execute the notebooks that are not up to date, in order, into `run`/notebooks.
 
     RECIPE, RUN (absolute), OVERWRITE and `parameters` are set in every notebook that has them. Kernels start in the
-    caller's working directory, so a relative path in a parameter is relative to where the caller stands.
+    caller's working directory, so a relative path in a parameter is relative to that directory.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ def reproduce(
     Raises
     ------
     InputError
-        Before a kernel starts, if the input is bad, or the run is in use or was made from something else;
+        Before a kernel starts, if the input is bad, or the run is in use or was made from other inputs;
         later, if a cell raised one.
     NotebookError
         If a cell raised anything else, or the kernel died.
@@ -201,7 +201,7 @@ def _read_copy(directory: RunDirectory, notebook: Notebook) -> tuple[dict, float
 
 
 def _due(notebooks, wanted, given, content, directory, overwrite) -> list[tuple[Notebook, dict]]:
-    """The notebooks to execute, each with what it is made from."""
+    """The notebooks to execute, each with the inputs that its copy records (`made_from`)."""
     due, newest, serial = [], 0, 0
     for notebook in notebooks:
         parameters = {k: given.get(k, v) for k, v in notebook.parameters.items() if k not in OF_THE_RUN}

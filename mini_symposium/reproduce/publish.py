@@ -1,4 +1,4 @@
-"""Copy what is committed of a run: its notebooks with cleaned outputs, and the numbers that its figures are drawn from.
+"""Copy the files of a run that are committed: notebooks with cleaned outputs, figures, and the numbers behind them.
 
 A committed output must be shown by GitHub, and stay the same after another run on the same machine. So it has no
 execution counts, progress bars, widget state, paths of this machine, or injected parameters.
@@ -20,7 +20,7 @@ ABSOLUTE_PATH = re.compile(r"(?<![\w.])/(?:home|root|tmp|work|Users|usr|var)/\S+
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Remove in place what is not committed; an output that names a path of this machine is an InputError."""
+    """Remove in place what is not committed; raise an InputError if an output holds a path of this machine."""
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     for cell in notebook.cells:
