@@ -1,4 +1,4 @@
-"""The playground: a page of widgets for the models of any run, and below it what the page does, without widgets."""
+"""The playground: a page of widgets for the models of any run, and the workbench below it, without widgets."""
 
 from mini_symposium import lazy
 

@@ -102,7 +102,7 @@ def recited_by_epoch(cells: Mapping[int, Mapping], chosen: int, rows: TrainingRo
 
 
 def chat(title: str, messages: Sequence[Mapping], names: Mapping[str, str], rows: TrainingRows) -> str:
-    """A chat, each message under its speaker's name; recited text and the like is marked in the assistant's messages.
+    """A chat, each message under its speaker's name; the assistant's messages have marks, as in `marked`.
 
     Parameters
     ----------
@@ -140,7 +140,7 @@ def download(name: str, content: str) -> str:
 
 
 def static(cells: Sequence[Mapping], query: str) -> Shown:
-    """The grid without widgets: a table of the answers side by side, then a table of what they recite."""
+    """The grid without widgets: a table of the answers side by side, then a table of their marks."""
     grid = side_by_side(cells, query)
     rows = [
         (c["format"], c["model"], f"{c['recited']:.0%}", c["row"] or "–", f"{c['drift']:.0%}", c["headings"])

@@ -1,6 +1,6 @@
 """The playground as a page of widgets: a thin view over `workbench`, for JupyterLab, Notebook 7, VS Code and Voila.
 
-What takes time runs as a job on a thread of its own, one at a time. An error in it is shown in the status line, and the
+Slow work runs as a job on a thread of its own, one at a time. An error in a job is shown in the status line, and the
 page stays usable. Under papermill, where nobody looks at widgets, there is no page: the same query is answered in one
 pass, errors are raised, and the result is a static table.
 """
@@ -57,7 +57,7 @@ def front_end() -> str:
         return "Voila"
     if "JPY_SESSION_NAME" in os.environ:  # from Jupyter Server: JupyterLab, Notebook 7
         return "Jupyter"
-    # Over SSH, in WSL and in containers VS Code sets only the second, by users' reports.
+    # Users report that over SSH, in WSL and in containers VS Code sets only the second.
     return "VS Code" if {"VSCODE_PID", "VSCODE_CWD"} & os.environ.keys() else ""
 
 
@@ -81,7 +81,7 @@ def show(
     Raises
     ------
     InputError
-        If a format does not exist; headless, also for what the page would show as a problem in its status line.
+        If a format does not exist; if `headless`, also for problems that the page would show in its status line.
     """
     if headless:
         cells = bench.cells(query, [prompt_format(name) for name in formats], models)
@@ -106,7 +106,7 @@ class Playground:
     Parameters
     ----------
     background
-        Whether jobs run on a thread; if not, a button's job ends before the press returns.
+        Whether jobs run on a thread; if not, a button press returns when its job is done.
     """
 
     def __init__(self, bench: Workbench, query: str, formats, models, max_new_tokens: int, background: bool = True):
@@ -179,7 +179,7 @@ class Playground:
         return page
 
     def begin(self) -> None:
-        """Load the chosen models, now that the page is there; without a background, say how Colab differs."""
+        """Load the chosen models; on Colab, or if the run could not be opened, only set the status line."""
         if not self.background:
             self.say("Colab shows nothing from the background: answers appear when all are finished; Stop does nothing")
         elif self.bench.trouble:
@@ -187,7 +187,7 @@ class Playground:
         else:
             self.start("Load", self._load)
 
-    # What the panes use.
+    # For the panes:
 
     def chosen_formats(self) -> list[PromptFormat]:
         return [self.formats[chip.tooltip] for chip in self.chips.children if chip.value]
@@ -197,7 +197,7 @@ class Playground:
         self.status.value = cards.status(text, problem)
 
     def attempt(self, action: Callable[[], object]) -> None:
-        """Do something quick; an error goes to the status line."""
+        """Run a quick action; an error goes to the status line."""
         try:
             action()
         except Exception as error:  # of any kind: the page has to stay usable
@@ -274,7 +274,7 @@ class Playground:
         for pane in self.panes[1:]:
             pane.refresh()
 
-    # What the controls do.
+    # Handlers of the controls:
 
     def _generate(self, _) -> None:
         self.tab.selected_index = 0

@@ -35,7 +35,7 @@ class Compare:
         self.box = VBox([self.grid, self.inspector])
 
     def answer(self) -> str:
-        """The job of the button Generate."""
+        """The job behind the button Generate: show the cards, fill in the answers, and return the summary."""
         page = self.page
         self.cells = page.bench.cells(page.query.value, page.chosen_formats(), page.models.value)
         while len(self.cards) < len(self.cells):
@@ -89,7 +89,7 @@ class Epochs:
         self.epoch.observe(lambda _: self._draw(), "value")
 
     def refresh(self) -> None:
-        """Offer the trainings and formats that there are now."""
+        """Offer the current trainings and formats."""
         _options(self.training, list(self.page.bench.shelf.trainings) or [""])
         _options(self.format, list(self.page.formats))
 
@@ -148,7 +148,7 @@ class Chat:
         clear.on_click(lambda _: page.start("Start over", self._clear))
 
     def refresh(self) -> None:
-        """Offer the models and formats that there are now."""
+        """Offer the current models and formats."""
         shelf = self.page.bench.shelf
         _options(self.model, list(shelf.models) or [""], (shelf.newest() or [""])[-1])
         for choice, first in zip(self.formats, ("character", "alpaca"), strict=True):
@@ -201,11 +201,11 @@ class Keep:
         export.on_click(lambda _: page.attempt(self.export))
 
     def refresh(self) -> None:
-        """Offer the formats that there are now."""
+        """Offer the current formats."""
         _options(self.format, list(self.page.formats))
 
     def folder(self) -> Path:
-        """In the first run that was opened; in runs/ if there is none."""
+        """The folder to write to: in the first run that was opened, or in runs/ if there is none."""
         run = self.page.bench.shelf.run
         return (run.path if run else ROOT / "runs") / "playground"
 
@@ -225,7 +225,7 @@ class Keep:
 
 
 def _options(choice: Dropdown, options: list[str], first: str = "") -> None:
-    """Offer `options`. The chosen one stays if it is among them; else `first` is chosen, or the first there is."""
+    """Offer `options`. Keep the choice if it is among them; otherwise choose `first`, or else the first option."""
     if list(choice.options) != options:
         wanted = next((option for option in (choice.value, first) if option in options), options[0])
         choice.options = options

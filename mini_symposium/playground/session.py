@@ -1,7 +1,7 @@
 """A playground session on disk: the settings, every query and every answer; and prompt formats as preset files.
 
-A file gets a name that no other file has. Texts from models and presets are kept unchanged in JSON. In Markdown they
-stand in fences that are longer than any run of backticks in them, so none of the text is read as markup.
+Each file gets a new name, so none is overwritten. JSON keeps the texts of models and presets unchanged. In Markdown
+they are in fences longer than any run of backticks in them, so none of the text is read as markup.
 """
 
 import json
@@ -103,7 +103,7 @@ def read_preset(name: str, content: bytes, taken: Container[str] = ()) -> Prompt
     Parameters
     ----------
     name
-        Of the file, as the user sees it; it names a preset that has no name of its own.
+        The file's name, as the user sees it; used for a preset that has no name of its own.
 
     Raises
     ------

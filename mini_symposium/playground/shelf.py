@@ -1,4 +1,4 @@
-"""The models that can be asked: the base of a run, its checkpoints and merged models, and those of more runs on it.
+"""The models that can be asked: a base, and the checkpoints and merged models of one or more runs on it.
 
 Only names, recipes and training rows are read here, no weights, so opening a run is quick and needs no torch.
 """
@@ -40,7 +40,7 @@ class Shelf:
     _datasets: dict[str, dict[str, str]] = field(default_factory=dict)  # dataset -> {label: row}
 
     def open(self, path: str) -> str:
-        """Add the models of a run, or one adapter; if the base is another one, they replace what was open.
+        """Add the models of a run, or one adapter; a run or model on another base replaces all that was open.
 
         Parameters
         ----------
@@ -50,30 +50,30 @@ class Shelf:
         Returns
         -------
         str
-            A sentence that says what was found, and what is missing.
+            A sentence on what was opened, and what is missing.
 
         Raises
         ------
         InputError
             If `path` is none of these. What was open stays open.
         """
-        found = resolve(path, "recipe", "adapter", "run", "model")
-        if found.kind == "adapter":
-            return self._add_adapter(found.path)
-        recipe, base, four_bit = found.recipe, found.base_model, found.load_in_4bit
+        resolved = resolve(path, "recipe", "adapter", "run", "model")
+        if resolved.kind == "adapter":
+            return self._add_adapter(resolved.path)
+        recipe, base, four_bit = resolved.recipe, resolved.base_model, resolved.load_in_4bit
         if (base, four_bit) != (self.base_model, self.four_bit):
             vars(self).update(vars(Shelf(base, four_bit, recipe.scale if recipe else "own", models={"base": None})))
-        if found.kind != "run":
+        if resolved.kind != "run":
             return f"{path}: a base without checkpoints" + (self._add_rows(recipe.dataset, "") if recipe else "")
-        further = self.run is not None and self.run.path != found.path
-        self.run = self.run or found.run
-        count = self._add_checkpoints(found.run, f"{found.path.name}:" if further else "")
+        further = self.run is not None and self.run.path != resolved.path
+        self.run = self.run or resolved.run
+        count = self._add_checkpoints(resolved.run, f"{resolved.path.name}:" if further else "")
         advice = "" if count else f" yet: train with `mini-symposium train --run {path}`; only the base answers"
-        problem = self._add_rows(recipe.dataset, f"{found.path.name} " if further else "")
+        problem = self._add_rows(recipe.dataset, f"{resolved.path.name} " if further else "")
         return f"{path}: {count or 'no'} checkpoints on {base}{advice}{problem}"
 
     def _add_checkpoints(self, run: RunDirectory, prefix: str) -> int:
-        """Add the checkpoints and merged models of a run; return how many it has."""
+        """Add the checkpoints and merged models of a run; return their number."""
         models = {}
         for training in run.trainings():
             checkpoints = training.checkpoints()

@@ -1,8 +1,8 @@
-"""What the playground does, without widgets: load models, ask all of them a query, show the tokens of a prompt.
+"""The playground without its widgets: loads models, asks all of them a query, lists the tokens of a prompt.
 
 A cell is one prompt to one model. The cells of the base and of its adapters share their weights and decode as one
 batch; each merged model has weights and a batch of its own. torch is imported with the first model that is loaded, so
-that a page can be shown before.
+that the page can be shown before that.
 """
 
 import os
@@ -21,7 +21,7 @@ LONGEST_QUERY = 20_000
 """Characters. A longer query takes minutes on a CPU, and memory that grows with the square of its length."""
 
 KEPT_ADAPTERS = 24
-"""Most adapters that stay loaded; those whose last answer is the oldest are unloaded first."""
+"""How many adapters stay loaded at most; the least recently used are unloaded first."""
 
 OnStep = Callable[[str, int, int], object]
 """Called before each part is loaded: with its name, its number from 1 on, and the number of parts to load."""
@@ -46,7 +46,7 @@ class Workbench:
     run
         The run to open first, as `open` takes it.
     strict
-        If it cannot be opened, raise; otherwise start with nothing open, and the error's text in `trouble`.
+        Raise if the run cannot be opened; if False, start with nothing open, and the error's text in `trouble`.
     """
 
     def __init__(self, run: str = "", strict: bool = True):
@@ -156,7 +156,7 @@ class Workbench:
         try:
             self._base = add_adapter(self._base, in_peft, path, base)
         except InputError:
-            self._unload_base()  # it may be half changed
+            self._unload_base()  # the base may be half changed
             raise
         self._adapters[name] = in_peft
 
@@ -167,7 +167,7 @@ class Workbench:
         if self._merged[0] != name:
             from mini_symposium.models.adapters import load_with_adapters
 
-            self._merged = (None, None)  # before the next is loaded: memory for one is enough
+            self._merged = (None, None)  # freed before the next is loaded, so that memory holds only one
             self._merged = (name, load_with_adapters(str(self.shelf.models[name]), {}, load_in_4bit=False))
         return self._merged[1]
 
