@@ -1,1 +1,1 @@
-"""The command line: thin commands over the work that the other folders do."""
+"""The command line: thin commands that call the other folders."""

@@ -105,10 +105,11 @@ def axolotl(
     """The recipe as Axolotl's YAML, and its dataset as JSONL."""
     from mini_symposium.run import resolve
 
-    found = resolve(run_or_recipe, "recipe", "run")
+    resolved = resolve(run_or_recipe, "recipe", "run")
     from mini_symposium.release.export import axolotl as write
 
-    for path in write(found.recipe, Path(out), found.path.name if found.kind == "run" else found.recipe.name):
+    name = resolved.path.name if resolved.kind == "run" else resolved.recipe.name
+    for path in write(resolved.recipe, Path(out), name):
         say(path)
 
 
@@ -127,7 +128,7 @@ def card(
     from mini_symposium.models.adapters import find_checkpoint
     from mini_symposium.release.model_card import write_card
 
-    found = find_checkpoint(directory, checkpoint, learning_rate)
-    for path in write_card(directory, Path(out), found, license):
+    adapter = find_checkpoint(directory, checkpoint, learning_rate)
+    for path in write_card(directory, Path(out), adapter, license):
         say(path)
     say(f"to upload it: hf upload YOU/NAME {out} --private")

@@ -26,7 +26,7 @@ app.add_typer(cli_export.app, name="export")
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as in a shell."""
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
-"""Of an OSError: the disk is full, or the user may not write there."""
+"""Error numbers of an OSError: the disk is full, or the user may not write there."""
 
 
 @app.command()
@@ -67,7 +67,7 @@ def train(
     chosen, examples, directory = prepare(
         given.get("RECIPE", recipe), given.get("DATASET", ""), given.get("RUN", run), given.get("NUM_EPOCHS", 0)
     )
-    main_process = PartialState().is_main_process  # the first of those that `accelerate launch` started
+    main_process = PartialState().is_main_process  # the first of the processes that `accelerate launch` started
     with alone(directory.path) if main_process else nullcontext():
         travels = run_training(
             chosen,
@@ -130,10 +130,10 @@ def ask(
     from mini_symposium.run import resolve
 
     formats = [prompt_format(name) for name in format or ["new-query", "alpaca", "chatml", "bare"]]
-    found = resolve(model_or_run, "recipe", "run", "model")
+    resolved = resolve(model_or_run, "recipe", "run", "model")
     from mini_symposium.models.generation import ask as answers
 
-    for cell in answers(found, query, formats, max_new_tokens):
+    for cell in answers(resolved, query, formats, max_new_tokens):
         title = f"[bold]{literal(cell['format'])}[/] · {literal(cell['model'])}"
         console.rule(f"{title} · {cell['tokens']} tokens, {cell['stop_reason']}")
         say(printable(cell["answer"]))
@@ -195,10 +195,10 @@ def survival(
     from mini_symposium.release.storage_formats import STORAGES
     from mini_symposium.release.survival import survival as measure
 
-    found = find_checkpoint(directory, checkpoint, learning_rate)
-    rate, epoch = float(found.parents[1].name.removeprefix("lr-")), int(found.name.removeprefix("epoch-"))
+    adapter = find_checkpoint(directory, checkpoint, learning_rate)
+    rate, epoch = float(adapter.parents[1].name.removeprefix("lr-")), int(adapter.name.removeprefix("epoch-"))
     say(f"{recipe.scale} scale: {recipe.base_model}, learning rate {rate:g}, epoch {epoch}")
-    measured = measure(found, recipe, storage or STORAGES, rows, show=lambda line: say(line, style="dim"))
+    measured = measure(adapter, recipe, storage or STORAGES, rows, show=lambda line: say(line, style="dim"))
     table = Table("stored as", "verdict", "gain left", "KL, base = 1", "same answers", "cosine", "norm")
     for row in measured["storages"]:
         numbers = [row[key] for key in ("gain", "kl_share", "same", "cosine", "relative_norm")]
@@ -289,11 +289,11 @@ def doctor(recipe: RecipeOption = "proxy"):
     from mini_symposium.models.devices import device, memory
     from mini_symposium.run import environment
 
-    found = environment()
+    recorded = environment()
     table = Table("what", "found", title=literal(f"recipe {chosen.name}: {chosen.base_model}"))
     for key in ("mini_symposium", "commit", "python", "platform", "cores"):
-        table.add_row(key, str(found[key]))
-    table.add_row("packages", ", ".join(f"{name} {version}" for name, version in found["packages"].items()))
+        table.add_row(key, str(recorded[key]))
+    table.add_row("packages", ", ".join(f"{name} {version}" for name, version in recorded["packages"].items()))
     works = four_bit_works()
     table.add_row(f"4-bit on {device().type}", "works" if works else "[red]does not work: reinstall bitsandbytes[/]")
     parts = predicted_bytes(chosen)

@@ -12,12 +12,12 @@ console = Console()
 
 
 def say(line: object, **style) -> None:
-    """Print a line as it is: no markup, no line breaks where the terminal ends."""
+    """Print a line unchanged: without markup, and not wrapped to the terminal's width."""
     console.print(str(line), markup=False, highlight=False, soft_wrap=True, **style)
 
 
 def literal(text: str) -> str:
-    """Text from a user, a dataset or a model for rich: without control characters, and none of it read as markup."""
+    """Text from a user, a dataset or a model, for rich: control characters made visible, markup escaped."""
     return escape(printable(text))
 
 

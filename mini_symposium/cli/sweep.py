@@ -35,9 +35,9 @@ def sweep(
     chosen = load_recipe(recipe)
     numbers = parse_numbers("seeds", seeds) or [chosen.seed]
     refuse_repeats("seeds", numbers)
-    asked = bool(learning_rates or ranks or schedules)
+    is_grid = bool(learning_rates or ranks or schedules)
     passes = None
-    if asked:
+    if is_grid:
         rules = [rule.strip() for rule in schedules.split(",")] if schedules else []
         rates = parse_numbers("learning-rates", learning_rates, float)
         passes = grid(chosen, rates, parse_ranks(ranks), rules, numbers, epochs, per_pass)
@@ -61,13 +61,13 @@ def sweep(
     check_disjoint(prompts, examples, twins)
     with alone(whole.root):
         whole.run(examples, twins, names, say, engine, cpus)
-        if measure or (measure is None and not asked):
-            whole.measure(examples, twins, prompts, asked, say)
-        if not asked:
+        if measure or (measure is None and not is_grid):
+            whole.measure(examples, twins, prompts, is_grid, say)
+        if not is_grid:
             ledger.save(ledger.judge(load_evidence(whole.root)), whole.root)
-    found = whole.table()
+    losses = whole.table()
     table = Table("experiment", "seed", "learning rate", "epochs", "loss", "EM", title="the last epoch's means")
-    for row in found.itertuples():
+    for row in losses.itertuples():
         cells = (str(row.seed), f"{row.learning_rate:g}", str(row.num_epochs), f"{row.loss:.3f}", f"{row.em:.3f}")
         table.add_row(row.name, *cells)
     console.print(table)
