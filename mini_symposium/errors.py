@@ -1,7 +1,7 @@
-"""The two errors that end a command with one line, and what makes the text of such a line safe to print.
+"""The two errors that end a command with a one-line message, and the functions that make a message safe to print.
 
-An error quotes what it found, and a dataset, a preset or a model may hold anything. So every message loses its secrets
-and its control characters here.
+An error quotes its input, and a dataset, a preset or a model may hold anything. So secrets are removed from every
+message, and its control characters are escaped.
 """
 
 import os
@@ -13,12 +13,12 @@ _LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 """Name and password in a web address."""
 
 LONGEST_LINE = 1000
-"""Characters of a message. What it quotes may have megabytes."""
+"""Most characters in a message. The input that it quotes may have megabytes."""
 INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
-"""Control characters but newline and tab, characters that change the direction of writing, and those without a visible
-shape, such as a zero-width space."""
+"""Control characters except newline and tab, characters that change the direction of writing, and those without a
+visible shape, such as a zero-width space."""
 
 
 def without_secrets(text: str) -> str:
@@ -35,9 +35,9 @@ def without_secrets(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    r"""`text` with every character spelled out that a terminal may not show as itself; newlines and tabs stay.
+    r"""`text` with every character escaped that a terminal may not show as itself, except newlines and tabs.
 
-    These are more than `INVISIBLE`: odd spaces, private and unassigned characters, halves of surrogate pairs.
+    More than `INVISIBLE` is escaped: also odd spaces, private and unassigned characters, halves of surrogate pairs.
 
     >>> printable("a\x1b[2Jb\u202ec\n")
     'a\\x1b[2Jb\\u202ec\n'
@@ -53,7 +53,7 @@ def one_line(text: str) -> str:
     >>> one_line("pip: https://me:secret@host\nfailed")
     'pip: https://***@host failed'
     """
-    text = _shortened(without_secrets(text))  # first, because `printable` looks at each character
+    text = _shortened(without_secrets(text))  # shortened first, because `printable` looks at each character
     return _shortened(printable(re.sub(r"[\n\t]", " ", text).strip()))
 
 
@@ -63,7 +63,7 @@ def _shortened(text: str) -> str:
 
 
 def reason(error: Exception) -> str:
-    r"""The first line of what an exception of a library says, or its type if it says nothing.
+    r"""The first line of a library exception's message that is not blank, or the exception's type if there is none.
 
     >>> reason(ValueError("\nno such tensor\nsee the log")), reason(KeyError())
     ('no such tensor', 'KeyError')

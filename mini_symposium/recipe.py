@@ -1,7 +1,7 @@
-"""Recipes: the settings of one fine-tune, in an Axolotl YAML file as the card's were.
+"""Recipes: the settings of one fine-tune, in an Axolotl YAML file as the model card's were.
 
-Every key is one that the kit follows or checks. An unknown key would be ignored silently, so it is an error that names
-its line. Values are also checked against each other, because in most broken fine-tunes each value is legal by itself.
+The kit follows or checks every key. An unknown key would be ignored silently, so it raises an error that names its
+line. Values are also checked against each other, because in most broken fine-tunes each value is legal by itself.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ LARGEST_FILE = 64 * 1024
 
 @dataclass(frozen=True)
 class Recipe:
-    """One fine-tune, in Axolotl's words."""
+    """The settings of one fine-tune, under Axolotl's names."""
 
     base_model: str
     """`tiny` or `SmolLM2-135M-Instruct`, which the kit makes, a model's id on the hub, or a directory."""
@@ -61,8 +61,8 @@ class Recipe:
     micro_batch_size: int = 1
     """Rows that go through the model at once. Only 1: the log and the order of training are by example."""
     gradient_accumulation_steps: int = 1
-    """Examples per optimizer step, over all processes. With more of them an epoch has fewer steps, so the same learning
-    rate moves the model less."""
+    """Examples per optimizer step, over all processes. With more examples per step an epoch has fewer steps, so the
+    same learning rate moves the model less."""
     train_on_inputs: bool = True
     """Whether the loss covers every token, as with Axolotl's type `completion`, or only the completion's."""
     sample_packing: bool = False
@@ -70,7 +70,7 @@ class Recipe:
     pad_to_sequence_len: bool = False
     """Accepted and without effect: padding changes nothing at batch 1."""
     val_set_size: float = 0
-    """Only 0: of thirteen examples none can be spared for evaluation."""
+    """Only 0: thirteen examples are too few to hold any out for evaluation."""
     bf16: bool = True
     """Only true: the base computes in bfloat16 where the processor can. Adapters and optimizer stay in float32."""
     tf32: bool = False
@@ -86,7 +86,7 @@ class Recipe:
 
     @property
     def scale(self) -> str:
-        """The model behind a number, for figures: "tiny", "proxy", "paper" (Mistral-7B), or the base model's name."""
+        """The model of a result, for figures: "tiny", "proxy", "paper" (Mistral-7B), or the base model's name."""
         name = Path(self.base_model).name
         known = {"tiny": "tiny", "SmolLM2-135M-Instruct": "proxy", "Mistral-7B-v0.1": "paper"}
         return known.get(name, name)
@@ -105,8 +105,8 @@ class Recipe:
     def checkpoint_epochs(self) -> tuple[int, ...]:
         """Epochs at which a checkpoint is kept: 0, every tenth of the run, and the last.
 
-        After a tenth of the run, ten times the learning rate has added up to the dose of the whole run at the recipe's.
-        So the checkpoint that controls for dose is always kept.
+        A tenth of the run at ten times the learning rate adds up to the same dose as the whole run at the recipe's
+        rate. So the checkpoint that controls for dose is always kept.
         """
         return tuple(sorted({math.ceil(self.num_epochs * tenth / 10) for tenth in range(11)}))
 
@@ -118,7 +118,7 @@ class Recipe:
     def to_yaml(self) -> str:
         """A recipe file with every key, which Axolotl reads as well."""
         lines = {key: yaml.safe_dump({key: getattr(self, key)}) for key in KEYS}
-        # PyYAML takes 1e-07 for a string, other readers do not. Plain digits are a number to all of them.
+        # PyYAML reads 1e-07 as a string, other readers as a number. All of them read plain digits as a number.
         lines["learning_rate"] = f"learning_rate: {Decimal(repr(self.learning_rate)):f}\n"
         return "".join(lines.values())
 
@@ -133,7 +133,7 @@ LIMITS = {
     "warmup_steps": (0, 10**9),
     "seed": (0, 2**32 - 1),
 }
-"""Smallest and largest value; the largest is what the libraries accept, or far beyond any use."""
+"""{key: (smallest, largest value)}. The largest is the limit of the libraries, or far beyond any use."""
 KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text", list: "a list"}
 TYPES = {f.name: f.type for f in fields(Recipe)}
 
@@ -162,7 +162,7 @@ def load_recipe(name_or_path: str | Path, **overrides) -> Recipe:
 
 
 def _checked(values: dict, places: dict[str, str], name: str) -> Recipe:
-    """A recipe of these values; `places` tells where each was set, for errors."""
+    """A recipe of these values; `places` has the place where each was set, for errors."""
 
     def refuse(key: str, why: str):
         raise InputError(f"{places.get(key, name)}: {key}: {_shown(values.get(key))}: {why}")
@@ -192,7 +192,7 @@ def _shown(value) -> str:
 def _typed(key: str, value, refuse):
     wanted = TYPES[key]
     if wanted is float and not isinstance(value, bool):
-        try:  # YAML 1.1 takes 1e-7 for a string
+        try:  # YAML 1.1 reads 1e-7 as a string
             number = float(value)
         except (TypeError, ValueError, OverflowError):
             refuse(key, f"takes {KINDS[float]}")
@@ -203,7 +203,7 @@ def _typed(key: str, value, refuse):
 
 
 def _rules(r: Recipe) -> Iterator[tuple[str, bool, str]]:
-    """What must hold: for each rule a key, whether its value breaks the rule, and what to write instead."""
+    """For each rule: the key, whether its value breaks the rule, and the error text, with what to write instead."""
     entry = r.datasets[0] if len(r.datasets) == 1 and isinstance(r.datasets[0], dict) else {}
     completion = isinstance(entry.get("path"), str) and entry.get("type") == "completion"
     yield "datasets", not completion, "takes one entry with a path and `type: completion`, the type without a template"
