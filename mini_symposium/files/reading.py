@@ -1,7 +1,7 @@
-"""Files that somebody else wrote, read as UTF-8, JSON or YAML. What is not readable is refused with one line.
+"""Reading files that somebody else wrote, as UTF-8, JSON or YAML. An unreadable file raises a one-line error.
 
-Every function raises only InputError, and takes time in proportion to the size of the file: it waits for no named pipe,
-reads no device, and returns no value that is nested so deeply that other code could not walk over it.
+Every function raises only InputError, and takes time in proportion to the size of the file: it waits for no named pipe
+and reads no device. No returned value is nested so deeply that other code could not walk over it.
 """
 
 import json
@@ -15,7 +15,7 @@ import yaml
 from mini_symposium.errors import InputError
 
 DEEPEST = 100
-"""Levels of lists and objects in JSON."""
+"""Most levels of nested lists and objects in JSON."""
 DEEPEST_YAML = 10
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -51,10 +51,10 @@ def read_text(path: Path) -> str:
     Raises
     ------
     InputError
-        If it does not exist, is not an ordinary file, cannot be read, or is not UTF-8; then names the line.
+        If the file does not exist, is not an ordinary file, cannot be read, or is not UTF-8 (then names the line).
     """
     try:
-        # A folder or a device is not read, nor a named pipe, which would be waited for.
+        # Folders and devices are not read, nor named pipes: reading one would wait for a writer.
         data = path.read_bytes() if path.is_file() or not path.exists() else None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
@@ -72,13 +72,13 @@ def parse_json(text: str, name: str | Path, line: int | None = None):
     Parameters
     ----------
     name, line
-        The file, and the line in it if `text` is one line of it.
+        The file's name, and the line number if `text` is one line of the file.
 
     Raises
     ------
     InputError
-        If it is not JSON, is nested more than `DEEPEST` levels deep, or holds a number of thousands of digits or half
-        of a surrogate pair.
+        If `text` is not JSON, is nested more than `DEEPEST` levels deep, or holds a number of thousands of digits or
+        half of a surrogate pair.
     """
     where = f"{name}:{line}" if line else str(name)
     try:
@@ -100,24 +100,24 @@ def _deeper(value, levels: int) -> bool:
     """Whether lists and objects are nested more than `levels` deep, looking at one level at a time."""
     level = [value] if isinstance(value, (list, dict)) else []
     for _ in range(levels):
-        children = (child for each in level for child in (each.values() if isinstance(each, dict) else each))
+        children = (child for parent in level for child in (parent.values() if isinstance(parent, dict) else parent))
         level = [child for child in children if isinstance(child, (list, dict))]
     return bool(level)
 
 
 def parse_yaml(text: str, name: str | Path, hint: str) -> tuple[dict, yaml.MappingNode]:
-    """The values of a YAML file of `key: value` lines, and its nodes, which know their lines.
+    """The values of a YAML file of `key: value` lines, and its root node; nodes have line numbers.
 
     Parameters
     ----------
     hint
-        What such a file looks like, for the error if it is a list or a single value.
+        What the file should look like, for the error if it is a list or a single value.
 
     Raises
     ------
     InputError
-        If it is anything else, a mapping has a key twice, or the file could grow when it is read: by an anchor, an
-        alias or more than `DEEPEST_YAML` levels.
+        If the text is not YAML of `key: value` lines, a mapping has a key twice, or the text could grow when it is
+        read: it has anchors, aliases or more than `DEEPEST_YAML` levels.
     """
     where, values = str(name), {}
     try:
@@ -154,7 +154,7 @@ def _check_tokens(text: str, name: str | Path) -> None:
 
 
 def _check_keys(node: yaml.Node, name: str | Path) -> None:
-    """Refuse a key that a mapping has twice, at any depth; YAML would take the last one."""
+    """Refuse a mapping that has the same key twice, at any depth; YAML would use the last value."""
     lines: dict[str, int] = {}
     for child in node.value if isinstance(node, yaml.CollectionNode) else ():
         key, value = child if isinstance(node, yaml.MappingNode) else (None, child)
@@ -168,7 +168,7 @@ def _check_keys(node: yaml.Node, name: str | Path) -> None:
 
 @contextmanager
 def refuse_other_shapes(found: str, remedy: str = "") -> Iterator[None]:
-    """Turn what Python or pandas raises over values of another shape, such as a missing key, into one InputError.
+    """Turn an exception of Python or pandas about values of another shape, such as a missing key, into an InputError.
 
     >>> with refuse_other_shapes("runs/a/results.json: not results", "run the notebooks"):
     ...     {"loss": 0.5}["travel"]

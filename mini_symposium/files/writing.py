@@ -1,8 +1,8 @@
-"""Files and folders that are there whole or not at all, even if the process is killed or the machine crashes.
+"""Writing files and folders whole or not at all, even if the process is killed or the machine crashes.
 
-A file is written in a new folder beside its place, such as `.epoch-0007.x1y2.part`, flushed to disk, and renamed. The
-folder is locked while its writer lives, which distinguishes a file that is being written from the leftovers of a killed
-writer.
+A file is written in a new folder beside its destination, such as `.epoch-0007.x1y2.part`, flushed to disk, and renamed.
+The folder is locked while its writer lives, which distinguishes a file that is being written from the leftovers of a
+killed writer.
 """
 
 import errno
@@ -17,22 +17,22 @@ from pathlib import Path
 from mini_symposium.errors import InputError
 
 PART = ".part"
-"""The end of such a folder's name."""
+"""Suffix of the temporary folder's name."""
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What a file system without locks answers."""
+"""Error numbers of a file system without locks."""
 
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; if nothing goes wrong, it is renamed to `path`.
+    """Yield a temporary path to write to; if the block raises nothing, it is renamed to `path`.
 
     Works for a file and for a directory (the body then makes the directory itself).
 
     Raises
     ------
     InputError
-        If the disk is full or the directory cannot be written. `path` is as it was.
+        If the disk is full or the directory cannot be written. `path` is then unchanged.
     """
     path = Path(path)
     try:
@@ -59,18 +59,18 @@ def write_json(path: str | Path, value) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a folder so that it is never there in part."""
+    """Delete a folder so that `path` never holds only a part of it."""
     with _folder_beside(path) as folder:
         path.replace(folder / path.name)
 
 
 def clear_away(folder: Path, name: str = "") -> bool:
-    """Delete what killed writers left behind of `folder`/`name`, or of anything below `folder` if no name is given.
+    """Delete the leftovers of killed writers of `folder`/`name`, or of anything below `folder` if no name is given.
 
     Returns
     -------
     bool
-        Whether a living process is writing there. True as well for any leftovers on a file system without locks.
+        Whether a living process is writing there. Also True if there are leftovers on a file system without locks.
     """
     being_written = False
     for part in folder.glob(f".{name}.*{PART}") if name else list(folder.rglob(f".*{PART}")):
@@ -94,7 +94,7 @@ def alone(folder: Path, name: str = LOCK, patience: float = 0.0) -> Iterator[Non
     Parameters
     ----------
     name
-        Of the lock file; a folder may have several.
+        The lock file's name; a folder may have several locks.
     patience
         Seconds to wait for another process to end.
 
@@ -116,14 +116,14 @@ def alone(folder: Path, name: str = LOCK, patience: float = 0.0) -> Iterator[Non
 
 
 def _lock(path: Path, patience: float = 0.0, reentrant: bool = False):
-    """Take the lock file `path`, which ends with the process; if `reentrant`, this thread may take it several times.
+    """Lock the file `path`; the lock ends with the process. If `reentrant`, this thread may lock it several times.
 
-    Missing folders are made. On a file system without locks nobody is stopped, and the lock's `is_locked` is False.
+    Missing folders are made. On a file system without locks nothing is locked: the lock's `is_locked` is False.
 
     Raises
     ------
     TimeoutError
-        If somebody else still has the lock after `patience` seconds.
+        If another process or thread still has the lock after `patience` seconds.
     OSError
         If the file cannot be written.
     """
@@ -161,8 +161,8 @@ def _reach_disk(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)
