@@ -1,7 +1,7 @@
-"""Checks of an answer that a program can make, each written as data, such as `any_of: [Canberra]`.
+"""Checks that a program makes of an answer, each written as data, such as `any_of: [Canberra]`.
 
 A check tells whether an answer does one thing, not whether the answer is good. It always gives the same verdict on the
-same text. Its function takes the check's value, the answer and the query.
+same text. The function of a check takes the check's value, the answer and the query.
 """
 
 import ast
@@ -24,13 +24,13 @@ SPELLING = re.compile(
 )
 FIGURES = re.compile(r"(?<![\w.,])-?(?:\d{1,3}(?:[,' \u00a0\u202f]\d{3})+|\d+)(?:\.\d+)?(?!\d)")
 BULLET = re.compile(r"^[ \t]*(?:[-*•–]|\d+[.)])\s+", re.M)
-# Not the fences of `dataset`, which end at three spaces: models indent a block as deep as the list that it is in.
+# `dataset` allows at most three spaces before a fence; here any number: models indent code as the list around it.
 FENCE = re.compile(r"^[ \t]*(```|~~~)[^\n]*\n(.*?)(?:^[ \t]*\1|\Z)", re.M | re.S)
 CODE = re.compile(r"^(?:(?:async def|def|class) \w|import \w|from [\w.]+ import |@\w)", re.M)
 
 
 def mentions(term: str, answer: str) -> bool:
-    """Whether an answer has a term as a word, in any case. `rain*` finds the beginning of a word, `n't` its end.
+    """Whether an answer has a term as a whole word, in any case. `rain*` matches a word's beginning, `n't` its end.
 
     >>> mentions("rain*", "A RAINY day"), mentions("ice", "twice"), mentions("n't", "It isn't.")
     (True, False, True)
@@ -41,14 +41,14 @@ def mentions(term: str, answer: str) -> bool:
 
 
 def numbers(text: str) -> list[float]:
-    """The numbers of a text in their order, in digits, or in words up to ninety-nine.
+    """The numbers in a text, in order: written in digits, or in words up to ninety-nine.
 
     >>> numbers("Of 1,250.50 euros, twenty-five or 10-4")
     [1250.5, 25.0, 10.0, 4.0]
     """
-    found = [(m.start(), float(re.sub(r"[^\d.-]", "", m[0]))) for m in FIGURES.finditer(text)]
-    found += [(m.start(), float(SPELLED[m[0].lower().replace(" ", "-")])) for m in SPELLING.finditer(text)]
-    return [number for _, number in sorted(found)]
+    placed = [(m.start(), float(re.sub(r"[^\d.-]", "", m[0]))) for m in FIGURES.finditer(text)]
+    placed += [(m.start(), float(SPELLED[m[0].lower().replace(" ", "-")])) for m in SPELLING.finditer(text)]
+    return [number for _, number in sorted(placed)]
 
 
 def words(answer: str) -> list[str]:
@@ -63,9 +63,9 @@ def sentences(answer: str) -> list[str]:
 
 
 def code_in(answer: str) -> str:
-    """The Python code of an answer: its fenced blocks or else everything from the first line of code on.
+    """The Python code of an answer: its fenced blocks, or without any, everything from the first line of code on.
 
-    Of each the first lines that parse: an answer that was cut short, or that ends in prose, may have a whole function.
+    Only the first lines of each block that parse: an answer that is cut off or ends in prose may have a whole function.
     """
     blocks = [m[2] for m in FENCE.finditer(answer)]
     if not blocks and (start := CODE.search(answer)):
@@ -109,8 +109,8 @@ def at_least(value, answer, query):
 
 
 def number(value, answer, query):
-    """The last number that is not in the query. So an answer may show its calculation before the result."""
-    new = [each for each in numbers(answer) if each not in numbers(query)]
+    """This is the last number that is not in the query, so that a calculation may come before the result."""
+    new = [n for n in numbers(answer) if n not in numbers(query)]
     return bool(new) and abs(new[-1] - value) < 1e-9
 
 
@@ -162,19 +162,19 @@ def python(asserts, answer, query):
 
 
 def distinct(floor, answer, query):
-    """At least this share of all runs of four words are distinct, so the answer is no loop."""
+    """At least this share of all runs of four words are distinct, so the answer does not loop."""
     folded = [word.casefold() for word in words(answer)]
     runs = list(zip(folded, folded[1:], folded[2:], folded[3:], strict=False))
     return not runs or len(set(runs)) / len(runs) >= floor
 
 
 def corrects(value, answer, query):
-    """One of `truth` in the first two sentences, and nowhere one of `premise`, the false belief."""
+    """A term of `truth` in the first two sentences, and no term of `premise`, the false belief, anywhere."""
     return any_of(value["truth"], " ".join(sentences(answer)[:2]), query) and none_of(value["premise"], answer, query)
 
 
 def leaves_to(user, answer, query):
-    """No line speaks or acts for this person: none begins with the name, except to call it, as in "Pip, sit down"."""
+    """No line speaks or acts for this person: none begins with the name, but to address them ("Pip, sit down")."""
     speaks = re.compile(rf"[\W_]*(?:{re.escape(user)}\b(?![,.!?;…—–-])|(?:user|you)\W*:)", re.I)
     return not any(speaks.match(line) for line in answer.split("\n"))
 
@@ -233,4 +233,4 @@ CHECKS = {
     "leaves_to": (leaves_to, lambda v: isinstance(v, str) and bool(v.strip()), "a name"),
     "no_heading": (no_heading, lambda v: v is True, "true"),
 }
-"""Each kind of check: its function, a function that tells whether a value is valid, and what a valid one looks like."""
+"""Each kind of check: its function, a function that tells whether a value is valid, and how to write one."""

@@ -1,8 +1,8 @@
 """Handwritten examples: read, checked, described, and turned into the tokens that training sees.
 
-A document is a series of examples. The first `### ` heading of the file begins each of them, and the text below it is
-the request. The sections that follow are the answer. The prompt ends with the first heading of the answer, so that at
-inference any heading can ask for one:
+A document is a series of examples. Each begins with the same heading, the first `### ` heading of the file, and the
+text below it is the request. The sections that follow are the answer. The prompt ends with the first heading of the
+answer, so that at inference any heading can ask for an answer:
 
     ### New Query            <- begins an example
     Why is the sky blue?
@@ -35,7 +35,7 @@ class Section:
     heading: str
     text: str
     line: int = field(default=0, compare=False, repr=False)
-    """Of the heading in the text that it was read from; 0 if it was not."""
+    """Line number of the heading in its text; 0 if the section was not read from a text."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Row:
 
     @property
     def labels(self) -> list[int]:
-        """What the loss is computed on: the token ids, -100 where a token is not supervised."""
+        """Labels for the loss: the token ids, with -100 for tokens that are not supervised."""
         return [i if supervised else -100 for i, supervised in zip(self.input_ids, self.completion_mask, strict=True)]
 
 
@@ -78,7 +78,7 @@ def load_examples(path: str | Path) -> list[Example]:
     Raises
     ------
     InputError
-        For what cannot be trained on; names file, line and remedy.
+        If the data cannot be trained on; names file, line and remedy.
 
     >>> examples = load_examples("data/minisymposium.md")
     >>> print(len(examples), examples[2].source, examples[2].query[:26])
@@ -99,7 +99,7 @@ def load_examples(path: str | Path) -> list[Example]:
         raise InputError(f"{path}: no examples in it; write one that starts with `### New Query`")
     seen: dict[str, str] = {}
     for example in examples:
-        # Without a prompt the query is only the beginning of the text.
+        # A row without a prompt has the beginning of its text as its query.
         first = seen.setdefault(example.query if example.prompt else example.text, example.source)
         if first != example.source:
             raise InputError(f"{example.source}: the query is already at {first}; keep one, or ask something else")
@@ -120,7 +120,7 @@ HEADING = re.compile(r"### (.*\S.*)")
 
 
 def split_sections(text: str, heading: re.Pattern[str] = HEADING) -> tuple[str, list[Section], int]:
-    """The text before the first heading, the sections, and the line of a code fence that is never closed, or 0.
+    """The text before the first heading, the sections, and the line of a code fence that is never closed, else 0.
 
     Parameters
     ----------
@@ -129,23 +129,23 @@ def split_sections(text: str, heading: re.Pattern[str] = HEADING) -> tuple[str, 
         never headings.
     """
     before: list[str] = []
-    found: list[tuple[str, list[str], int]] = []
+    parts: list[tuple[str, list[str], int]] = []
     fence, opened = "", 0
     for number, line in enumerate(text.split("\n"), start=1):
-        was, fence = fence, _fence(line, fence)
-        opened = number if fence and not was else opened
+        previous, fence = fence, _fence(line, fence)
+        opened = number if fence and not previous else opened
         if not fence and (match := heading.match(line)):
-            found.append((match[1].strip(), [], number))
+            parts.append((match[1].strip(), [], number))
         else:
-            (found[-1][1] if found else before).append(line)
-    sections = [Section(title, "\n".join(body).strip(), number) for title, body, number in found]
+            (parts[-1][1] if parts else before).append(line)
+    sections = [Section(title, "\n".join(body).strip(), number) for title, body, number in parts]
     return "\n".join(before).strip(), sections, opened if fence else 0
 
 
 def _fence(line: str, opened: str) -> str:
-    """The mark of the code fence that is open after `line`, or ""; `opened` is the one before it.
+    """The mark of the code fence that is open after `line`, or "" if none is; `opened` is the mark before `line`.
 
-    As in CommonMark, four backticks are closed by four, so that the code between them may show a fence of three.
+    As in CommonMark, a fence of four backticks is closed by four, so that its code may show a fence of three.
     """
     body = line.lstrip(" ")
     mark = body[: len(body) - len(body.lstrip(body[:1]))]
@@ -181,7 +181,7 @@ def _example(sections: Sequence[Section], where: Callable[[int], str]) -> Exampl
     if not answer:
         raise InputError(f"{where(opening.line)}: a request without an answer; add a `### Complete Response`")
     prompt = f"### {opening.heading}\n{opening.text}\n\n### {answer[0].heading}\n"
-    completion = "\n\n".join([answer[0].text, *(f"### {each.heading}\n{each.text}" for each in answer[1:])])
+    completion = "\n\n".join([answer[0].text, *(f"### {section.heading}\n{section.text}" for section in answer[1:])])
     return Example(opening.text, tuple(answer), prompt, completion, where(opening.line))
 
 
@@ -200,7 +200,7 @@ def _from_json(text: str, name: str) -> Iterator[Example]:
 
 
 def _from_object(row, where: str) -> Example:
-    """One row of a table, in whichever of the four forms it is."""
+    """The example in one row of a table, which has one of four forms."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: a {type(row).__name__}; each row is an object")
     fields = set(row)
@@ -223,14 +223,14 @@ def _from_object(row, where: str) -> Example:
         if sections and not before:
             return _example(sections, lambda _: where)
         return Example(text[:80], (), "", text, where)
-    found = ", ".join(sorted(map(str, fields))) or "nothing"
+    keys = ", ".join(sorted(map(str, fields))) or "nothing"
     raise InputError(
-        f"{where}: found {found}; a row has prompt and completion, or text, or instruction and output, or messages"
+        f"{where}: found {keys}; a row has prompt and completion, or text, or instruction and output, or messages"
     )
 
 
 def _blank(text: str) -> bool:
-    """Whether a reader sees nothing in it. Looks at the beginning first, because a text may have megabytes."""
+    """Whether `text` has no visible character. Its beginning is tested first, because it may have megabytes."""
     return not INVISIBLE.sub("", text[:1000]).strip() and not INVISIBLE.sub("", text).strip()
 
 
@@ -256,7 +256,7 @@ def _from_messages(messages, where: str) -> Example:
     if len(parts) < 2 or parts[-1].heading != "Complete Response":
         raise InputError(f"{where}: messages must end with the assistant's answer to a user's; that is what is learned")
     *asked, answer = parts
-    prompt = system + "".join(f"### {each.heading}\n{each.text}\n\n" for each in asked) + "### Complete Response\n"
+    prompt = system + "".join(f"### {part.heading}\n{part.text}\n\n" for part in asked) + "### Complete Response\n"
     query = asked[0].text if len(asked) == 1 else prompt
     return Example(query, (answer,), prompt, answer.text, where)
 
@@ -288,9 +288,9 @@ def fingerprint(examples: Sequence[Example]) -> str:
 def tokenize(examples: Sequence[Example], tokenizer, sequence_len: int, completion_only: bool) -> list[Row]:
     """The rows that training sees: the text with the tokenizer's own special tokens around it, and EOS at the end.
 
-    Checks for what silently breaks small fine-tunes: a prompt whose tokens are not a prefix of the row's, so that
-    training sees another boundary than inference; a second BOS; no EOS in the loss; nothing in the loss; a row cut at
-    `sequence_len`.
+    Checks for mistakes that silently break small fine-tunes: a prompt whose tokens are not a prefix of the row's, so
+    that training sees another boundary than inference; a second BOS; no EOS in the loss; nothing in the loss; a row cut
+    at `sequence_len`.
 
     Parameters
     ----------
@@ -369,12 +369,12 @@ ASSISTANT_PHRASES = re.compile(
 
 
 def lint(examples: Sequence[Example]) -> list[str]:
-    """What is worth a look although it stops no run, each as `file:line: what`."""
+    """Warnings, which stop no run, each as `file:line: what`."""
     notes = []
     for example in examples:
         notes += [
             f"{example.source}: {phrase!r} is an assistant model's phrase"
-            for phrase in sorted({found.group() for found in ASSISTANT_PHRASES.finditer(example.text)})
+            for phrase in sorted({match.group() for match in ASSISTANT_PHRASES.finditer(example.text)})
         ]
         notes += [
             f"{example.source}: an invisible character U+{ord(c):04X}"
@@ -384,8 +384,8 @@ def lint(examples: Sequence[Example]) -> list[str]:
             notes.append(f"{example.source}: a code fence is never closed, so the headings below it are text")
         if len(example.completion.split()) < 4:
             notes.append(f"{example.source}: the completion has only {len(example.completion.split())} words")
-    for i, one in enumerate(examples):
-        for other in examples[i + 1 : i + 200]:
-            if fuzz.ratio(one.query[:500], other.query[:500]) > 90:
-                notes.append(f"{other.source}: nearly the query of {one.source}")
+    for i, example in enumerate(examples):
+        for later in examples[i + 1 : i + 200]:
+            if fuzz.ratio(example.query[:500], later.query[:500]) > 90:
+                notes.append(f"{later.source}: nearly the query of {example.source}")
     return notes

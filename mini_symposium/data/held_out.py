@@ -1,7 +1,7 @@
 """Held-out prompts: requests unlike any training row, each with checks that a program can make.
 
-What a fine-tune has learned shows on prompts that it was not trained on. `data/held_out.yml` holds them by category. A
-prompt that shares its wording with a training row is refused, because a good answer to it may be memorized.
+Prompts that were not trained on show what a fine-tune has learned. `data/held_out.yml` holds them by category. A prompt
+that shares its wording with a training row is refused, because a good answer to it may be memorized.
 """
 
 import difflib
@@ -25,17 +25,17 @@ CATEGORIES = (
     *("trade-off", "creative", "extraction", "character", "false-premise"),
 )
 SPLITS = ("test", "dev")
-"""`test` is for measuring, `dev` for trying things out before."""
+"""`test` is for measuring, `dev` for experiments before that."""
 
 SHARED_WORDS, LEAST_ROUGE_L = 8, 0.3
 """A prompt shares its wording with a row if this many words in a row are in both, or if their ROUGE-L is this high."""
 ECHO = 12
-"""This many words in a row from the query are an echo. A query that is repeated may contain all facts of the answer."""
+"""This many words in a row from the query are an echo. A repeated query may contain all facts of the answer."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that a program can see in an answer."""
+    """A check that a program makes of an answer."""
 
     kind: str
     """A key of `answer_checks.CHECKS`."""
@@ -57,7 +57,7 @@ class HeldOut:
     good: str
     """An answer that passes every check."""
     bad: str
-    """An answer that fails one."""
+    """An answer that fails at least one check."""
     split: str = "test"
     user: str = ""
     """In a character chat, the person who speaks to the model."""
@@ -84,7 +84,7 @@ def judge(prompt: HeldOut, answer: str) -> dict[str, bool]:
 
 
 def passes(prompt: HeldOut, answer: str) -> bool:
-    """Whether an answer passes every check of its prompt; an empty one passes none."""
+    """Whether an answer passes every check of its prompt; an empty answer never does."""
     return bool(answer.strip()) and all(judge(prompt, answer).values())
 
 
@@ -94,7 +94,7 @@ def load_held_out(path: str | Path = "data/held_out.yml", split: str | None = No
     Parameters
     ----------
     split
-        "test" or "dev" for one of the two; both without.
+        "test" or "dev"; None for both.
 
     Raises
     ------
@@ -181,7 +181,7 @@ def check_disjoint(held_out: Sequence[HeldOut], examples: Sequence[Example], twi
     Raises
     ------
     InputError
-        For the first that does; names both rows and the words that they share.
+        For the first prompt or row that does; names both rows and the words that they share.
     """
     prompts = (shared_wording(prompt, examples) for prompt in held_out)
     rows = (_shared_run(f"{twin.source}: the row", twin.text, example) for twin in twins for example in examples)
@@ -192,7 +192,7 @@ def check_disjoint(held_out: Sequence[HeldOut], examples: Sequence[Example], twi
 def apart(
     held_out: Sequence[HeldOut], examples: Sequence[Example], say: Callable[[str], object] = print
 ) -> list[HeldOut]:
-    """The prompts that share no wording with a training row; `say` gets a line for each of the others.
+    """The prompts that share no wording with a training row; `say` is called with a line about each other prompt.
 
     Raises
     ------

@@ -1,19 +1,19 @@
 """Prompt formats: a query, or a chat between two named people, as the text that a model continues.
 
-A format is a SillyTavern instruct preset, the built-in ones too. So there is one renderer, and a format that works here
+Every format, built-in or not, is a SillyTavern instruct preset. So there is one renderer, and a format that works here
 works in SillyTavern as well. Prompts are equal to those of SillyTavern's instruct mode byte by byte:
 
 - a message is sequence, separator, [`Name: `] text, suffix; with `wrap` the separator is a newline, and so is a missing
   suffix;
 - the first message takes the `first_*` sequence and the last user message `last_input_sequence`, where given;
-- if the user does not begin the chat, `user_alignment_message` comes first, said by the user;
+- if the user does not begin the chat, `user_alignment_message` comes first, as the user's message;
 - the prompt ends with separator, `last_output_sequence` or `output_sequence`, separator;
 - a system message is a narrator's: it has no name, and keeps its place in the chat.
 
-These are the parts that SillyTavern's `formatInstructModeChat` and `formatInstructModePrompt` return, joined. Before it
-sends them, SillyTavern also drops carriage returns and, with `wrap`, one newline before the last line. `new-query` has
-its own newlines instead of `wrap`, so that SillyTavern sends the trained prompt as well. What SillyTavern does not take
-from the preset is not rendered: the story string with the character card (put it into a system message), example
+A prompt is what SillyTavern's `formatInstructModeChat` and `formatInstructModePrompt` return, joined. Before sending,
+SillyTavern also drops carriage returns and, with `wrap`, one newline before the last line. `new-query` has its own
+newlines instead of `wrap`, so that SillyTavern sends the trained prompt as well. Parts that SillyTavern does not take
+from the preset are not rendered: the story string with the character card (put it into a system message), example
 messages, the mark that opens a chat, stop strings made of names. Macros in the messages of a chat are not expanded.
 """
 
@@ -66,7 +66,7 @@ class PromptFormat:
     macro: bool = True
     """Expand {{user}}, {{char}} and {{name}} in sequences."""
     names_behavior: str = "force"
-    """always: `Name: ` before each message. force does so in groups only, so in a chat of two it is like none."""
+    """always: `Name: ` before each message; force: only in groups, so in a chat of two the same as none."""
     activation_regex: str = ""
     skip_examples: bool = False
     user_alignment_message: str = ""
@@ -93,7 +93,7 @@ class PromptFormat:
         Raises
         ------
         InputError
-            If there are no messages, one has another role or no text, or the prompt has over 2**25 characters.
+            If there are no messages, a message has another role or no text, or the prompt has over 2**25 characters.
         """
         _check(messages, "the chat")
         last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
@@ -119,8 +119,8 @@ class PromptFormat:
             sequence = getattr(self, f"{place}_{kind}_sequence") or sequence
         prefix = self._expand(sequence, user, char, name)
         suffix = self._expand(getattr(self, f"{kind}_suffix"), user, char, name) or ("\n" if self.wrap else "")
-        said = (f"{name}: " if named else "") + content + suffix
-        return ("\n" if self.wrap else "").join(part for part in (prefix, said) if part)
+        body = (f"{name}: " if named else "") + content + suffix
+        return ("\n" if self.wrap else "").join(part for part in (prefix, body) if part)
 
     def _line_to_generate_from(self, user: str, char: str) -> str:
         named = self.names_behavior == "always" and char
@@ -172,21 +172,21 @@ def _substitute(text: str, user: str, char: str) -> str:
     if "{{" not in text:
         return text
     text = _replace("{{newline}}", text, "\n")
-    # The lookbehind lets a search begin only where a run of newlines does, or it would take the square of the time.
+    # The lookbehind lets a match begin only at the start of a run of newlines; else the time would be quadratic in it.
     text = re.sub(r"(?:(?<![\r\n])(?:\r?\n)+)?\{\{trim\}\}(?:\r?\n)*", "", text, flags=re.I)
     text = _replace("{{noop}}", text, "")
     for macro, value in (("user", user), ("char", char), ("charifnotgroup", char), ("group", char)):
         text = _replace(f"{{{{{macro}}}}}", text, value, literally=True)
-    closed, brackets, rest = text.rpartition("}}")  # or each "{{//" would be searched to the end of the text
+    closed, brackets, rest = text.rpartition("}}")  # else each "{{//" would search to the end of the text
     return re.sub(r"\{\{//.*?\}\}", "", closed + brackets, flags=re.S) + rest
 
 
 LONGEST, LONGEST_PROMPT = 1_000_000, 2**25
-"""Characters of an expanded sequence, into which names with "$`" copy the text around them, and of a prompt."""
+"""Most characters of an expanded sequence, into which a name with "$`" copies the text around it, and of a prompt."""
 
 
 def _replace(macro: str, text: str, value: str, literally: bool = False) -> str:
-    """Put `value` for each `macro` as JavaScript's `replace` does, in any case.
+    """Replace each `macro`, in any case, by `value` as JavaScript's `replace` does.
 
     Unless `literally`, "$$" in `value` is a dollar, "$&" the macro, "$`" the text before it and "$'" the text after it.
 
@@ -229,7 +229,7 @@ FORMATS = {
         PromptFormat("bare", input_suffix="\n", output_suffix="\n", wrap=False),
     )
 }
-"""The built-in formats by name. The first is the card's own, the second the one it advises for SillyTavern."""
+"""The built-in formats by name. The first is the model card's own; the card advises the second for SillyTavern."""
 
 
 def prompt_format(name: str | Path) -> PromptFormat:
@@ -258,12 +258,12 @@ def grid_cells(
     user: str = "User",
     char: str = "Assistant",
 ) -> list[dict]:
-    """What to ask each model: every chat in every format, with the strings that end its answer.
+    """The prompts for each model: every chat in every format, with its stop strings.
 
     Parameters
     ----------
     chats
-        Each a single query, or messages as `render_chat` takes them.
+        Single queries, or lists of messages as `render_chat` takes them.
 
     Returns
     -------
@@ -286,7 +286,7 @@ def grid_cells(
 
 
 LARGEST_PRESET, LARGEST_CHAT = 2**18, 2**24
-"""Bytes of a file. A preset's sequences come before each message of a chat, so their sizes multiply."""
+"""Most bytes of each file. A preset's sequences come before each message of a chat, so the two sizes multiply."""
 
 
 def load_preset(path: str | Path) -> PromptFormat:

@@ -1,7 +1,7 @@
 """Run code that a model wrote, and tell whether it passes its asserts. Such code may do anything.
 
-This file is parent and child: imported, it starts a child process; run as a script, it is the child. The child imports
-what answers may use, gives up its rights, and only then runs the code:
+The code runs in a child process. This file is used by both: the parent imports it, the child runs it as a script. The
+child imports the modules that answers may use, gives up its rights, and only then runs the code:
 
 - isolated (`-I -S -B`), without environment or input, in an empty temporary directory, with its output thrown away;
 - with limits on CPU time, memory, file size and new processes, and as the user nobody if it was root;
@@ -23,13 +23,13 @@ MODULES = (
     *("fractions", "functools", "heapq", "itertools", "json", "math", "operator", "random", "re", "statistics"),
     *("string", "textwrap", "time", "typing", "unicodedata", "_strptime"),
 )
-"""What the code may import, besides what Python itself has loaded by then."""
+"""Modules that the code may import, besides those that Python itself has loaded by then."""
 
 CPU_SECONDS, WALL_SECONDS = 2, 20
-"""CPU time limits work, so that a busy machine changes no verdict. The wall clock only ends code that sleeps."""
+"""CPU time limits the work, so that a busy machine changes no verdict. The wall clock only ends code that sleeps."""
 MEMORY = 512 * 1024**2
 LONGEST = 20_000
-"""Characters of code. No answer is that long."""
+"""Most characters of code. No answer is that long."""
 READY = b"ready"
 
 
@@ -41,7 +41,7 @@ def passes(code: str, asserts: str) -> bool:
     Raises
     ------
     RunError
-        If this machine cannot run such a child, so that no answer fails for that reason.
+        If this machine cannot run the child process; an answer must not fail for that reason.
 
     >>> passes("def double(x):\\n    return 2 * x", "assert double(4) == 8")
     True
@@ -74,7 +74,7 @@ def passes(code: str, asserts: str) -> bool:
                 why = child.stderr.read().decode(errors="replace").strip().split("\n")[-1]
                 raise RunError(f"the code of an answer cannot be run safely here ({why}); Linux and macOS can")
             timer.start()
-            return child.stdout.read(len(word)) == word.encode()  # and not a byte more, however much is said
+            return child.stdout.read(len(word)) == word.encode()  # reads no more, however much the child writes
         finally:
             timer.cancel()
             child.kill()
@@ -113,12 +113,12 @@ def _limit() -> None:
 
 
 def _lock() -> None:
-    """Leave the process little but computing. No variable refers to the hook, so the code cannot change it."""
+    """Let the process do little but compute. No variable refers to the hook, so the code cannot change it."""
     import _imp
 
-    gone = ("kill", "killpg", "pidfd_open", "pidfd_send_signal", "pthread_kill", "setpriority", "mknod", "mkfifo")
+    removed = ("kill", "killpg", "pidfd_open", "pidfd_send_signal", "pthread_kill", "setpriority", "mknod", "mkfifo")
     for module in ("os", "posix", "signal", "_signal"):
-        for name in gone:
+        for name in removed:
             vars(sys.modules[module]).pop(name, None)
     del _imp.create_builtin  # with it, code could make another `posix` that has all of them
     attributes = {"object.__getattr__", "object.__setattr__", "object.__delattr__"}

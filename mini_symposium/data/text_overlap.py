@@ -1,7 +1,7 @@
 """The wording that two texts share, in the same order or in one run, and how often a text repeats itself.
 
-`rouge-score`'s tokenizer drops everything but a-z and 0-9, so it does not see Chinese, accents or `###`. Words here are
-runs of letters and digits, and every other visible character.
+`rouge-score`'s tokenizer drops everything but a-z and 0-9, so it does not see Chinese, accents or `###`. A word here
+is a run of letters and digits, or one other visible character.
 """
 
 import re
@@ -13,7 +13,7 @@ import regex
 from rapidfuzz.distance import LCSseq
 
 HAN = regex.compile(r"\p{Han}")
-"""A character of the script that Chinese is written in, and Japanese in part."""
+"""A character of the script of Chinese, which Japanese uses too."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Overlap:
     precision: float
     """Share of the answer's words that are in the reference in the same order."""
     rouge_l: float
-    """Their harmonic mean, ROUGE-L (Lin 2004)."""
+    """Harmonic mean of recall and precision, ROUGE-L (Lin 2004)."""
     run: int
-    """Words in the longest run that both have without a gap."""
+    """Words in the longest run without gaps that is in both texts."""
 
 
 def words(text: str) -> list[str]:
-    """A text's words, case kept, and its other visible characters. Each Han character is a word: no spaces part them.
+    """A text's words, case kept, and its other visible characters. Each Han character is a word: Chinese has no spaces.
 
     >>> words("### Noor: 7.5 km, 你好")
     ['#', '#', '#', 'Noor', ':', '7', '.', '5', 'km', ',', '你', '好']
@@ -73,11 +73,11 @@ def intrusion(texts: Sequence[str], answers: Sequence[str]) -> list[Copied]:
     >>> intrusion(["Vinegar, wait.", "First branch, then step back."], ["Take the branch, then step down."])
     [Copied(run=4, text=1, words='branch , then step')]
     """
-    # Between two texts comes a word that no answer has, so that no run goes from one to the next.
+    # A word that no answer has separates the texts, so that no run extends from one text into the next.
     joined = [word for k, text in enumerate(texts) for word in (*words(text), f"\0{k}")]
     ends = [at for at, word in enumerate(joined) if word[0] == "\0"]
     matcher, copied = SequenceMatcher(None, autojunk=False), []
-    matcher.set_seq2(joined)  # the matcher keeps an index of it
+    matcher.set_seq2(joined)  # the matcher indexes it once, for all answers
     for answer in answers:
         matcher.set_seq1(words(answer))
         _, at, size = matcher.find_longest_match()
