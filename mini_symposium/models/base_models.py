@@ -25,7 +25,7 @@ from mini_symposium.models.devices import device, out_of_memory, training_dtype
 from mini_symposium.recipe import Recipe
 from mini_symposium.run import find
 
-# Their progress bars and advice would bury what the notebooks print.
+# Progress bars and advice of transformers would bury what the notebooks print.
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 warnings.filterwarnings("ignore", message=".*deprecated and will be removed in v6", category=FutureWarning)
@@ -72,7 +72,7 @@ def load_model(
     load_in_4bit
         Quantise from bfloat16, and dequantise to bfloat16, as in training.
     dtype
-        What the model computes in; without `load_in_4bit`, also what its weights are.
+        The type that the model computes in; without `load_in_4bit`, also the type of its weights.
     dequantize
         Dequantise once and keep the result: the same numbers in four times the memory, and much faster on a CPU.
         float32 implies it, because bitsandbytes' inference kernel for CPUs rounds to bfloat16.
@@ -90,7 +90,7 @@ def load_model(
             dtype=torch.bfloat16 if load_in_4bit else dtype,
             quantization_config=nf4(dtype) if load_in_4bit else None,
             device_map={"": device()},
-            # On a CPU the backward pass of fused attention is the slower one for a few hundred tokens.
+            # On a CPU the backward pass of fused attention is slower than eager for a few hundred tokens.
             attn_implementation="eager" if device().type == "cpu" else "sdpa",
             use_safetensors=True,
             trust_remote_code=False,
@@ -131,17 +131,17 @@ def four_bit_works() -> bool:
 
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes a weight in NF4 with double quantisation: half a byte, a byte of scale for 64 weights, and 4 bytes for 256
+"""Bytes per weight in NF4 with double quantisation: half a byte, a byte of scale for 64 weights, and 4 bytes for 256
 scales."""
 
 
 def predicted_bytes(recipe: Recipe) -> dict[str, int]:
     """{part: bytes} that training `recipe` takes, computed from shapes: no weights are loaded.
 
-    NF4 takes NF4_BYTES a weight (Dettmers et al. 2023, QLoRA, section 3). Adapters take 16 bytes a parameter: the
-    float32 weight, its gradient and Adam's two moments. Activations are estimated for one row of `sequence_len` tokens:
-    with gradient checkpointing each layer keeps its input, without it about 34 hidden vectors and two attention maps
-    per head.
+    NF4 takes NF4_BYTES per weight (Dettmers et al. 2023, QLoRA, section 3). Adapters take 16 bytes per parameter:
+    the float32 weight, its gradient and Adam's two moments. Activations are estimated for one row of `sequence_len`
+    tokens: with gradient checkpointing each layer keeps its input, without it about 34 hidden vectors and two attention
+    maps per head.
     """
     width = training_dtype().itemsize
     config = model_config(recipe.base_model)

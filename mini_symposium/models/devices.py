@@ -1,4 +1,4 @@
-"""The device that computes: which it is, the type it trains in, its memory, and how it says that memory ran out."""
+"""The device for computation: which one it is, the type it trains in, its memory, and its out-of-memory errors."""
 
 import ctypes
 import sys
@@ -13,9 +13,9 @@ def device() -> torch.device:
 
 
 def training_dtype() -> torch.dtype:
-    """What a training step computes in: bfloat16, as the recipe says, or float32 on a CPU that cannot multiply it.
+    """The type of a training step: bfloat16, as in the recipe, or float32 on a CPU without bfloat16 multiplication.
 
-    Such a CPU (one with AVX2 but not AVX-512, say) multiplies bfloat16 twenty to a hundred times more slowly than
+    Such a CPU (for example with AVX2 but not AVX-512) multiplies bfloat16 twenty to a hundred times more slowly than
     float32. The weights are the same numbers either way; float32 only rounds less in between.
     """
     if device().type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -29,7 +29,7 @@ def memory() -> int:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an exception means that memory ran out. On a CPU torch raises a RuntimeError, told by its text."""
+    """Whether an exception means that memory ran out. On a CPU torch raises a RuntimeError, recognised by its text."""
     texts = ("can't allocate memory", "could not create a primitive", "can't start new thread")  # the second: oneDNN
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 

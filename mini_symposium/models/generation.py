@@ -1,7 +1,7 @@
-"""Answers side by side: many prompts decode as one batch, each row with its own adapter and stop strings.
+"""Generating answers: many prompts are decoded as one batch, each row with its own adapter and stop strings.
 
 On a CPU answers are computed in float32, and every row gets the same tokens in a batch as alone. A GPU computes in
-bfloat16: the shape of the batch changes the rounding, and of two nearly tied tokens the other one may win.
+bfloat16: the shape of the batch changes the rounding, so another token may win where two are nearly tied.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,10 +67,10 @@ class Sampling:
 
 
 class Draw(LogitsProcessor):
-    """Changes the scores so that the likeliest token is the one that `sampling` draws, in a batch as for a row alone.
+    """Changes the scores so that the token drawn by `sampling` has the highest score, in a batch as for a row alone.
 
-    Each row has its own random numbers, and its padding does not count as tokens that occurred before. The largest of
-    scores plus Gumbel noise is a draw from their softmax (Maddison et al. 2014, "A* Sampling").
+    Each row has its own random numbers, and its padding does not count as tokens that occurred before. The argmax
+    of scores plus Gumbel noise is a draw from their softmax (Maddison et al. 2014, "A* Sampling").
 
     Parameters
     ----------
@@ -102,8 +102,8 @@ SHARE = 0.5
 """The part of the free memory that the keys and values of a batch may fill."""
 
 MOST_ROWS = 64
-"""In a batch on a CPU. Each token copies the keys and values; with more rows the copies are too large for the allocator
-to reuse, and half the time goes into asking the system for memory."""
+"""Most rows of a batch on a CPU. Each token copies the keys and values; with more rows the copies are too large for the
+allocator to reuse, and half the time goes into asking the system for memory."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ def _steady_products():
     """Within the block oneDNN multiplies float32 matrices on a CPU: it adds up a row in the same order in a batch of
     any size, and is faster than MKL.
 
-    PyTorch calls oneDNN for them only if it allows bfloat16. A processor that multiplies bfloat16 makes use of that: it
-    rounds the inputs, and a quarter of greedy answers change (`make bench ONLY=grid`). On such a processor MKL stays.
+    PyTorch uses oneDNN for them only if bfloat16 is allowed. On a processor that multiplies bfloat16, oneDNN would then
+    round the inputs, and a quarter of greedy answers would change (`make bench ONLY=grid`); there MKL stays in use.
     """
     if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         yield
@@ -188,7 +188,7 @@ class _Stopped(Exception):
 def _stoppable(model: PreTrainedModel, stop: Event | None):
     """Within the block `stop` ends a forward pass at the next layer: over a long prompt one pass takes seconds.
 
-    Afterwards all hooks are removed, also PEFT's for each row's adapter, which it leaves if a pass raises.
+    Afterwards its hooks are removed, and also PEFT's hooks for each row's adapter, which PEFT leaves if a pass raises.
     """
 
     def check(*_) -> None:
@@ -393,8 +393,8 @@ def ask(
     [('base', '### Gardener')]
     """
     chosen = [prompt_format(form) if isinstance(form, str) else form for form in formats]
-    found = model_or_run if isinstance(model_or_run, Resolved) else resolve(model_or_run, "recipe", "run", "model")
-    checkpoints = found.run.newest_checkpoints() if found.kind == "run" else {}
-    model = load_with_adapters(found.base_model, checkpoints, found.load_in_4bit)
+    source = model_or_run if isinstance(model_or_run, Resolved) else resolve(model_or_run, "recipe", "run", "model")
+    checkpoints = source.run.newest_checkpoints() if source.kind == "run" else {}
+    model = load_with_adapters(source.base_model, checkpoints, source.load_in_4bit)
     names = ["base", *checkpoints]
-    return answer_grid(model, load_tokenizer(found.base_model), names, chosen, [query], max_new_tokens)
+    return answer_grid(model, load_tokenizer(source.base_model), names, chosen, [query], max_new_tokens)

@@ -1,4 +1,4 @@
-"""Add adapters into their base, in float32, and write a model that needs no PEFT.
+"""Merge adapters into their base, in float32, and write a model that needs no PEFT.
 
 At a very low learning rate the whole fine-tune changes weights of about 1e-2 by about 1e-5. bfloat16 keeps eight bits
 and rounds most of such a change away. So the sum is taken in float32 and, by default, written in float32.
@@ -52,7 +52,7 @@ def merge(
         "original": the base's weights as they are stored. "nf4": as training saw them, quantised to NF4 and
         dequantised.
     dtype
-        Of the files: float32, float16 or bfloat16. The sum is always taken in float32.
+        The type of written floating-point tensors: float32, float16 or bfloat16. The sum is always taken in float32.
     by_chance
         Round to bfloat16 up or down by chance, see `stochastic`. A change below half of bfloat16's step, which rounding
         to the nearest drops, is then kept on average, with more noise.
@@ -60,14 +60,14 @@ def merge(
     Returns
     -------
     dict
-        What is also written to `out`/merge.json: base_model, base, dtype, checkpoints, rounded, mini_symposium (its
-        version). And memory: the process's peak in bytes, predicted and measured.
+        The content of `out`/merge.json: base_model, base, dtype, checkpoints, rounded, mini_symposium (its version).
+        Besides that, memory: the process's peak in bytes, predicted and measured.
 
     Raises
     ------
     InputError
-        If `out` exists, an adapter is damaged or does not fit the base, or the disk has no room. `out` is then as it
-        was.
+        If `out` exists, an adapter is damaged or does not fit the base, or the disk has no room. `out` is then
+        unchanged.
 
     Examples
     --------
@@ -91,7 +91,7 @@ def merge(
     _check_fit(factors, shards, base_model, next(iter(weights)))
     check_trained_on(weights, base_model, source)
     written = {path: _converted(header, DTYPES[dtype]) for path, header in shards.items()}
-    size = sum(tensor.nbytes for each in written.values() for tensor in each.values())
+    size = sum(tensor.nbytes for header in written.values() for tensor in header.values())
     check_room(out, size)
     held = psutil.Process().memory_info().rss
     _forget_peak()
@@ -129,7 +129,7 @@ def _check_inside(path: Path, source: Path) -> None:
 
 
 def _merged(path: Path, name: str, factors: Factors, base: str) -> torch.Tensor:
-    """A tensor of the base with what the adapters add to it, in float32; if they add nothing, in the base's type."""
+    """A tensor of the base plus what the adapters add to it, in float32; if they add nothing, in the base's type."""
     weight = read_tensor(path, name)
     if base == "nf4" and weight.is_floating_point():
         weight = weight.bfloat16()  # training loads the base in bfloat16, whatever it is stored in
@@ -143,19 +143,19 @@ def _merged(path: Path, name: str, factors: Factors, base: str) -> torch.Tensor:
 
 def nf4_round_trip(weight: torch.Tensor) -> torch.Tensor:
     """A bfloat16 matrix as training in 4-bit sees it: quantised to NF4 with double quantisation (Dettmers et al. 2023,
-    QLoRA, section 3) and dequantised again, in bfloat16 on the CPU. By the calls that loading in 4-bit makes."""
+    QLoRA, section 3) and dequantised again, in bfloat16 on the CPU. Loading in 4-bit makes the same calls."""
     packed, state = quantize_4bit(weight.to(device()), quant_type="nf4", compress_statistics=True)
     return dequantize_4bit(packed, state).cpu()
 
 
 def stochastic(tensor: torch.Tensor) -> torch.Tensor:
-    """Each number rounded to one of the two nearest in bfloat16, in float32: the nearer, the likelier, so that the mean
-    is kept.
+    """Stochastic rounding to bfloat16, as float32: a number becomes one of its two neighbours, the nearer with the
+    higher probability, so that its expected value stays the same.
 
     The random numbers depend on the shape alone: two models are rounded alike where they are equal.
     """
-    dice = torch.randint(0, 2**16, tensor.shape, dtype=torch.int32, generator=torch.Generator().manual_seed(0))
-    return ((tensor.float().view(torch.int32) + dice) & -(2**16)).view(torch.float32)
+    noise = torch.randint(0, 2**16, tensor.shape, dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    return ((tensor.float().view(torch.int32) + noise) & -(2**16)).view(torch.float32)
 
 
 QUANTISING = 24
@@ -181,7 +181,7 @@ def _forget_peak() -> None:
 
 def _peak() -> int:
     """The most bytes of memory that the process held since `_forget_peak`; without Linux's counter, since it began."""
-    with suppress(OSError, TypeError):  # there is no such file, or no such line in it
+    with suppress(OSError, TypeError):  # no such file, or no such line in the file
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     return process_peak()
 
@@ -192,7 +192,7 @@ def _converted(header: Header, dtype: torch.dtype) -> Header:
 
 def _check_fit(factors: Factors, shards: Mapping[Path, Header], base_model: str, where: Path) -> None:
     """Refuse adapters that change a layer that the base does not have, or has in another shape."""
-    header = {name: tensor for each in shards.values() for name, tensor in each.items()}
+    header = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     missing = [name for name in factors if name not in header]
     for name in factors.keys() & header.keys():
         (a, b), shape = factors[name], tuple(header[name].shape)

@@ -1,6 +1,6 @@
-"""What a model predicts: its logits after each token of given sequences, and how far apart two models' predictions are.
+"""A model's predictions: its logits after each token of given sequences, and how far apart those of two models are.
 
-Whatever needs logits or probabilities without generating text asks `predict`.
+All code that needs logits or probabilities without generating text calls `predict`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHARE = 0.25
-"""Of the free memory, what the logits of a batch may fill."""
+"""The part of the free memory that the logits of a batch may fill."""
 
 COMPARED = 12
 """Sequences in a batch of `logits`, however much memory is free. The last bits of a logit depend on the shape of its
@@ -34,8 +34,8 @@ def predict(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """The index of each sequence and its next-token logits, (T, vocabulary) in float32 on the model's device.
 
-    Sequences are padded on the right, where a causal model does not look: no mask is needed, and positions count as
-    they do for a sequence alone.
+    Sequences are padded on the right, where a causal model does not look: no mask is needed, and positions are
+    the same as for a sequence alone.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def predict(
         Memory to plan with, in bytes; by default what is free now.
     batch_size
         Sequences in a batch, taken in the given order. 0: as many as fit into memory, the longest first, so that those
-        of like length share a batch.
+        of similar length share a batch.
     places
         For each sequence the positions whose logits are wanted, (n,); the result is then (n, vocabulary). The
         language-model head is computed only there, and each sequence is a batch of its own.
@@ -67,8 +67,8 @@ def predict(
         batch_size = 1
     if not batch_size:
         order.sort(key=lambda k: -len(sequences[k]))
-        one = max(1, longest) * model.config.vocab_size * (model.dtype.itemsize + 8)
-        batch_size = max(1, int(SHARE * (memory() if free is None else free) / one))
+        sequence_bytes = max(1, longest) * model.config.vocab_size * (model.dtype.itemsize + 8)
+        batch_size = max(1, int(SHARE * (memory() if free is None else free) / sequence_bytes))
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         width = max(len(sequences[k]) for k in batch)

@@ -1,9 +1,9 @@
 """Safetensors files read and written one tensor at a time, so that no more than one tensor is in memory.
 
-safetensors reads them. It maps a file into memory, and a mapped page that was read counts as the process's own until
-the file is closed; so each tensor is read from a file opened for it alone. safetensors' own writer takes all tensors of
-a file at once; so files are written here. The format has eight bytes with the length of a JSON header, the header with
-each tensor's type, shape and place, and then the tensors' bytes without a gap. Places follow from types and shapes: the
+The safetensors library reads them. It maps a file into memory, and pages that were read count as the process's memory
+until the file is closed; so the file is opened anew for each tensor. The library's writer takes all tensors of a file
+at once; so files are written here. A file has eight bytes with the length of a JSON header, the header with each
+tensor's type, shape and offsets, and then the tensors' bytes without gaps. Offsets follow from types and shapes, so the
 header is written before the first tensor is known.
 """
 
@@ -51,8 +51,8 @@ def read_header(path: Path) -> Header:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
             return {
-                name: torch.empty(each.get_shape(), dtype=TYPES[each.get_dtype()], device="meta")
-                for name, each in slices.items()
+                name: torch.empty(part.get_shape(), dtype=TYPES[part.get_dtype()], device="meta")
+                for name, part in slices.items()
             }
     except KeyError as error:
         raise InputError(f"{path}: holds {error}, which is not read here; save it in 16 or 32 bits") from error
@@ -70,7 +70,7 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Tensors(Mapping):
-    """A model's tensors by name, each made anew whenever it is asked for, so that only those in use are in memory."""
+    """A model's tensors by name, each computed anew at every access, so that only those in use are in memory."""
 
     names: tuple[str, ...]
     make: Callable[[str], torch.Tensor]
@@ -97,7 +97,7 @@ def changed(tensors: Mapping[str, torch.Tensor], change: Callable[[str, torch.Te
 
 
 def plus(tensors: Mapping[str, torch.Tensor], factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Tensors:
-    """The tensors with what adapters add to them; `factors` as `adapters.read_adapters` gives them."""
+    """The tensors plus what adapters add to them; `factors` as `adapters.read_adapters` gives them."""
 
     def add(name: str, tensor: torch.Tensor) -> torch.Tensor:
         a, b = factors.get(name, (None, None))
@@ -114,19 +114,19 @@ def take(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def write_tensors(path: Path, header: Header, tensors: Iterable[torch.Tensor]) -> None:
-    """Write a safetensors file. The tensors are asked for one by one, in the order of `header`.
+    """Write a safetensors file. The tensors are taken one by one, in the order of `header`.
 
     Raises
     ------
     ValueError
-        If a tensor has another type or shape than `header` says.
+        If a tensor has another type or shape than in `header`.
     """
-    places, at = {"__metadata__": {"format": "pt"}}, 0
+    entries, start = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in header.items():
-        end = at + tensor.nbytes
-        places[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(places).encode()
+        end = start + tensor.nbytes
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
