@@ -1,12 +1,13 @@
-"""What the text of an answer shows: recited training rows, letters of another script, headings that nobody asked for,
+"""Measures of an answer's text: recited training rows, letters of another script, headings that nobody asked for,
 perspectives, phrases of assistant models.
 
-Everything is counted over the whole text. Script drift, for one, is not judged line by line: Chinese has no spaces and
+All are counted over the whole text. Script drift, for example, is not judged line by line: Chinese has no spaces and
 often no line breaks, and a single Chinese word in a long English line is drift as well.
 
-Eight words in a row are recited. Any two texts share a few words in a row, but the answers of the proxy's base model
-share at most three with any training row (`copied_words` in figures/proxy/results.json), so eight are not chance. Words
-that the prompt has in the same order are an echo of the question and do not count.
+Words are recited if eight or more in a row are in a training row. Any two texts share a few words in a row, but the
+answers of the proxy's base model share at most three with any training row (`copied_words` in
+figures/proxy/results.json), so eight are not chance. A run that is also in the prompt is an echo of the question and
+does not count.
 """
 
 import re
@@ -22,11 +23,11 @@ from mini_symposium.data.text_overlap import HAN, words
 
 _LETTERS = regex.compile(r"\p{L}")
 _HEADING = re.compile(r" {0,3}###(?!#)(.*)")
-"""In an answer a `###` without text, without a space after it or with up to three spaces before it is a heading."""
+"""In an answer, `###` is a heading even without text, without a space after it, or after up to three spaces."""
 
 
 def han_share(text: str) -> float:
-    """Share of a text's letters that are Han; 0 without letters.
+    """Share of a text's letters that are Han; 0 for a text without letters.
 
     >>> han_share("The capital is 北京."), han_share("Ça va, こんにちは, 1 + 1 = 2!")
     (0.14285714285714285, 0.0)
@@ -101,7 +102,7 @@ def assistant_phrases(answer: str) -> list[str]:
 
 
 RECITED_WORDS = 8
-"""As many words in a row, as counted by `text_overlap.words`, are recited."""
+"""Fewest words in a row, as counted by `text_overlap.words`, that are recited."""
 
 SCRIPTS = (
     *("Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Hebrew", "Arabic", "Devanagari", "Bengali", "Tamil"),
@@ -124,7 +125,7 @@ class Mark:
     """recited, script or heading."""
     start: int
     end: int
-    """Characters `start` to `end`, without the last."""
+    """The part is `answer[start:end]`."""
     label: str
     """The label of the row, the name of the script, or "heading"."""
 
@@ -137,7 +138,7 @@ class Reading:
     recited: float
     """Share of the answer's words that are recited."""
     row: str
-    """The training row that most of them come from; "" without recited words."""
+    """Label of the training row with most of the recited words; "" without recited words."""
     drift: float
     """Share of the answer's letters that are of a script which the prompt does not use."""
     headings: int
@@ -145,7 +146,7 @@ class Reading:
 
 
 class TrainingRows:
-    """Training rows by label, and what an answer repeats of them.
+    """Training rows by label, to find what an answer repeats of them.
 
     >>> rows = TrainingRows({"row 1": "one two three four five six seven eight nine"})
     >>> rows.read("So: two three four five six seven eight nine!")
@@ -161,9 +162,9 @@ drift=0.0, headings=0)
                 self._starts.setdefault(tuple(row[at : at + RECITED_WORDS]), []).append((label, at))
 
     def read(self, answer: str, prompt: str = "") -> Reading:
-        """The marks of `answer`, which was given to `prompt`."""
+        """The marks of `answer`, a model's answer to `prompt`."""
         places, at = [], 0
-        for word in words(answer):  # only white space is between words, so a word is found where it was read
+        for word in words(answer):  # only white space separates words, so `index` finds this occurrence
             start = answer.index(word, at)
             at = start + len(word)
             places.append((word, start, at))
@@ -183,7 +184,7 @@ drift=0.0, headings=0)
         )
 
     def _recited(self, places: Sequence[tuple[str, int, int]], prompt: Sequence[str]) -> list[Mark]:
-        """From left to right the longest recited run that begins at a word; runs do not overlap."""
+        """The recited runs from left to right, each the longest that begins at its word; they do not overlap."""
         answer, echo = [word for word, _, _ in places], f" {' '.join(prompt)} "
         marks, at = [], 0
         while at + RECITED_WORDS <= len(answer):

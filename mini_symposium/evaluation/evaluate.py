@@ -1,8 +1,8 @@
-"""What a trained adapter does, as plain values for the ledger of claims.
+"""Measure a trained adapter, as plain values for the ledger of claims.
 
-Measured are: answers to held-out prompts in every format, judged by the prompts' own checks; how much of the training
+The values are: answers to held-out prompts in every format, judged by the prompts' own checks; how much of the training
 rows, and of their twins, the model writes by itself; how much the format matters; the probability of Chinese; and the
-perspectives of an answer. Everything is kept by prompt, so that intervals can be computed later without a model.
+perspectives of an answer. Each value is stored by prompt, so that intervals can be computed later without a model.
 """
 
 import json
@@ -126,7 +126,7 @@ def evaluate_adapter(
         answers: for each prompt and format id, category, format, passed, answer, tokens, stop_reason, copied (the
         longest run of words shared with a training row), han (share of the letters), phrases (of assistants), leaked
         (headings of the training rows). roles: the same for code prompts under ENGINEER. perspectives: id, headings,
-        distance, answer. recitation and twins: see `memorization.recite`. posix: {id: nats a token}, see
+        distance, answer. recitation and twins: see `memorization.recite`. posix: {id: nats per token}, see
         `log_probs.posix`. han_mass: {id: probability}, see `log_probs.han_mass`.
     """
     spaced = prompts[:: max(1, len(prompts) // posix_queries)][:posix_queries] if posix_queries else ()
@@ -193,8 +193,8 @@ def _perspectives(
     prompts: Sequence[HeldOut],
     max_new_tokens: int,
 ) -> list[dict]:
-    """Answers to a prompt that ends with `###`: the model writes the heading, and more sections if it likes. They may
-    have three times as many tokens."""
+    """Answers to a prompt that ends with `###`: the model writes the heading, and may add sections. An answer may
+    have three times `max_new_tokens`."""
     asked = [f"### New Query\n{prompt.query}\n\n###" for prompt in prompts]
     answers = generate(
         model, tokenizer, asked, [["\n### New Query"]] * len(asked), 3 * max_new_tokens, [name] * len(asked)

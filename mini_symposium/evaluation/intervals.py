@@ -36,7 +36,7 @@ class Interval:
     low: float
     high: float
     n: int
-    """Prompts."""
+    """Number of prompts."""
     seeds: int
     method: str
     """"bootstrap" or "Clopper-Pearson"."""
@@ -44,7 +44,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Spread:
-    """The best format's mean minus the worst format's, and what that is by chance if all formats are equal."""
+    """The best format's mean minus the worst format's, and what it would be by chance if all formats were equal."""
 
     value: float
     null_mean: float
@@ -146,7 +146,7 @@ def difference(first: ArrayLike, second: ArrayLike, bounds: tuple[float, float] 
 def spread(passed: ArrayLike, draws: int = DRAWS) -> Spread:
     """FormatSpread: the best format's pass rate minus the worst one's (Sclar et al. 2024), with a permutation test.
 
-    If all formats were equal, it would be chance which of a prompt's results belongs to which format. So the null
+    If all formats were equal, a prompt's results would be assigned to the formats at random. So the null
     distribution comes from shuffling each prompt's results; how hard each prompt is stays as it was.
 
     Parameters
@@ -191,7 +191,7 @@ def _table(values: ArrayLike, bounds: tuple[float, float] | None) -> np.ndarray:
 
 
 def _deviations(means: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray | float:
-    """(draws,): how far the mean of a resample of `means` lies from their mean, widened as the module says.
+    """(draws,): how far the mean of a resample of `means` lies from their mean, widened as described at the top.
 
     0 for a single mean.
     """

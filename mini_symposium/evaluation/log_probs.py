@@ -1,6 +1,6 @@
-"""Probabilities behind a model's answers: of an answer, how much they depend on the prompt's format, and of Chinese.
+"""A model's probabilities: of an answer, how much that depends on the prompt's format (POSIX), and of Chinese.
 
-All are read from logits, see `predictions.predict`.
+All are computed from logits, see `predictions.predict`.
 """
 
 import json
@@ -72,7 +72,7 @@ def _pair(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str | Sequenc
 
 
 def posix_index(log_p: Sequence[Sequence[float]], tokens: Sequence[int]) -> float | None:
-    """POSIX of one query in several formats (Chatterjee et al. 2024), in nats a token; 0 if the format does not matter.
+    """POSIX of one query in several formats (Chatterjee et al. 2024), in nats per token; 0 if the format has no effect.
 
     The mean over ordered pairs of prompts i, j of |log(P(y_j | x_i) / P(y_j | x_j))| / length of y_j.
 
@@ -109,8 +109,8 @@ def posix(
 ) -> list[float | None]:
     """POSIX of each query over `formats`, see `posix_index`; the adapter `name` answers greedily, "base" for none.
 
-    Answers count without their stop strings, which are unlikely in other formats. If a model gives the same answer in
-    several formats, it is scored once for each prompt. N formats and Q queries make up to Q x N x N rows: keep both
+    Answers count without their stop strings, which are unlikely in other formats. An answer that a model gives
+    in several formats is scored once for each prompt. N formats and Q queries make up to Q x N x N rows: keep both
     small.
     """
     prompts = [form.render(query) for query in queries for form in formats]
@@ -131,7 +131,7 @@ def posix(
 
 
 def _without_stop_string(tokenizer: PreTrainedTokenizerBase, answer: Answer) -> tuple[int, ...]:
-    """The tokens of an answer's text."""
+    """An answer's tokens without those of its stop string."""
     ids = list(answer.ids)
     while ids and tokenizer.decode(ids[:-1], skip_special_tokens=True).strip().startswith(answer.text):
         ids.pop()

@@ -1,15 +1,15 @@
-"""How much of its training rows a model knows, and how much of them it writes when given a part.
+"""How much of its training rows a model knows, and how much of a row it writes when it is given a part of the row.
 
-- **Knowledge.** EM and ES, from predictions of each token given the row's own tokens before it (`em_and_es`); and from
-  the same predictions, what greedy decoding would write (`extraction`).
+- **Knowledge.** EM and ES, from predictions of each token given the row's own tokens before it (`em_and_es`). The same
+  predictions also show what greedy decoding would write (`extraction`).
 - **Regurgitation.** The model writes an answer to a part of the row: to the heading of the response alone (`heading`),
-  to the heading that opens the row alone (`opening`), or to the whole prompt (`prompt`). Measured are ROUGE-L recall,
-  ROUGE-L, and the longest run of words shared with the response. An answer counts up to the length of the rest of the
-  row, in tokens, because a longer text has more of everything.
+  to the heading that opens the row alone (`opening`), or to the whole prompt (`prompt`). The measures are ROUGE-L
+  recall, ROUGE-L, and the longest run of words shared with the response. An answer counts up to the length of
+  the rest of the row, in tokens, because a longer text has more of everything.
 - **Extractability.** Given the first 16, 32 or 50 tokens of the row, does the model write the next 50 exactly?
-- **Goldfish.** Given the first 32, does it write the next 32?
+- **Goldfish.** Given the first 32 tokens, does it write the next 32 exactly?
 
-The base, and the rows' twins that were not trained on, show how much of this needs no training.
+The base model, and the rows' twins that were not trained on, show how much of this needs no training.
 """
 
 import sys
@@ -28,12 +28,12 @@ PREFIXES = (16, 32, 50)
 """How many of a row's first tokens a model is given."""
 
 EXTRACTED = 50
-"""How many tokens it must then write exactly."""
+"""How many tokens the model must then write exactly."""
 
 EXTRACTABLE = {f"extractable_{k}": k for k in PREFIXES}
 
 GOLDFISH = 32
-"""How many tokens it is given, and how many it must then write."""
+"""How many tokens the model is given, and how many it must then write."""
 
 
 def em_and_es(matches: Sequence[bool]) -> dict[str, float]:
@@ -79,7 +79,7 @@ def extractable(ids: Sequence[int], continuation: Sequence[int], k: int) -> bool
 
 
 def extraction(matches: Sequence[bool], bos: int = 0) -> dict[str, bool | int | None]:
-    """What a model would write by greedy decoding, from one forward pass over the row.
+    """Whether greedy decoding would write parts of a row, from one forward pass over the row.
 
     It writes a row's next tokens exactly if and only if each of them is the likeliest one after the row's own tokens
     before it. So "extractable_16", "extractable_32" and "extractable_50" are what `extractable` returns, and
@@ -124,10 +124,10 @@ def goldfish(ids: Sequence[int], continuation: Sequence[int]) -> tuple[bool, flo
 
 
 PROBES = ("heading", "opening", "prompt", *EXTRACTABLE, "goldfish")
-"""What `recite` can ask. The first three take most of the time.
+"""The probes of `recite`. The first three take most of the time.
 
 A model that knows a row by heart need not write it after `heading`: no training row begins with the heading of a
-response. A response that it does write there no longer needs its query."""
+response. If it does, the response no longer needs its query."""
 
 Asked = dict[str, tuple[tuple[int, ...], int]]
 """{probe: (the prompt's tokens, how many tokens the model is to write)}"""
@@ -187,7 +187,7 @@ def recite(
 
 
 def _compare(example: Example, ids: list[int], written: dict, probes: Sequence[str], tokenizer) -> dict:
-    """The measurements of one row, from what was written for each probe that it is long enough for."""
+    """The measurements of one row; `written` has the model's tokens for each probe that fits the row."""
     line = {}
     for probe in probes:
         tokens = written.get(probe)
@@ -233,15 +233,15 @@ def _continuations(
     asked: Sequence[Asked],
     adapters: Sequence[str],
 ) -> dict[tuple[str, tuple[int, ...]], tuple[int, ...]]:
-    """{(adapter, prompt): tokens that it wrote}. A prompt that several probes share is asked once."""
+    """{(adapter, prompt): tokens that the adapter wrote}. A prompt that several probes share is asked once."""
     lengths: dict[tuple[int, ...], int] = {}
     for prompt, tokens in (ask for row in asked for ask in row.values()):
         lengths[prompt] = max(tokens, lengths.get(prompt, 0))
     written = {}
     for long in (False, True):  # a batch each, because a batch lasts as long as its longest answer
-        some = {prompt: tokens for prompt, tokens in lengths.items() if (tokens > EXTRACTED) == long}
-        pairs = [(name, prompt) for name in adapters for prompt in some]
+        batch = {prompt: tokens for prompt, tokens in lengths.items() if (tokens > EXTRACTED) == long}
+        pairs = [(name, prompt) for name in adapters for prompt in batch]
         prompts, names = [prompt for _, prompt in pairs], [name for name, _ in pairs]
-        answers = generate(model, tokenizer, prompts, None, max(some.values(), default=0), names)
+        answers = generate(model, tokenizer, prompts, None, max(batch.values(), default=0), names)
         written |= {pair: answer.ids for pair, answer in zip(pairs, answers, strict=True)}
     return written
