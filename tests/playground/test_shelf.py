@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -22,3 +23,17 @@ def test_the_shelf_says_what_it_finds(reciting_run, tmp_path):
     assert shelf.models[adapter.name] == adapter
     assert shelf.open("tiny") == "tiny: a base without checkpoints"
     assert list(shelf.models) == ["base"]
+
+
+def test_an_adapter_by_itself_needs_an_open_base_and_a_whole_configuration(reciting_run, tmp_path):
+    adapter = Path(shutil.copytree(reciting_run.checkpoints(1e-3)[2], tmp_path / "base"))
+    shelf = Shelf()
+    with pytest.raises(InputError, match="open the run or the base"):
+        shelf.open(str(adapter))
+    shelf.open("tiny")
+    (adapter / "adapter_config.json").write_text("{}")
+    assert "a base that it does not name" in shelf.open(str(adapter))
+    assert shelf.models == {"base": None, "base (2)": adapter}
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(InputError, match="not JSON"):
+        shelf.open(str(adapter))
