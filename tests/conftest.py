@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ def command(*arguments: object, check: bool = True, **kwargs) -> subprocess.Comp
     done = subprocess.run(line, capture_output=True, text=True, **kwargs)
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+@contextmanager
+def using(model, name: str):
+    """Within the block, `model` computes with the adapter `name`, or without any for "base"."""
+    if name != "base":
+        model.set_adapter(name.replace(".", ","))
+    with model.disable_adapter() if name == "base" else nullcontext():
+        yield model
 
 
 RUNS = (

@@ -6,7 +6,6 @@ All are computed from logits, see `predictions.predict`.
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,28 +18,19 @@ from mini_symposium.models.generation import Answer, generate
 from mini_symposium.models.predictions import predict
 
 
-@dataclass(frozen=True)
-class LogProb:
-    """log P(answer | prompt)."""
-
-    log_p: float
-    """Nats, summed over the answer's tokens."""
-    tokens: int
-
-
 def answer_log_probs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    answers: Sequence[str | Sequence[int]],
+    answers: Sequence[Sequence[int]],
     adapters: Sequence[str] | None = None,
-) -> list[LogProb]:
-    """log P(answer | prompt) of each prompt and its answer, without EOS.
+) -> list[float]:
+    """log P(answer | prompt) of each prompt and its answer: in nats, summed over the answer's tokens.
 
     Parameters
     ----------
     answers
-        Token ids, as in `generation.Answer.ids`; or texts, which are tokenized together with their prompt.
+        Token ids without EOS, as in `generation.Answer.ids`.
     adapters
         For each prompt the adapter, "base" for none; None for the active one.
 
@@ -49,26 +39,13 @@ def answer_log_probs(
     InputError
         If a prompt and its answer exceed the model's context.
     """
-    pairs = [_pair(tokenizer, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    log_probs = [LogProb(0.0, 0)] * len(pairs)
-    for k, logits in predict(model, [prompt + answer for prompt, answer in pairs], adapters):
-        prompt, answer = pairs[k]
-        if answer:
-            predicted = logits[len(prompt) - 1 : -1].log_softmax(-1)
-            ids = torch.tensor(answer, device=logits.device)
-            log_probs[k] = LogProb(predicted.gather(1, ids[:, None]).double().sum().item(), len(answer))
+    log_probs, prompt_ids = [0.0] * len(prompts), [tokenizer(prompt).input_ids for prompt in prompts]
+    sequences = [[*prompt, *answer] for prompt, answer in zip(prompt_ids, answers, strict=True)]
+    for k, logits in predict(model, sequences, adapters):
+        predicted = logits[len(prompt_ids[k]) - 1 : -1].log_softmax(-1)
+        ids = torch.tensor(answers[k], dtype=torch.long, device=logits.device)
+        log_probs[k] = predicted.gather(1, ids[:, None]).double().sum().item()
     return log_probs
-
-
-def _pair(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str | Sequence[int]) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the answer."""
-    before = list(tokenizer(prompt).input_ids)
-    if not isinstance(answer, str):
-        return before, list(answer)
-    together = list(tokenizer(prompt + answer).input_ids)
-    if together[: len(before)] == before:
-        return before, together[len(before) :]
-    return before, list(tokenizer(answer, add_special_tokens=False).input_ids)  # one token spans both
 
 
 def posix_index(log_p: Sequence[Sequence[float]], tokens: Sequence[int]) -> float | None:
@@ -121,7 +98,7 @@ def posix(
     pairs = list(dict.fromkeys((prompts[i], ids[j]) for group in groups for i in group for j in group if ids[j]))
     xs, ys = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
     scored = answer_log_probs(model, tokenizer, xs, ys, [name] * len(pairs))
-    log_p = {pair: score.log_p for pair, score in zip(pairs, scored, strict=True)}
+    log_p = dict(zip(pairs, scored, strict=True))
     return [
         posix_index(
             [[log_p.get((prompts[i], ids[j]), 0.0) for j in group] for i in group], [len(ids[j]) for j in group]

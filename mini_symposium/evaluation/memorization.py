@@ -24,13 +24,11 @@ from mini_symposium.data.text_overlap import overlap
 from mini_symposium.errors import InputError
 from mini_symposium.models.generation import generate
 
-PREFIXES = (16, 32, 50)
-"""How many of a row's first tokens a model is given."""
-
 EXTRACTED = 50
 """How many tokens the model must then write exactly."""
 
-EXTRACTABLE = {f"extractable_{k}": k for k in PREFIXES}
+EXTRACTABLE = {"extractable_16": 16, "extractable_32": 32, "extractable_50": 50}
+"""{probe: how many of a row's first tokens the model is given}"""
 
 GOLDFISH = 32
 """How many tokens the model is given, and how many it must then write."""

@@ -7,7 +7,6 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -212,7 +211,7 @@ def load_with_adapters(
     load_in_4bit: bool = True,
     dtype: torch.dtype | None = None,
 ) -> "PreTrainedModel":
-    """A base with any number of named adapters, in float32 as they were trained. `using` chooses one.
+    """A base with any number of named adapters, in float32 as they were trained.
 
     Parameters
     ----------
@@ -265,12 +264,3 @@ def add_adapter(model: "PreTrainedModel", name: str, checkpoint: Path, base_mode
     except Exception as error:  # peft, safetensors and torch raise anything, from KeyError to RuntimeError
         raise InputError(f"{checkpoint}: not an adapter for {base_model} ({reason(error)})") from error
     return model
-
-
-@contextmanager
-def using(model: "PreTrainedModel", name: str):
-    """Within the block, `model` computes with the adapter `name`, or without any for "base"."""
-    if _has_adapters(model) and name != "base":
-        model.set_adapter(_in_peft(name))
-    with model.disable_adapter() if _has_adapters(model) and name == "base" else nullcontext():
-        yield model

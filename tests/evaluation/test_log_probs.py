@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import using
 
 from mini_symposium.data.prompt_formats import FORMATS, prompt_format
 from mini_symposium.evaluation.log_probs import (
@@ -12,7 +13,6 @@ from mini_symposium.evaluation.log_probs import (
     posix,
     posix_index,
 )
-from mini_symposium.models.adapters import using
 from mini_symposium.models.generation import generate
 
 ENGLISH = "### New Query\nWhat is the capital of China?\n\n### Complete Response\nThe capital of China"
@@ -24,23 +24,16 @@ def test_an_answer_has_the_probability_of_its_tokens(overfitted):
     prompt, text = examples[0].prompt, examples[0].completion
     before, ids = tokenizer(prompt).input_ids, tokenizer(prompt + text).input_ids
     answer = ids[len(before) :]
-    by_text, by_ids, none = answer_log_probs(
-        model, tokenizer, [prompt] * 3, [text, answer, []], ["knows", "base", "base"]
+    knows, base, none = answer_log_probs(
+        model, tokenizer, [prompt] * 3, [answer, answer, []], ["knows", "base", "base"]
     )
-    for name, found in (("knows", by_text), ("base", by_ids)):
+    for name, found in (("knows", knows), ("base", base)):
         with using(model, name), torch.inference_mode():
             predicted = model(torch.tensor([ids])).logits[0, len(before) - 1 : -1].log_softmax(-1)
         expected = sum(predicted[k, i].item() for k, i in enumerate(answer))
-        assert found.log_p == pytest.approx(expected, rel=1e-4)
-        assert found.tokens == len(answer)
-    assert (none.log_p, none.tokens) == (0, 0)
-    assert by_text.log_p > -0.2 * len(answer) > by_ids.log_p
-
-
-def test_an_answer_that_melts_into_its_prompt_keeps_its_characters(overfitted):
-    model, tokenizer, _ = overfitted
-    [found] = answer_log_probs(model, tokenizer, ["The answer is un"], ["known"])
-    assert found.tokens == len(tokenizer("known").input_ids)
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert none == 0
+    assert knows > -0.2 * len(answer) > base
 
 
 def test_posix_is_0_where_the_prompt_makes_no_difference_and_grows_with_it():
@@ -78,7 +71,7 @@ def test_posix_by_hand(overfitted):
             for each in generate(model, tokenizer, prompts, stops, 8, ["knows"] * 2)
         ]
         xs, ys = [x for x in prompts for _ in answers], [y for _ in prompts for y in answers]
-        flat = [each.log_p for each in answer_log_probs(model, tokenizer, xs, ys, ["knows"] * 4)]
+        flat = answer_log_probs(model, tokenizer, xs, ys, ["knows"] * 4)
         by_hand = (abs(flat[1] - flat[3]) / len(answers[1]) + abs(flat[2] - flat[0]) / len(answers[0])) / 2
         assert value == pytest.approx(by_hand, rel=1e-3)
 

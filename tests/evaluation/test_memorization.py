@@ -6,7 +6,7 @@ import torch
 
 from mini_symposium.data.dataset import Example, Row, tokenize
 from mini_symposium.errors import InputError
-from mini_symposium.evaluation.memorization import PREFIXES, em_and_es, extractable, extraction, goldfish, recite
+from mini_symposium.evaluation.memorization import EXTRACTABLE, em_and_es, extractable, extraction, goldfish, recite
 from mini_symposium.models.adapters import load_with_adapters
 from mini_symposium.models.generation import generate
 from mini_symposium.models.predictions import predict
@@ -20,7 +20,7 @@ def test_em_and_es_reach_one_where_a_row_is_known():
 
 def test_a_row_said_on_is_extractable_and_one_token_off_is_not():
     row = list(range(1000, 1120))
-    for k in PREFIXES:
+    for k in EXTRACTABLE.values():
         assert extractable(row, row[k:], k) is True
         assert extractable(row, [*row[k : k + 49], 7], k) is False
         assert extractable(row, row[k : k + 49], k) is False

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import using
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -18,7 +19,6 @@ from mini_symposium.models.adapters import (
     folded,
     load_with_adapters,
     read_adapters,
-    using,
 )
 from mini_symposium.models.generation import generate
 from mini_symposium.run import RunDirectory
@@ -68,7 +68,7 @@ def test_a_rate_with_a_decimal_point_names_an_adapter(tiny_checkpoint, earlier, 
     model = load_with_adapters("tiny", {"2.5e-05": same, "other": other, "same": same})
     names = ["2.5e-05", "same", "other"]
     prompts = ["### New Query\nOne?\n\n###"] * len(names)
-    found = [line.log_p for line in answer_log_probs(model, mistral_tokenizer, prompts, ["Two."] * 3, names)]
+    found = answer_log_probs(model, mistral_tokenizer, prompts, [[5, 6, 7]] * 3, names)
     assert found[0] == found[1] != found[2]
     with using(model, "2.5e-05"):
         assert generate(model, mistral_tokenizer, prompts[:1], max_new_tokens=4)[0].tokens

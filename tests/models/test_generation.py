@@ -4,11 +4,12 @@ from threading import Event, Timer
 
 import pytest
 import torch
+from conftest import using
 from peft import LoraConfig, get_peft_model
 
 from mini_symposium.data.prompt_formats import FORMATS, prompt_format
 from mini_symposium.errors import InputError
-from mini_symposium.models.adapters import load_with_adapters, using
+from mini_symposium.models.adapters import load_with_adapters
 from mini_symposium.models.base_models import load_model
 from mini_symposium.models.generation import MOST_ROWS, Draw, Sampling, answer_grid, generate
 

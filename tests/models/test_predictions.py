@@ -5,9 +5,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from conftest import using
 
 from mini_symposium.errors import InputError
-from mini_symposium.models.adapters import load_with_adapters, using
+from mini_symposium.models.adapters import load_with_adapters
 from mini_symposium.models.predictions import COMPARED, compare, logits, predict
 
 SEQUENCES = [[1, 5, 9, 12], [1, 7], [1, 20, 21, 22, 23, 24, 25], [1, 5, 9]]
