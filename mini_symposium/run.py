@@ -144,11 +144,11 @@ class Training:
     num_epochs: int
     """The planned number of epochs."""
     em: list[list[float]] = field(default_factory=list)
-    """By epoch and example, before the step that trained on it: exact memorization, see `memorization.known`."""
+    """By epoch and example, before the step that trained on it: exact memorization, see `memorization.em_and_es`."""
     loss: list[list[float]] = field(default_factory=list)
     """By epoch and example, before the step that trained on it: loss in nats a token."""
     extractable_32: list[list[bool | None]] = field(default_factory=list)
-    """By epoch and example, see `memorization.unsaid`; [] where only part of a row is supervised."""
+    """By epoch and example, see `memorization.extraction`; [] where only part of a row is supervised."""
     twins: dict[int, dict[str, float]] = field(default_factory=dict)
     """{epoch: {"loss", "em"}}: means over rows that were not trained on."""
     evaluations: dict[int, dict] = field(default_factory=dict)
@@ -254,7 +254,7 @@ class RunDirectory:
 
     def probes(self, learning_rate: float) -> list[dict]:
         """The line per probed epoch and held-out example: epoch, example, loss, em, es, tokens, and what
-        `memorization.unsaid` says; [] without a probe."""
+        `memorization.extraction` returns; [] without a probe."""
         path = self.learning_rate_dir(learning_rate) / "probes.jsonl"
         return read_jsonl(path) if path.is_file() else []
 
@@ -262,7 +262,7 @@ class RunDirectory:
         """The line per optimizer step: step, epoch, example, learning_rate, loss, em, es, grad_norm, tokens, seconds.
 
         Loss, em and es (see `memorization`) are those of the step's example before its update; so is what
-        `memorization.unsaid` says, where all of a row is supervised.
+        `memorization.extraction` returns, where all of a row is supervised.
 
         Raises
         ------
