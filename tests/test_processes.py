@@ -51,7 +51,6 @@ def test_a_batch_takes_the_mean_of_its_examples_gradients(alone):
     assert abs(one - other) / 2 <= both[0]["grad_norm"] <= 1.05 * (one + other) / 2
 
 
-@pytest.mark.xfail(reason="the main process finds its run directory locked since locks are filelock's; to be mended")
 def test_two_processes_follow_the_trajectory_of_one_with_the_same_batch(alone, five):
     run = RunDirectory(five / "two")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "data/accelerate/ddp.yaml"]

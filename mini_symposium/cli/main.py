@@ -58,16 +58,15 @@ def train(
     from mini_symposium.reproduce.notebooks import check_parameters, parse_parameters
 
     given = check_parameters(parse_parameters(parameter or []), "02_finetune")
-    from accelerate import PartialState
-
     from mini_symposium.data.dataset import load_examples
+    from mini_symposium.models.devices import processes
     from mini_symposium.training.finetune import prepare
     from mini_symposium.training.finetune import train as run_training
 
     chosen, examples, directory = prepare(
         given.get("RECIPE", recipe), given.get("DATASET", ""), given.get("RUN", run), given.get("NUM_EPOCHS", 0)
     )
-    main_process = PartialState().is_main_process  # the first of the processes that `accelerate launch` started
+    main_process = processes().is_main_process  # the first of the processes that `accelerate launch` started
     with alone(directory.path) if main_process else nullcontext():
         travels = run_training(
             chosen,

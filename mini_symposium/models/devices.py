@@ -12,6 +12,16 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def processes():
+    """The processes that `accelerate launch` started, as accelerate's PartialState; without a launcher, this one alone.
+
+    accelerate must be told that CPUs compute: otherwise it takes each process on a CPU for the only one.
+    """
+    from accelerate import PartialState
+
+    return PartialState(cpu=device().type == "cpu")
+
+
 def training_dtype() -> torch.dtype:
     """The type of a training step: bfloat16, as in the recipe, or float32 on a CPU without bfloat16 multiplication.
 

@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
@@ -34,7 +33,7 @@ from mini_symposium.data.dataset import Example, Row, fingerprint, load_examples
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.files.writing import alone, clear_away, write_json, written_whole
 from mini_symposium.models.base_models import compute_in_float32, load_model, load_tokenizer
-from mini_symposium.models.devices import device, out_of_memory, peak_memory, training_dtype
+from mini_symposium.models.devices import device, out_of_memory, peak_memory, processes, training_dtype
 from mini_symposium.recipe import Recipe, load_recipe
 from mini_symposium.run import RunDirectory, Training, overwrite_once
 from mini_symposium.training import checkpoints
@@ -163,7 +162,7 @@ def arguments(recipe: Recipe, adapters: int, scratch: Path, chosen: Acceleration
         gradient_accumulation_steps=_examples_each(recipe),
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
-        ddp_backend="gloo" if PartialState().num_processes > 1 and device().type == "cpu" else None,
+        ddp_backend="gloo" if processes().num_processes > 1 and device().type == "cpu" else None,
         gradient_checkpointing=recipe.gradient_checkpointing and not chosen.fused,
         packing=False,
         max_length=None,  # nothing is truncated: `tokenize` refuses what does not fit
@@ -181,7 +180,7 @@ def arguments(recipe: Recipe, adapters: int, scratch: Path, chosen: Acceleration
 
 def _examples_each(recipe: Recipe) -> int:
     """Examples of a step for each process: the recipe's batch is the same however many processes share it."""
-    count = PartialState().num_processes
+    count = processes().num_processes
     share, rest = divmod(recipe.gradient_accumulation_steps, count)
     if rest or (count > 1 and recipe.lora_dropout):
         raise InputError(
@@ -196,14 +195,14 @@ def keep_first_adapters(trainer: RecipeTrainer) -> None:
     """Write the adapters as they are before step 1, from which their movement is measured."""
     for name, training in zip(trainer.adapters, trainer.trainings, strict=True):
         start = training.checkpoint(0)
-        if PartialState().is_main_process and not start.exists():
+        if processes().is_main_process and not start.exists():
             with written_whole(start) as temporary:
                 save_adapter(trainer.model, name, temporary)
 
 
 def record_peak_memory(trainings: Sequence[Training]) -> None:
     """Put the most memory that training took into each run's environment.json."""
-    for run in {training.run for training in trainings} if PartialState().is_main_process else ():
+    for run in {training.run for training in trainings} if processes().is_main_process else ():
         found = RunDirectory(run).environment()
         peak = max(peak_memory(), found.get("peak_bytes", 0))
         write_json(RunDirectory(run).environment_file, {**found, "peak_bytes": peak})
@@ -329,7 +328,7 @@ def train(
         raise InputError(f"learning rates {list(learning_rates)}: give each once")
     _kept_epochs(recipe, checkpoint_epochs)  # a mistake in them is named before anything is touched
     rows, probed = as_rows(recipe, examples), as_rows(recipe, held_out)
-    main = PartialState().is_main_process
+    main = processes().is_main_process
     with locked([run.path]):
         if main:
             data = fingerprint(examples)
@@ -337,7 +336,7 @@ def train(
                 begun = {"recipe": recipe.to_yaml(), "dataset_sha256": data, "rates": list(learning_rates)}
                 overwrite_once(run.path / OVERWRITING, begun, run.clear_training)
             new = record_recipe(run, recipe, data)
-        PartialState().wait_for_everyone()
+        processes().wait_for_everyone()
         try:
             train_together(trainings, rows, checkpoint_epochs, report_to, fast, probed)
         except InputError:
@@ -358,7 +357,7 @@ def locked(runs: Sequence[Path], patience: float | None = None) -> Iterator[None
     `patience` is how many seconds to wait for another process, PATIENCE if None.
     """
     with ExitStack() as stack:
-        for run in sorted({run.absolute() for run in runs}) if PartialState().is_main_process else ():
+        for run in sorted({run.absolute() for run in runs}) if processes().is_main_process else ():
             stack.enter_context(alone(run, ".training.lock", PATIENCE if patience is None else patience))
             clear_away(run)
             shutil.rmtree(run / SCRATCH, ignore_errors=True)
@@ -395,33 +394,33 @@ def train_together(
 
     They share base model, number of epochs and rows; rate, schedule, rank and seed are each its own.
     """
-    recipe, processes = trainings[0].recipe, PartialState()
+    recipe, state = trainings[0].recipe, processes()
     epochs, last = _kept_epochs(recipe, checkpoint_epochs), recipe.num_epochs
     waiting = {training.folder.resolve() for training in trainings if not checkpoints.finished(training)}
     if not waiting:
-        for training in trainings if processes.is_main_process else ():  # it may have been killed while it tidied up
+        for training in trainings if state.is_main_process else ():  # it may have been killed while it tidied up
             checkpoints.strip_older(training, last)
         return
     # If a pass was killed after some of its adapters had written their last checkpoint, all of its adapters resume from
     # their last common one, the finished ones included.
     pending = [t for t in trainings if t.folder.resolve() in waiting or checkpoints.companions(t, last) & waiting]
     longest = max(len(row.input_ids) for row in rows)
-    if processes.num_processes > 1:
-        chosen = Acceleration.off(f"{processes.num_processes} processes")
+    if state.num_processes > 1:
+        chosen = Acceleration.off(f"{state.num_processes} processes")
     else:
         chosen = choose(recipe, len(pending), longest, last * len(rows), fast)
     with locked([training.run for training in pending]):
-        if processes.is_main_process:
+        if state.is_main_process:
             print(f"training: {chosen}")
-        passes = checkpoints.plan_passes(pending, chosen.together, processes.is_main_process)
-        processes.wait_for_everyone()  # all of them have seen the same files; only then may one write
+        passes = checkpoints.plan_passes(pending, chosen.together, state.is_main_process)
+        state.wait_for_everyone()  # all of them have seen the same files; only then may one write
         for group, start in passes:
             if start == last:  # finished, as are all that it shared a pass with
                 continue
             # The free memory may differ from when the pass began. Compiling may not: it changes the rounding.
             compiled = checkpoints.compiled(group[0], start) if start and chosen.fused else None
             resumed = chosen if compiled is None else replace(chosen, compiled=compiled)
-            if resumed != chosen and processes.is_main_process:
+            if resumed != chosen and state.is_main_process:
                 print(f"resuming with the layer {'' if compiled else 'not '}compiled, as it began, for equal bits")
             try:
                 train_pass(group, rows, epochs, start, resumed, report_to, held_out)

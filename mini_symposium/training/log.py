@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -20,6 +19,7 @@ from mini_symposium.data.dataset import Row
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.evaluation.memorization import em_and_es, extraction
 from mini_symposium.files.writing import written_whole
+from mini_symposium.models.devices import processes
 from mini_symposium.run import read_jsonl, whole_lines
 
 
@@ -55,7 +55,7 @@ class Log(TrainerCallback):
         self.files, self.bar = {}, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not PartialState().is_main_process:
+        if not processes().is_main_process:
             return
         for training in self.trainings:
             training.folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ class Log(TrainerCallback):
         if args.logging_strategy != "no":  # one curve for each adapter, in whatever the trainer reports to
             losses = zip(self.trainings, self.trainer.losses.tolist(), strict=True)
             self.trainer.log({f"loss/{training.learning_rate:g}": loss for training, loss in losses})
-        if not PartialState().is_main_process:
+        if not processes().is_main_process:
             return
         for place, losses, matches in measured:
             for k, norm in enumerate(self.trainer.grad_norms):
@@ -150,7 +150,7 @@ class Log(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         control.should_save = round(state.epoch) in self.epochs
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             self.probe(round(state.epoch))
             if control.should_save:  # a checkpoint must not reach the disk before the lines that led to it
                 for file in self.files.values():

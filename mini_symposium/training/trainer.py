@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save
 from torch.optim.lr_scheduler import LambdaLR
@@ -23,6 +22,7 @@ from trl import SFTTrainer
 from mini_symposium.data.dataset import Row
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.files.writing import discard, written_whole
+from mini_symposium.models.devices import processes
 from mini_symposium.run import Training
 from mini_symposium.training import checkpoints
 from mini_symposium.training.fused_lora import FusedAdapters
@@ -172,11 +172,11 @@ class RecipeTrainer(SFTTrainer):
         """Overridden: each adapter has its own row and its own loss. TRL's own also takes every token's entropy and
         accuracy, a third of a step on a CPU."""
         losses, matches = self._measured(model, inputs)
-        self.losses, processes = losses.detach(), PartialState()
-        place = len(self.measured) * processes.num_processes + processes.process_index
+        self.losses, state = losses.detach(), processes()
+        place = len(self.measured) * state.num_processes + state.process_index
         self.measured.append((place, self.losses, matches))
         # The processes' gradients are averaged, and each weighs its examples among those of all.
-        return losses.sum() * (self.order.weight(self.state.global_step, place) * processes.num_processes)
+        return losses.sum() * (self.order.weight(self.state.global_step, place) * state.num_processes)
 
     def _measured(self, model, inputs) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         """The loss of each adapter on its row, (K,); and for each row at which labels the likeliest token was right."""
@@ -209,7 +209,7 @@ class RecipeTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model, trial=None) -> None:
         """Overridden: a folder for each adapter, as if it had trained alone; older ones shrink once all are whole."""
-        if not PartialState().is_main_process:
+        if not processes().is_main_process:
             return
         state, scheduler = self.optimizer.state_dict(), self.lr_scheduler.state_dict()
         epoch = round(self.state.epoch or 0)
@@ -284,9 +284,9 @@ def check_batches(trainer: RecipeTrainer, rows: Sequence[Row]) -> None:
     dtypes = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
     if dtypes != {torch.float32}:
         raise RunError(f"adapters are {dtypes}, not float32: at a low learning rate they would not move")
-    processes, last = PartialState(), trainer.processing_class.eos_token_id
+    state, last = processes(), trainer.processing_class.eos_token_id
     for number, batch in enumerate(trainer.get_train_dataloader()):
-        place = (number * processes.num_processes + processes.process_index) % len(rows)
+        place = (number * state.num_processes + state.process_index) % len(rows)
         for k in range(len(trainer.trainings)):
             row = rows[trainer.order.order(0, k)[place]]
             ids, labels, length = batch["input_ids"][k].tolist(), batch["labels"][k].tolist(), len(row.labels)
