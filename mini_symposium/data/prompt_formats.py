@@ -14,7 +14,8 @@ A prompt is what SillyTavern's `formatInstructModeChat` and `formatInstructModeP
 SillyTavern also drops carriage returns and, with `wrap`, one newline before the last line. `new-query` has its own
 newlines instead of `wrap`, so that SillyTavern sends the trained prompt as well. Parts that SillyTavern does not take
 from the preset are not rendered: the story string with the character card (put it into a system message), example
-messages, the mark that opens a chat, stop strings made of names. Macros in the messages of a chat are not expanded.
+messages, the mark that opens a chat, stop strings made of names. Macros in the messages of a chat are not expanded,
+and a `$` in a name is only a dollar, where SillyTavern would give `$&` a meaning.
 """
 
 import difflib
@@ -29,9 +30,6 @@ from mini_symposium.errors import InputError
 from mini_symposium.files.reading import parse_json, read_text
 from mini_symposium.files.writing import write_json
 from mini_symposium.run import find
-
-SPACE = "\t\n\v\f\r \xa0\u1680\u2028\u2029\u202f\u205f\u3000\ufeff" + "".join(map(chr, range(0x2000, 0x200B)))
-"""What JavaScript's `trim` removes; Python's `strip` removes other characters."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +126,13 @@ class PromptFormat:
         filler = ""
         if named and self.last_output_sequence and self.output_sequence:
             # In Mistral's presets only `output_sequence` ends with the space that belongs before a name.
-            spaced = self.output_sequence[-1] in SPACE and self.last_output_sequence[-1] not in SPACE
+            spaced = self.output_sequence[-1].isspace() and not self.last_output_sequence[-1].isspace()
             filler = self.output_sequence[-1] if spaced else ""
         separator = "\n" if self.wrap else ""
         text = separator + self._expand(sequence, user, char, char)
         if named:
             text += separator + filler + f"{char}:"
-        return (text.rstrip(SPACE) if self.wrap else text) + ("" if named else separator)
+        return (text.rstrip() if self.wrap else text) + ("" if named else separator)
 
     def _expand(self, sequence: str, user: str, char: str, name: str) -> str:
         return _expanded(sequence, user, char, name or "System") if self.macro and sequence else sequence
@@ -147,7 +145,7 @@ class PromptFormat:
         for kind in kinds if self.sequences_as_stop_strings else ():
             sequence = getattr(self, f"{kind}_sequence")
             lines += _replace("{{name}}", sequence, names[kind.split("_")[-1]]).split("\n")
-        stops = [("\n" if self.wrap else "") + line for line in lines if line.strip(SPACE)]
+        stops = [("\n" if self.wrap else "") + line for line in lines if line.strip()]
         return list(dict.fromkeys(_substitute(stop, user, char) if self.macro else stop for stop in stops))
 
     def to_preset(self) -> dict:
@@ -176,32 +174,25 @@ def _substitute(text: str, user: str, char: str) -> str:
     text = re.sub(r"(?:(?<![\r\n])(?:\r?\n)+)?\{\{trim\}\}(?:\r?\n)*", "", text, flags=re.I)
     text = _replace("{{noop}}", text, "")
     for macro, value in (("user", user), ("char", char), ("charifnotgroup", char), ("group", char)):
-        text = _replace(f"{{{{{macro}}}}}", text, value, literally=True)
+        text = _replace(f"{{{{{macro}}}}}", text, value)
     closed, brackets, rest = text.rpartition("}}")  # else each "{{//" would search to the end of the text
     return re.sub(r"\{\{//.*?\}\}", "", closed + brackets, flags=re.S) + rest
 
 
 LONGEST, LONGEST_PROMPT = 1_000_000, 2**25
-"""Most characters of an expanded sequence, into which a name with "$`" copies the text around it, and of a prompt."""
+"""Most characters that the names in a sequence may take, and most characters of a prompt."""
 
 
-def _replace(macro: str, text: str, value: str, literally: bool = False) -> str:
-    """Replace each `macro`, in any case, by `value` as JavaScript's `replace` does.
+def _replace(macro: str, text: str, value: str) -> str:
+    """Replace each `macro`, in upper or lower case, by `value`.
 
-    Unless `literally`, "$$" in `value` is a dollar, "$&" the macro, "$`" the text before it and "$'" the text after it.
-
-    >>> _replace("{{name}}", "I am {{NAME}}.", "A$$")
-    'I am A$.'
+    >>> _replace("{{name}}", "I am {{NAME}}.", "Ada")
+    'I am Ada.'
     """
-    pattern, dollars = re.compile(re.escape(macro), re.I), 0 if literally else value.count("$")
-    if len(pattern.findall(text)) * (len(value) + dollars * len(text)) > LONGEST:
+    pattern = re.compile(re.escape(macro), re.I)
+    if len(value) * len(pattern.findall(text)) > LONGEST:
         raise InputError(f"a sequence with {macro} grows beyond {LONGEST:,} characters; shorten it, or the names")
-
-    def replacement(match: re.Match) -> str:
-        signs = {"$": "$", "&": match[0], "`": text[: match.start()], "'": text[match.end() :]}
-        return re.sub(r"\$([$&`'])", lambda sign: signs[sign[1]], value)
-
-    return pattern.sub(replacement if dollars else lambda _: value, text)
+    return pattern.sub(lambda _: value, text)
 
 
 FORMATS = {
