@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mini_symposium.cli.options import Checkpoints, say
+from mini_symposium.cli.options import Base, Checkpoint, Checkpoints, Rate, Run, say
 
 app = typer.Typer(
     help="Write a run's model, prompt formats, recipe or card as files for other programs.",
@@ -13,12 +13,7 @@ app = typer.Typer(
 )
 
 RunOrModel = Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="a run directory, or a model directory")]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="a run directory")]
 Out = Annotated[str, typer.Option(help="folder to write")]
-Rate = Annotated[
-    float, typer.Option("--learning-rate", min=0, help="of the checkpoints; the lowest trained if not given")
-]
-Base = Annotated[str, typer.Option(help="nf4, the base that training saw, or original")]
 Lora = Annotated[
     bool, typer.Option("--lora", help="the base without the adapter, and the adapter beside it as a LoRA GGUF")
 ]
@@ -117,7 +112,7 @@ def axolotl(
 def card(
     run: Run,
     out: Out,
-    checkpoint: Annotated[str, typer.Option(help="epoch-N or RATE/epoch-N; the last one if not given")] = "",
+    checkpoint: Checkpoint = "",
     learning_rate: Rate = 0,
     license: Annotated[str, typer.Option(help="as the hub names it; the base model's, if known, if not given")] = "",
 ):

@@ -12,7 +12,19 @@ from rich.table import Table
 
 from mini_symposium.cli import export as cli_export
 from mini_symposium.cli import sweep as cli_sweep
-from mini_symposium.cli.options import Checkpoints, Parameters, RecipeOption, RunOption, console, literal, say
+from mini_symposium.cli.options import (
+    Base,
+    Checkpoint,
+    Checkpoints,
+    Parameters,
+    Rate,
+    RecipeOption,
+    Run,
+    RunOption,
+    console,
+    literal,
+    say,
+)
 from mini_symposium.errors import InputError, RunError, printable
 
 app = typer.Typer(
@@ -140,12 +152,10 @@ def ask(
 
 @app.command()
 def merge(
-    run: Annotated[str, typer.Argument(help="a run directory")],
+    run: Run,
     checkpoint: Checkpoints = None,
-    learning_rate: Annotated[
-        float, typer.Option(min=0, help="of the checkpoints; the lowest trained if not given")
-    ] = 0,
-    base: Annotated[str, typer.Option(help="nf4, the base that training saw, or original")] = "nf4",
+    learning_rate: Rate = 0,
+    base: Base = "nf4",
     dtype: Annotated[str, typer.Option(help="of the written weights: float32, float16 or bfloat16")] = "float32",
     by_chance: Annotated[bool, typer.Option("--by-chance", help="bfloat16 with stochastic rounding")] = False,
     out: Annotated[str, typer.Option(help="folder to write; RUN/lr-R/merged/epoch-N if not given")] = "",
@@ -173,9 +183,9 @@ def merge(
 
 @app.command()
 def survival(
-    run: Annotated[str, typer.Argument(help="a run directory")],
-    checkpoint: Annotated[str, typer.Option(help="epoch-N or RATE/epoch-N; the last one if not given")] = "",
-    learning_rate: Annotated[float, typer.Option(min=0, help="of the checkpoint; the lowest trained if not given")] = 0,
+    run: Run,
+    checkpoint: Checkpoint = "",
+    learning_rate: Rate = 0,
     storage: Annotated[
         list[str] | None, typer.Option("--storage", help="fp32, bf16, q8_0, ...; may be repeated; all if not given")
     ] = None,

@@ -27,6 +27,12 @@ Parameters = Annotated[
     list[str] | None,
     typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="a notebook parameter; may be repeated"),
 ]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="a run directory")]
+Rate = Annotated[
+    float, typer.Option("--learning-rate", min=0, help="of the checkpoints; the lowest trained if not given")
+]
+Base = Annotated[str, typer.Option(help="nf4, the base that training saw, or original")]
+Checkpoint = Annotated[str, typer.Option(help="epoch-N or RATE/epoch-N; the last one if not given")]
 Checkpoints = Annotated[
     list[str] | None,
     typer.Option("--checkpoint", help="epoch-N, RATE/epoch-N, or either with =WEIGHT; the last one if not given"),
