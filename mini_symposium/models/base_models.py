@@ -135,12 +135,14 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 scales."""
 
 
-def predicted_bytes(recipe: Recipe) -> dict[str, int]:
+def predicted_bytes(recipe: Recipe, tokens: int = 0) -> dict[str, int]:
     """{part: bytes} that training `recipe` takes, computed from shapes: no weights are loaded.
 
+    `tokens` is the length of the longest row, `sequence_len` if 0.
+
     NF4 takes NF4_BYTES per weight (Dettmers et al. 2023, QLoRA, section 3). Adapters take 16 bytes per parameter:
-    the float32 weight, its gradient and Adam's two moments. Activations are estimated for one row of `sequence_len`
-    tokens: with gradient checkpointing each layer keeps its input, without it about 34 hidden vectors and two attention
+    the float32 weight, its gradient and Adam's two moments. Activations are estimated for one row:
+    with gradient checkpointing each layer keeps its input, without it about 34 hidden vectors and two attention
     maps per head.
     """
     width = training_dtype().itemsize
@@ -150,7 +152,7 @@ def predicted_bytes(recipe: Recipe) -> dict[str, int]:
     linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name}
     weights = sum(layer.weight.numel() for layer in linear.values())
     rank_one = sum(layer.in_features + layer.out_features for layer in linear.values())
-    tokens, layers = recipe.sequence_len, config.num_hidden_layers
+    tokens, layers = tokens or recipe.sequence_len, config.num_hidden_layers
     kept = tokens * config.hidden_size * width
     if not recipe.gradient_checkpointing:
         kept = kept * 34 + 2 * config.num_attention_heads * tokens**2 * width

@@ -1,9 +1,10 @@
 """Several adapters over one frozen base in one pass, each with its own loss, as cheaply as the machine allows.
 
-PEFT keeps the adapters and transformers the base; this module only computes the same losses with less work:
+PEFT keeps the adapters and transformers the base. The model's own decoder runs here, with nothing but its linear layers
+replaced, so that every architecture keeps its norms, rotations, masks and biases. The same losses take less work:
 
 - the 4-bit weights never change, so where memory allows they are dequantised once (the same numbers);
-- q, k and v read the same input, and so do gate and up: each set is one product, their adapters another;
+- linear layers that read the same input, such as q, k and v, are one product, and their adapters another;
 - an adapter is one float32 vector a layer (`AdapterVectors`), cast and scaled where the layer is computed: on the proxy
   30 tensors to clip and step, not PEFT's 420;
 - on a GPU the adapters share every product with the base, each with its own row of the batch, and nothing else: the
@@ -11,113 +12,239 @@ PEFT keeps the adapters and transformers the base; this module only computes the
 - on a CPU they share the base's memory, and each is computed by one thread as if it trained alone: the same bits, and
   threads that wait for each other once a step, where threads that share a product wait at the end of each product;
 - the head runs on positions that have a label, and never holds more than a block of its logits;
-- three decoder layers are compiled, not the whole model: all layers and every row length use the same code.
+- decoder layers are compiled, up to three at a time, and not the whole model: layers that are alike share the compiled
+  code, and so do rows of every length.
 
 Shapes: K adapters (one row each), T tokens, d hidden, V words of the vocabulary.
 """
 
+import copy
 import math
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 from mini_symposium.errors import reason
 from mini_symposium.models.devices import keep_freed_memory
 
-GROUPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-"""Projections of a decoder layer that read the same input."""
+ATTENTION = "mini_symposium"
+"""The name of `attention` among those that a model of transformers can be told to use."""
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """Sizes of a decoder layer's projections."""
+def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
+    """Attention on a CPU: (K, heads, T, D) and twice (K, kv heads, T, D) -> (K, T, heads, D), None.
 
-    ins: tuple[int, ...]
-    """Inputs of each group."""
-    outs: tuple[tuple[int, ...], ...]
-    """Outputs of each projection, group by group."""
+    At a few hundred tokens the backward pass of fused attention is slower there than that of these products.
+    """
+    batch, heads, tokens, size = query.shape
+    shared = key.shape[1]
+    rows = (query * scaling).reshape(batch * shared, heads // shared * tokens, size)  # heads that share k, stacked
+    scores = torch.bmm(rows, key.reshape(batch * shared, tokens, size).mT)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = torch.softmax(scores.view(-1, tokens, tokens) + attention_mask[0], -1).view(batch * shared, -1, tokens)
+    mixed = torch.bmm(weights.to(value.dtype), value.reshape(batch * shared, tokens, size))
+    return mixed.view(batch, heads, tokens, size).transpose(1, 2), None
 
-    def sizes(self, rank: int) -> list[int]:
-        """Lengths of the pieces of a vector: for each group all its A as one, then each B."""
-        return [
-            size
-            for width, outs in zip(self.ins, self.outs, strict=True)
-            for size in (len(outs) * rank * width, *(out * rank for out in outs))
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, eager_mask)
+
+
+def twin(module: torch.nn.Module, config, replaced: Callable[[LoraLayer], torch.nn.Module]) -> torch.nn.Module:
+    """A copy of a module with all its tensors shared, another `config`, and its linear layers replaced."""
+    made = copy.copy(module)
+    made._modules = {
+        name: replaced(child) if isinstance(child, LoraLayer) else child and twin(child, config, replaced)
+        for name, child in module._modules.items()
+    }
+    if hasattr(module, "config"):
+        made.config = config
+    return made
+
+
+class _Recorder(torch.nn.Module):
+    """Stands in for a linear layer, and notes that it was called with `x`."""
+
+    def __init__(self, layer: LoraLayer, calls: list):
+        super().__init__()
+        self.layer, self.calls = layer, calls
+
+    def forward(self, x):
+        self.calls.append((x, self.layer))
+        return x.new_zeros(*x.shape[:-1], self.layer.get_base_layer().out_features)
+
+
+@torch.no_grad()
+def linear_groups(decoder: torch.nn.Module) -> list[list[list[LoraLayer]]]:
+    """The linear layers of each decoder layer in the order in which they run, those that read the same input together.
+
+    Found by running the decoder on two tokens without its products.
+    """
+    calls = []
+    recording = twin(decoder, decoder.config, partial(_Recorder, calls=calls))
+    recording(input_ids=torch.zeros(1, 2, dtype=torch.long, device=next(decoder.parameters()).device), use_cache=False)
+    number = {module: n for n, layer in enumerate(decoder.layers) for module in layer.modules()}
+    by_input = [[layer for _, layer in group] for _, group in groupby(calls, key=lambda call: id(call[0]))]
+    return [list(own) for _, own in groupby(by_input, key=lambda group: number[group[0]])]
+
+
+class Base:
+    """The frozen weights of a group of linear layers that read the same input."""
+
+    def __init__(self, layers: Sequence[LoraLayer], dtype: torch.dtype):
+        self.linears = [layer.get_base_layer() for layer in layers]
+        self.width, self.outs = self.linears[0].in_features, [linear.out_features for linear in self.linears]
+        biases = [linear.bias for linear in self.linears]
+        self.dtype, self.bias, self.kept = dtype, None, None
+        if any(bias is not None for bias in biases):
+            zeros = [self.linears[0].weight.new_zeros(out, dtype=dtype) for out in self.outs]
+            self.bias = torch.cat(
+                [z if b is None else b.detach().to(dtype) for z, b in zip(zeros, biases, strict=True)]
+            )
+
+    def weight(self) -> torch.Tensor:
+        """Their weights, stacked, (out, in), with the values that the 4-bit kernel computes with."""
+        if self.kept is not None:
+            return self.kept
+        parts = [
+            dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+            if getattr(linear.weight, "quant_state", None) is not None
+            else linear.weight.detach()
+            for linear in self.linears
         ]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self.dtype)
 
 
-def shapes_of(layer) -> Shapes:
-    """The shapes of a decoder layer whose projections have adapters."""
-    groups = [[layer.get_submodule(name).get_base_layer() for name in group] for group in GROUPS]
-    return Shapes(
-        tuple(group[0].in_features for group in groups), tuple(tuple(p.out_features for p in group) for group in groups)
-    )
+def piece_sizes(bases: Sequence[Base], rank: int) -> list[int]:
+    """Lengths of the pieces of a layer's vector: for each group all its A as one, then each B."""
+    return [size for base in bases for size in (len(base.outs) * rank * base.width, *(out * rank for out in base.outs))]
 
 
-def unpacked(vectors: torch.Tensor, scalings: torch.Tensor, shapes: Shapes, dtype: torch.dtype) -> Iterator[tuple]:
-    """For each group of a layer's projections the adapters' A, (K, ranks, in), and scaled B, (K, out, ranks), out of
-    the layer's vectors, (K, length).
+class Group:
+    """Linear layers that read the same input: one product with the base, and one with the adapters.
+
+    While a decoder layer runs, `weight` is theirs, (out, in); `a`, (K, ranks, in), and `b`, (K, out, ranks), are their
+    adapters', scaled; and `outputs` are what the first of them has computed for all.
+    """
+
+    def __init__(self, base: Base):
+        self.base, self.weight, self.a, self.b, self.outputs = base, None, None, None, None
+
+    def compute(self, x: torch.Tensor) -> None:  # (K, T, in)
+        if len(x) == 1:  # `bmm` would first copy `a`, because of its stride
+            added = F.linear(F.linear(x, self.a[0]), self.b[0])
+        else:
+            added = torch.bmm(torch.bmm(x, self.a.mT), self.b.mT)
+        self.outputs = (F.linear(x, self.weight, self.base.bias) + added).split(self.base.outs, -1)
+
+
+class _Linear(torch.nn.Module):
+    """Stands in for the linear layer at `place` of a group."""
+
+    def __init__(self, group: Group, place: int):
+        super().__init__()
+        self.group, self.place = group, place
+
+    def forward(self, x):
+        if self.place == 0:
+            self.group.compute(x)
+        return self.group.outputs[self.place]
+
+
+def unpack(groups: Sequence[Group], vectors: torch.Tensor, scalings: torch.Tensor, dtype: torch.dtype) -> None:
+    """Set the `a` and `b` of a layer's groups from its vectors, (K, length), and the projections' alpha / r, (K, n).
 
     The B of a group are blocks on a diagonal, so that one product computes all of them.
     """
-    rank = vectors.shape[1] // sum(shapes.sizes(1))
-    pieces, scaling = iter(vectors.split(shapes.sizes(rank), 1)), iter(scalings.split(1, 1))
-    for width, outs in zip(shapes.ins, shapes.outs, strict=True):
-        a = next(pieces).view(-1, len(outs) * rank, width).to(dtype)
-        bs = [(next(pieces).view(-1, out, rank) * next(scaling)[..., None]).to(dtype) for out in outs]
-        yield a, torch.cat([F.pad(b, (j * rank, (len(outs) - 1 - j) * rank)) for j, b in enumerate(bs)], 1)
+    bases = [group.base for group in groups]
+    rank = vectors.shape[1] // sum(piece_sizes(bases, 1))
+    pieces, scaling = iter(vectors.split(piece_sizes(bases, rank), 1)), iter(scalings.split(1, 1))
+    for group, base in zip(groups, bases, strict=True):
+        group.a = next(pieces).view(-1, len(base.outs) * rank, base.width).to(dtype)
+        bs = [(next(pieces).view(-1, out, rank) * next(scaling)[..., None]).to(dtype) for out in base.outs]
+        group.b = torch.cat([F.pad(b, (j * rank, (len(bs) - 1 - j) * rank)) for j, b in enumerate(bs)], 1)
+
+
+def run_layers(x, layers, groups, weights, adapters, options):
+    """Some decoder layers, one after the other; (K, T, d) -> (K, T, d).
+
+    For each layer: its groups, their weights, and vectors and scalings of its adapters. `options` are those of the
+    layers' own forward pass.
+    """
+    for layer, own, frozen, adapter in zip(layers, groups, weights, adapters, strict=True):
+        unpack(own, *adapter, x.dtype)
+        for group, weight in zip(own, frozen, strict=True):
+            group.weight = weight
+        x = layer(x, **options)
+        for group in own:
+            group.weight = group.a = group.b = group.outputs = None
+    return x
+
+
+def _any_length(tokens: int, values) -> None:
+    """Tell the compiler that the tensors in `values` may have any number of tokens.
+
+    Not only for speed: compiled for exactly 256 tokens, bfloat16 gradients of q and k are NaN on a CPU (torch 2.13).
+    """
+    for tensor in tree_leaves(values):
+        for dimension, size in enumerate(getattr(tensor, "shape", ())):
+            if size == tokens > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, dimension)
 
 
 class AdapterVectors:
-    """The adapter `name` of `layers` as one vector for each layer, laid out for `rank`.
+    """The adapter `name` as one vector for each decoder layer, laid out for `rank`.
 
     PEFT's parameters become views of the vectors, so that what PEFT saves, loads or computes with is what trains. Of
     several `AdapterVectors` for one adapter, the last made holds them.
 
-    A is (r, in), B (out, r). A vector holds, for one group after the other of projections that read the same input, the
-    A of each, then the B of each. It may be laid out for a larger rank than the adapter's, so that adapters of several
-    ranks stack; what is left over stays zero, for its gradient is zero.
+    A is (r, in), B (out, r). A vector holds, for one group after the other of linear layers that read the same input,
+    the A of each, then the B of each. It may be laid out for a larger rank than the adapter's, so that adapters of
+    several ranks stack; what is left over stays zero, for its gradient is zero.
+
+    Parameters
+    ----------
+    groups
+        Of each layer of `decoder`, see `linear_groups`.
 
     Attributes
     ----------
     vectors : list of Tensor
         One for each layer, (1, length): the leaves that train.
     scalings : list of Tensor
-        For each layer alpha / r of each projection, (1, 7).
+        For each layer alpha / r of each linear layer, (1, n).
     """
 
-    def __init__(self, layers: Iterable[torch.nn.Module], name: str, rank: int):
-        self.vectors, self.scalings, self.places = [], [], {}
-        for number, layer in enumerate(layers):
-            shapes, start, places = shapes_of(layer), 0, {}
-            for group, width in zip(GROUPS, shapes.ins, strict=True):
-                modules = [layer.get_submodule(projection) for projection in group]
-                sides = [(module.lora_A[name].weight, (rank, width)) for module in modules]
-                sides += [(p.lora_B[name].weight, (p.get_base_layer().out_features, rank)) for p in modules]
+    def __init__(self, decoder: torch.nn.Module, groups: Sequence[Sequence[Sequence[LoraLayer]]], name: str, rank: int):
+        self.vectors, self.scalings, places = [], [], {}
+        for number, layer in enumerate(groups):
+            start = 0
+            for group in layer:
+                sides = [(linear.lora_A[name].weight, (rank, linear.in_features)) for linear in group]
+                sides += [(linear.lora_B[name].weight, (linear.out_features, rank)) for linear in group]
                 for parameter, shape in sides:
                     places[parameter] = number, start, shape
                     start += math.prod(shape)
-            # In PEFT's order, which is the order of a checkpoint's optimizer state.
-            self.places |= {p: places[p] for key, p in layer.named_parameters() if f".{name}." in key}
-            scaling = [layer.get_submodule(projection).scaling[name] for group in GROUPS for projection in group]
-            where = parameter.device
-            self.vectors.append(torch.zeros(1, start, device=where))
-            self.scalings.append(torch.tensor([scaling], device=where))
+            self.vectors.append(torch.zeros(1, start, device=parameter.device))
+            scaling = [linear.scaling[name] for group in layer for linear in group]
+            self.scalings.append(torch.tensor([scaling], device=parameter.device))
+        # In PEFT's order, which is the order of a checkpoint's optimizer state.
+        self.places = {p: places[p] for p in decoder.parameters() if p in places}
         for parameter, piece in zip(self.places, self.pieces(self.vectors), strict=True):
             piece.copy_(parameter.detach())
             parameter.data = piece
@@ -163,56 +290,6 @@ OPTIONS = {"cpp_wrapper": True}
 """For the compiler: the code that calls the kernels is compiled as well, which saves a twentieth of a step."""
 
 
-def _norm(x, weight, eps):
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def _rotate(x, cos, sin):
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-
-def _adapted(x, weight, a, b):  # (K, T, in) -> (K, T, out)
-    if len(x) == 1:  # `bmm` would first copy `a`, because of its stride
-        return F.linear(x, weight) + F.linear(F.linear(x, a[0]), b[0])
-    return F.linear(x, weight) + torch.bmm(torch.bmm(x, a.mT), b.mT)
-
-
-def _attention(q, k, v, mask):  # q (K, heads, T, D); k, v (K, kv heads, T, D) -> (K, heads, T, D)
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # At a few hundred tokens the fused attention's backward pass is slower on a CPU than these four products.
-    batch, heads, tokens, size = q.shape
-    shared = k.shape[1]
-    rows = (q * size**-0.5).reshape(batch * shared, heads // shared * tokens, size)  # heads that share k, stacked
-    scores = torch.bmm(rows, k.reshape(batch * shared, tokens, size).mT)
-    weights = torch.softmax(scores.view(-1, tokens, tokens) + mask, -1).view(batch * shared, -1, tokens)
-    return torch.bmm(weights, v.reshape(batch * shared, tokens, size)).view(batch, heads, tokens, size)
-
-
-def decoder_layer(x, cos, sin, mask, norms, weights, vectors, scalings, *, shapes, head_size, eps):
-    """One Llama or Mistral layer with its adapters; (K, T, d) -> (K, T, d).
-
-    `weights` holds one tensor for each of GROUPS, (out, in); `vectors` are those of `AdapterVectors`, (K, length).
-    """
-    rows, tokens, _ = x.shape
-    qkv, o, gate_up, down = unpacked(vectors, scalings, shapes, x.dtype)
-    mixed = _adapted(_norm(x, norms[0], eps), weights[0], *qkv).view(rows, tokens, -1, head_size).transpose(1, 2)
-    q, k, v = mixed.split([out // head_size for out in shapes.outs[0]], 1)
-    attended = _attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, mask)
-    x = x + _adapted(attended.transpose(1, 2).reshape(rows, tokens, -1), weights[1], *o)
-    gate, up = _adapted(_norm(x, norms[1], eps), weights[2], *gate_up).chunk(2, -1)
-    return x + _adapted(F.silu(gate) * up, weights[3], *down)
-
-
-def decoder_layers(x, cos, sin, mask, layers, **shape):
-    """Some layers, one after the other; `layers` holds norms, weights, vectors and scalings of each."""
-    for own in layers:
-        x = decoder_layer(x, cos, sin, mask, *own, **shape)
-    return x
-
-
 class _TokenLosses(torch.autograd.Function):
     """Cross-entropy of each position, and whether its label is the likeliest token. The gradient is computed in the
     forward pass, so that no logits are kept.
@@ -221,8 +298,8 @@ class _TokenLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, logits, few):
-        # (N, d), (V, d), (N,); scratch (block, V); rows at a time -> (N,), (N,)
+    def forward(ctx, hidden, head, targets, logits, few, cap=None):
+        # (N, d), (V, d), (N,); scratch (block, V); rows at a time; bound of the logits -> (N,), (N,)
         losses, matches = torch.empty(len(hidden), device=hidden.device), torch.empty_like(targets, dtype=torch.bool)
         gradient = torch.empty_like(hidden)
         for start in range(0, len(hidden), len(logits)):
@@ -231,7 +308,9 @@ class _TokenLosses(torch.autograd.Function):
             for rows, labels, loss, match in zip(
                 *(t.split(few) for t in (block, targets[part], losses[part], matches[part])), strict=True
             ):
-                scores, labels = torch.log_softmax(rows, -1, dtype=torch.float32), labels[:, None]
+                bounded = None if cap is None else torch.tanh(rows / cap)
+                shown = rows if cap is None else cap * bounded
+                scores, labels = torch.log_softmax(shown, -1, dtype=torch.float32), labels[:, None]
                 own = scores.gather(1, labels)
                 loss.copy_(-own[:, 0])
                 others = scores.scatter_(1, labels, float("-inf")).amax(-1, keepdim=True)
@@ -239,7 +318,8 @@ class _TokenLosses(torch.autograd.Function):
                 tied = (own == others)[:, 0].nonzero()[:, 0]
                 if len(tied):
                     match[tied] = labels[tied, 0] < scores[tied].argmax(-1)
-                rows.copy_(scores.exp_().scatter_(1, labels, own.expm1()))
+                scores = scores.exp_().scatter_(1, labels, own.expm1())
+                rows.copy_(scores if cap is None else scores * (1 - bounded**2))
             torch.mm(block, head, out=gradient[part])
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(matches)
@@ -248,7 +328,7 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _):
         (gradient,) = ctx.saved_tensors
-        return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None, None
+        return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None, None, None
 
 
 class _SideBySide(torch.autograd.Function):
@@ -267,6 +347,17 @@ class _SideBySide(torch.autograd.Function):
         return None, None, None, *(gradient for gradients in ctx.gradients for gradient in gradients)
 
 
+class _Stack(torch.nn.Module):
+    """Stands in for some decoder layers that run one after the other."""
+
+    def __init__(self, run: Callable, numbers: Sequence[int]):
+        super().__init__()
+        self.run, self.numbers = run, numbers
+
+    def forward(self, x, **options):
+        return self.run(self.numbers, x, options)
+
+
 class FusedAdapters:
     """The losses of `names`, adapters of `model`, over its shared frozen base.
 
@@ -278,7 +369,8 @@ class FusedAdapters:
     checkpointing
         Recompute activations in the backward pass.
     compiled
-        Compile the layers, three at a time where their number allows. Only the last bits of a sum change.
+        Compile the layers, three at a time where all are alike and their number allows. Only the last bits of a sum
+        change.
     """
 
     def __init__(
@@ -291,25 +383,26 @@ class FusedAdapters:
     ):
         model.train()  # in evaluation bitsandbytes rearranges the packed weights, which are read here
         base = model.get_base_model()
-        self.decoder, self.head = base.model, base.lm_head.weight
+        self.decoder, self.head = base.get_decoder(), base.get_output_embeddings().weight
+        self.config = copy.copy(base.config)
+        # What the model does to its logits: granite divides them, gemma2 bounds them.
+        self.divisor, self.cap = (
+            getattr(base.config, key, None) for key in ("logits_scaling", "final_logit_softcapping")
+        )
         self.checkpointing = checkpointing or not resident
-        config = base.config
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shapes = shapes_of(self.decoder.layers[0])
-        layers = partial(decoder_layers, shapes=shapes, head_size=size, eps=config.rms_norm_eps)
-        self.plain, self.compiled = layers, torch.compile(layers, dynamic=False, options=OPTIONS) if compiled else None
+        self.compiled = torch.compile(run_layers, dynamic=False, options=OPTIONS) if compiled else None
         # Layers compiled together: what joins two of them becomes one kernel. More gain little and compile long.
-        self.stride = next(n for n in ((3, 2, 1) if compiled else (1,)) if len(self.decoder.layers) % n == 0)
-        self.modules = [[[layer.get_submodule(n) for n in g] for g in GROUPS] for layer in self.decoder.layers]
-        self.norms = [
-            (layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach())
-            for layer in self.decoder.layers
-        ]
-        with torch.no_grad():
-            self.weights = [[self._weight(group) for group in layer] for layer in self.modules] if resident else None
+        count, kinds = len(self.decoder.layers), set(getattr(base.config, "layer_types", None) or [""])
+        self.stride = next(n for n in ((3, 2, 1) if compiled and len(kinds) == 1 else (1,)) if count % n == 0)
         cpu = self.head.device.type == "cpu"
         if cpu:
+            self.config._attn_implementation = ATTENTION
             keep_freed_memory()
+        self.linears = linear_groups(self.decoder)
+        self.bases = [[Base(group, self.head.dtype) for group in layer] for layer in self.linears]
+        with torch.no_grad():
+            for group in (group for layer in self.bases for group in layer if resident):
+                group.kept = group.weight()
         self.shares = [_Share(self, some) for some in ([[name] for name in names] if cpu else [names])]
         self.adapters = {name: own for share in self.shares for name, own in share.adapters.items()}
         count = min(len(self.shares), torch.get_num_threads())
@@ -322,40 +415,11 @@ class FusedAdapters:
         self.own = threading.local()
         self.matches: list[torch.Tensor] = []
 
-    def _weight(self, group) -> torch.Tensor:
-        """The base weights of a group of projections, stacked, with the values that the 4-bit kernel computes with."""
-        layers = [module.get_base_layer() for module in group]
-        parts = [
-            dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-            if getattr(layer.weight, "quant_state", None) is not None
-            else layer.weight.detach()
-            for layer in layers
-        ]
-        return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self.head.dtype)
-
     def scratch(self) -> torch.Tensor:
         """This thread's buffer for logits, (block, V)."""
         if not hasattr(self.own, "scratch"):
             self.own.scratch = self.head.new_empty(self.block, len(self.head))
         return self.own.scratch
-
-    def layers(self, start: int, x, cos, sin, mask, adapters):
-        """Output of the decoder layers from `start` on for which there are `adapters`: vectors and scalings of each."""
-        numbers = range(start, start + len(adapters))
-        with torch.no_grad():
-            weights = [self.weights[n] if self.weights else [self._weight(g) for g in self.modules[n]] for n in numbers]
-        each = [(self.norms[n], own, *adapter) for n, own, adapter in zip(numbers, weights, adapters, strict=True)]
-        inputs = x, cos, sin, mask, each
-        if self.compiled and torch.is_grad_enabled():  # probes are too few to compile for
-            try:
-                return self.compiled(*inputs)
-            except BackendCompilerFailed as error:
-                print(
-                    f"the layer could not be compiled ({reason(error)}); continuing without",
-                    file=sys.stderr,
-                )
-                self.compiled = None
-        return self.plain(*inputs)
 
     def dealt_out(self, input_ids: torch.Tensor, labels: torch.Tensor, gradients: bool) -> list[tuple]:
         """Loss of each adapter, and its gradients if wanted; as many adapters at a time as there are threads."""
@@ -394,41 +458,66 @@ class FusedAdapters:
 
 
 class _Share:
-    """Adapters that are computed in one batch."""
+    """Adapters that are computed in one batch, in a decoder of their own that shares the base's tensors."""
 
     def __init__(self, base: FusedAdapters, names: Sequence[str]):
-        self.base, self.matches, layers = base, (), base.decoder.layers
-        ranks = [p.lora_A[n].weight.shape[0] for ps in base.modules for group in ps for p in group for n in names]
-        self.adapters = {name: AdapterVectors(layers, name, max(ranks)) for name in names}
+        self.base, self.matches = base, ()
+        rank = max(
+            linear.lora_A[n].weight.shape[0] for layer in base.linears for g in layer for linear in g for n in names
+        )
+        self.adapters = {name: AdapterVectors(base.decoder, base.linears, name, rank) for name in names}
         self.parameters = [vector for own in self.adapters.values() for vector in own.vectors]
         self.scalings = [
             torch.cat(each) for each in zip(*(own.scalings for own in self.adapters.values()), strict=True)
         ]
+        self.groups = [[Group(own) for own in layer] for layer in base.bases]
+        stand_ins = {
+            linear: _Linear(group, place)
+            for groups, layer in zip(self.groups, base.linears, strict=True)
+            for group, linears in zip(groups, layer, strict=True)
+            for place, linear in enumerate(linears)
+        }
+        self.decoder = twin(base.decoder, base.config, stand_ins.get)
+        self.layers = list(self.decoder.layers)
+        numbers = range(len(self.layers))
+        stacks = [_Stack(self.run, numbers[start : start + base.stride]) for start in numbers[:: base.stride]]
+        self.decoder.layers = torch.nn.ModuleList(stacks)
+
+    def run(self, numbers: Sequence[int], x: torch.Tensor, options: dict) -> torch.Tensor:
+        """Output of the decoder layers `numbers`."""
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x = x.detach().requires_grad_()  # the first layers must look like the others, which share their code
+            if self.base.compiled:
+                _any_length(x.shape[1], (x, options))
+        adapters = [(self.vectors[n], self.scalings[n]) for n in numbers]
+        run = partial(self._run, numbers, options=options)
+        return checkpoint(run, x, adapters, use_reentrant=False) if self.base.checkpointing else run(x, adapters)
+
+    def _run(self, numbers: Sequence[int], x: torch.Tensor, adapters: Sequence[tuple], options: dict) -> torch.Tensor:
+        base = self.base
+        with torch.no_grad():
+            weights = [[group.weight() for group in base.bases[n]] for n in numbers]
+        inputs = x, [self.layers[n] for n in numbers], [self.groups[n] for n in numbers], weights, adapters, options
+        if base.compiled and torch.is_grad_enabled():  # probes are too few to compile for
+            try:
+                return base.compiled(*inputs)
+            except BackendCompilerFailed as error:
+                print(f"the layer could not be compiled ({reason(error)}); continuing without", file=sys.stderr)
+                base.compiled = None
+        return run_layers(*inputs)
 
     def losses(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """As `FusedAdapters.losses`, for these adapters."""
-        base, (rows, tokens) = self.base, input_ids.shape
+        base, rows = self.base, len(input_ids)
         of_layers = zip(*(own.vectors for own in self.adapters.values()), strict=True)
-        vectors = [torch.cat(each) if len(each) > 1 else each[0] for each in of_layers]
-        with torch.no_grad():
-            x = base.decoder.embed_tokens(input_ids)
-            cos, sin = base.decoder.rotary_emb(x, torch.arange(tokens, device=x.device)[None])
-            cos, sin = (half[0, :, : half.shape[-1] // 2].contiguous() for half in (cos, sin))  # (T, D / 2)
-            mask = torch.full((tokens, tokens), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
-        x.requires_grad_()  # the first layers must look like the others, which share their compiled code
-        if base.compiled:
-            # Not only for speed: compiled for exactly 256 tokens, bfloat16 gradients of q and k are NaN on a CPU
-            # (torch 2.13).
-            for tensor, dimension in ((x, 1), (cos, 0), (sin, 0), (mask, 0), (mask, 1)):
-                torch._dynamo.maybe_mark_dynamic(tensor, dimension)
-        adapters = list(zip(vectors, self.scalings, strict=True))
-        for start in range(0, len(adapters), base.stride):
-            inputs = start, x, cos, sin, mask, adapters[start : start + base.stride]
-            x = checkpoint(base.layers, *inputs, use_reentrant=False) if base.checkpointing else base.layers(*inputs)
+        self.vectors = [torch.cat(each) if len(each) > 1 else each[0] for each in of_layers]
+        hidden = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         supervised = targets != -100
-        hidden = _norm(x[supervised], base.decoder.norm.weight.detach(), base.decoder.norm.variance_epsilon)
-        each, matches = _TokenLosses.apply(hidden, base.head.detach(), targets[supervised], base.scratch(), base.few)
+        hidden = hidden[supervised] if base.divisor is None else hidden[supervised] / base.divisor
+        each, matches = _TokenLosses.apply(
+            hidden, base.head.detach(), targets[supervised], base.scratch(), base.few, base.cap
+        )
         self.matches = matches.split(supervised.sum(1).tolist())
-        owner = torch.arange(rows, device=x.device)[:, None].expand_as(targets)[supervised]
-        return torch.zeros(rows, device=x.device).index_add(0, owner, each) / supervised.sum(1)
+        owner = torch.arange(rows, device=hidden.device)[:, None].expand_as(targets)[supervised]
+        return torch.zeros(rows, device=hidden.device).index_add(0, owner, each) / supervised.sum(1)

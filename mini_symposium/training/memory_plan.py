@@ -64,16 +64,15 @@ class Acceleration:
         return ", or ".join([*knobs, f"shorten the longest example, {longest} tokens, and with it sequence_len"])
 
 
-def obstacle(recipe: Recipe, tokens: int) -> str | None:
-    """Why `fused_lora` cannot compute this recipe on rows of up to `tokens` tokens, or None if it can."""
-    config = model_config(recipe.base_model)
-    if config.model_type not in ("llama", "mistral"):
-        return f"the architecture is {config.model_type}, not llama or mistral"
-    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False) or config.hidden_act != "silu":
-        return "the layers have biases, or another activation than SiLU"
-    window = getattr(config, "sliding_window", None)
-    if window and window < tokens:
-        return f"rows of {tokens} tokens exceed the attention window of {window}"
+FAMILIES = "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite"
+"""Architectures for which a test compares `fused_lora` with PEFT, by their names in transformers."""
+
+
+def obstacle(recipe: Recipe) -> str | None:
+    """Why `fused_lora` is not used for this recipe, or None if it is."""
+    family = model_config(recipe.base_model).model_type
+    if family not in FAMILIES:
+        return f"the architecture {family} is not one of {', '.join(FAMILIES)}"
     return "the recipe uses dropout" if recipe.lora_dropout else None
 
 
@@ -85,11 +84,11 @@ def choose(
     Nothing is loaded. `fast=False` chooses plain PEFT; `free` is the memory to plan with, in bytes, by default what is
     free now.
     """
-    why = obstacle(recipe, tokens) if fast else "asked for"
+    why = obstacle(recipe) if fast else "asked for"
     if why:
         return Acceleration.off(why)
     free = memory() if free is None else free
-    sizes = {kept: predicted_bytes(recipe.replace(gradient_checkpointing=not kept)) for kept in (True, False)}
+    sizes = {kept: predicted_bytes(recipe.replace(gradient_checkpointing=not kept), tokens) for kept in (True, False)}
     base = sizes[True]["base, NF4"] + sizes[True]["base, other weights"]
     dequantised = round(sizes[True]["base, NF4"] / NF4_BYTES * training_dtype().itemsize)
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mini_symposium.data.dataset import load_examples, tokenize
 from mini_symposium.models.base_models import compute_in_float32, load_model
 from mini_symposium.models.devices import training_dtype
 from mini_symposium.run import find
-from mini_symposium.training.fused_lora import GROUPS, AdapterVectors, FusedAdapters, _TokenLosses
+from mini_symposium.training.fused_lora import AdapterVectors, FusedAdapters, _TokenLosses, linear_groups
+from mini_symposium.training.memory_plan import FAMILIES
 
 
 def adapted(base, ranks=(8,), **options):
@@ -90,6 +92,62 @@ def test_loss_and_gradient_are_as_close_to_float32_as_pefts(rows):
     assert error < max(1.1 * their_error, 0.02)
 
 
+def small(family: str, **options):
+    """A model of a family with random weights, norms and biases among them, and two adapters."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 500, "max_position_embeddings": 512, "pad_token_id": 0}
+    config = AutoConfig.for_model(family, **shape, **options)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora, adapter_name="adapter0")
+    model.add_adapter("adapter1", lora)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.1)
+    return model.train()
+
+
+WINDOW = {"sliding_window": 16, "head_dim": 32}
+"""Shorter than the rows; and heads wider than hidden_size / heads."""
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+GRANITE = {"attention_multiplier": 0.1, "residual_multiplier": 0.3, "embedding_multiplier": 5.0, "logits_scaling": 4.0}
+OPTIONS = {
+    "llama": {"rope_parameters": YARN, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+    "mistral": WINDOW,
+    "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "tie_word_embeddings": True},
+    "gemma2": WINDOW,
+    "gemma3_text": WINDOW,
+    "granite": GRANITE,
+}
+"""What is unusual in each family; the others have it in their layers."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_the_losses_and_gradients_of_peft(family):
+    model = small(family, **OPTIONS.get(family, {}))
+    ids = torch.randint(3, 500, (2, 40), generator=torch.Generator().manual_seed(0))
+    wanted = []
+    for k in range(2):
+        model.set_adapter(f"adapter{k}")
+        model.zero_grad()
+        loss = model(input_ids=ids[k : k + 1], labels=ids[k : k + 1]).loss
+        loss.backward()
+        wanted.append((loss.item(), peft_gradient(model, f"adapter{k}")))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    fused = FusedAdapters(model, ["adapter0", "adapter1"])
+    losses = fused.losses(ids, ids)
+    losses.sum().backward()
+    for k, (loss, theirs) in enumerate(wanted):
+        assert losses[k].item() == pytest.approx(loss, rel=1e-5)
+        assert (gradient(fused, f"adapter{k}") - theirs).norm() < 1e-4 * theirs.norm()
+
+
 def test_every_residency_gives_the_same_bits():
     model = adapted("tiny", (8, 4))
     ids = torch.randint(5, 30000, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -105,10 +163,11 @@ def test_every_residency_gives_the_same_bits():
 def test_kept_weights_are_what_the_4_bit_kernel_would_see():
     model = adapted("tiny")
     fused = FusedAdapters(model, ["adapter0"])
-    for number, layer in enumerate(model.get_base_model().model.layers):
-        for weight, group in zip(fused.weights[number], GROUPS, strict=True):
-            bases = [layer.get_submodule(name).get_base_layer().weight for name in group]
-            assert torch.equal(weight, torch.cat([dequantize_4bit(base.data, base.quant_state) for base in bases]))
+    for layer, groups in zip(fused.linears, fused.bases, strict=True):
+        assert [len(linears) for linears in layer] == [3, 1, 2, 1]
+        for linears, group in zip(layer, groups, strict=True):
+            bases = [linear.get_base_layer().weight for linear in linears]
+            assert torch.equal(group.kept, torch.cat([dequantize_4bit(base.data, base.quant_state) for base in bases]))
 
 
 def test_adapters_of_different_ranks_and_rows_do_not_touch_each_other(rows):
@@ -241,7 +300,8 @@ def stepped(parameters, gradients, steps=3):
 def test_a_step_of_the_vectors_is_a_step_of_pefts_parameters_and_its_state_is_theirs():
     """In a layout for a larger rank too, of which nothing else moves."""
     model, other = (adapted("tiny", (4,)) for _ in range(2))
-    own = AdapterVectors(model.get_base_model().model.layers, "adapter0", 6)
+    decoder = model.get_base_model().get_decoder()
+    own = AdapterVectors(decoder, linear_groups(decoder), "adapter0", 6)
     named = [(n, p) for n, p in model.named_parameters() if "lora_" in n]
     assert [id(p) for _, p in named] == [id(p) for p in own.places]
     theirs = [p for n, p in other.named_parameters() if "lora_" in n]

@@ -1,4 +1,5 @@
 import pytest
+from transformers import AutoModelForCausalLM, StableLmConfig
 
 from mini_symposium.models.base_models import NF4_BYTES, predicted_bytes
 from mini_symposium.models.devices import training_dtype
@@ -15,9 +16,12 @@ def test_one_switch_turns_everything_off():
     assert "asked for" in str(off)
 
 
-def test_dropout_and_rows_beyond_the_attention_window_train_plainly():
+def test_dropout_and_an_unknown_architecture_train_plainly(tmp_path):
     assert "dropout" in str(choose(load_recipe("proxy", lora_dropout=0.1), 2, 400, 800))
-    assert "attention window of 4096" in str(choose(load_recipe("tiny"), 2, 5000, 800))
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    AutoModelForCausalLM.from_config(StableLmConfig(**shape, vocab_size=100)).save_pretrained(tmp_path)
+    chosen = str(choose(load_recipe("tiny", base_model=str(tmp_path)), 2, 400, 800))
+    assert chosen.startswith("plain PEFT") and "the architecture stablelm is not one of llama, mistral, qwen2" in chosen
 
 
 @pytest.mark.parametrize(("free", "resident"), [(80 * GIB, True), (12 * GIB, False)])
@@ -30,7 +34,7 @@ def test_mistral_keeps_its_dequantised_weights_only_where_they_fit(free, residen
 
 def test_as_many_adapters_share_a_pass_as_fit():
     recipe = load_recipe("proxy")
-    sizes = predicted_bytes(recipe)
+    sizes = predicted_bytes(recipe, 400)
     each = sizes["adapters, gradients, optimizer"] + sizes["activations"]
     base = sizes["base, NF4"] * (1 + training_dtype().itemsize / NF4_BYTES) + sizes["base, other weights"]
     assert choose(recipe, 8, 400, 400, free=64 * GIB).together == 8
