@@ -17,7 +17,10 @@ import yaml
 from mini_symposium.errors import InputError
 from mini_symposium.files.reading import parse_yaml, path_of, read_text
 
-SHIPPED = {"tiny": "tiny.yml", "proxy": "proxy.yml", "paper": "MiniSymposium_axolotl_demo.yml"}
+SHIPPED = {
+    **{name: f"{name}.yml" for name in ("tiny", "proxy", "base", "half", "large")},
+    "paper": "MiniSymposium_axolotl_demo.yml",
+}
 """The recipes of the package by name; files in `recipes/`."""
 
 LARGEST_FILE = 64 * 1024
@@ -29,7 +32,7 @@ class Recipe:
     """The settings of one fine-tune, under Axolotl's names."""
 
     base_model: str
-    """`tiny` or `SmolLM2-135M-Instruct`, which the kit makes, a model's id on the hub, or a directory."""
+    """`tiny`, which the kit makes, a model of `models.catalog`, a model's id on the hub, or a directory."""
     datasets: list
     """One entry, `{path, type: completion}`."""
     sequence_len: int
@@ -139,7 +142,7 @@ TYPES = {f.name: f.type for f in fields(Recipe)}
 
 
 def load_recipe(name_or_path: str | Path, **overrides) -> Recipe:
-    """Read the recipe `tiny`, `proxy` or `paper`, or a file, and replace the values in `overrides`.
+    """Read a recipe by its name in SHIPPED, or a file, and replace the values in `overrides`.
 
     Raises
     ------

@@ -289,6 +289,34 @@ def publish(run: Annotated[str, typer.Argument(help="a finished run directory")]
 
 
 @app.command()
+def models(
+    name: Annotated[str, typer.Argument(help="take this one now; without a name, all are listed")] = "",
+    accept_license: Annotated[bool, typer.Option("--accept-license", help="accept the terms of its licence")] = False,
+):
+    """List the real base models that the kit can take by itself, or take one."""
+    from mini_symposium.models.catalog import CATALOG, find_model
+    from mini_symposium.models.catalog import accept_license as accept
+
+    if not name:
+        from mini_symposium.models.base_files import cached
+
+        table = Table("model", "kind", "parameters", "download", "licence", "cached", title="base models")
+        for known, model in CATALOG.items():
+            terms = f"{model.license}: accept {model.terms}" if model.terms else model.license
+            sizes = f"{model.parameters:,} M", f"{model.download:,} MB"
+            table.add_row(known, model.kind, *sizes, terms, "yes" if cached(known).is_dir() else "no")
+        console.print(table)
+        return
+    if not (found := find_model(name)):
+        raise InputError(f"{name}: not a model that the kit takes by itself; there is {', '.join(CATALOG)}")
+    from mini_symposium.models.base_files import local_directory
+
+    if accept_license:
+        accept(found[1])
+    say(local_directory(name))
+
+
+@app.command()
 def doctor(recipe: RecipeOption = "proxy"):
     """Versions, device, whether 4-bit works here, and whether the recipe fits its memory."""
     from mini_symposium.recipe import load_recipe

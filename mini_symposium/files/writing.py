@@ -58,6 +58,14 @@ def write_json(path: str | Path, value) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def check_room(out: Path, size: int) -> None:
+    """Refuse at the start if the disk of `out` has too little room; if it fills up later, `written_whole` says so."""
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if size > free:
+        raise InputError(f"{out}: takes {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; choose another disk")
+
+
 def discard(path: Path) -> None:
     """Delete a folder so that `path` never holds only a part of it."""
     with _folder_beside(path) as folder:

@@ -23,7 +23,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from mini_symposium import __version__
 from mini_symposium.errors import InputError
-from mini_symposium.files.writing import clear_away, write_json, written_whole
+from mini_symposium.files.writing import check_room, clear_away, write_json, written_whole
 from mini_symposium.models.adapters import Factors, check_trained_on, read_adapters
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.devices import device, process_peak
@@ -201,11 +201,3 @@ def _check_fit(factors: Factors, shards: Mapping[Path, Header], base_model: str,
             raise InputError(f"{where}: {name}: {adapted}, but {base_model} has {shape}; another base?")
     if missing:
         raise InputError(f"{where}: {len(missing)} of its layers are not in {base_model}; another base?")
-
-
-def check_room(out: Path, size: int) -> None:
-    """Refuse at the start if the disk of `out` has too little room; if it fills up later, `written_whole` says so."""
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if size > free:
-        raise InputError(f"{out}: takes {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free; choose another disk")

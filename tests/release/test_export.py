@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.data.prompt_formats import FORMATS
 from mini_symposium.errors import RunError
-from mini_symposium.models.base_files import Wheel, download, local_directory
+from mini_symposium.models.base_files import local_directory
+from mini_symposium.models.catalog import download
 from mini_symposium.models.merge import merge
 from mini_symposium.recipe import load_recipe
 from mini_symposium.release.chat_frontends import ollama_template
@@ -24,7 +25,7 @@ from mini_symposium.release.export import choose, gguf, ollama
 from mini_symposium.release.gguf import ask
 from mini_symposium.run import ROOT
 
-AXOLOTL = Wheel("axolotl==0.19.0", "f28eb3ad3709975eec4adfe13307dd980c7e7917cc43cb03f2c6f26c007135cc", "")
+AXOLOTL = "axolotl==0.19.0", "f28eb3ad3709975eec4adfe13307dd980c7e7917cc43cb03f2c6f26c007135cc"
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ print(found.learning_rate, found.adapter, found.datasets[0].path, found.base_mod
 def axolotl(tmp_path_factory):
     """Axolotl's own schema, out of its wheel: it imports what is installed here anyway."""
     folder = tmp_path_factory.mktemp("axolotl")
-    with zipfile.ZipFile(download(AXOLOTL, folder)) as archive:
+    with zipfile.ZipFile(download(*AXOLOTL, folder)) as archive:
         archive.extractall(folder / "unpacked")
 
     def accepts(path):
