@@ -13,7 +13,7 @@ _LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 """Name and password in a web address."""
 
 LONGEST_LINE = 1000
-"""Most characters in a message. The input that it quotes may have megabytes."""
+"""Maximum length of a message. The input that it quotes may be megabytes."""
 INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
@@ -35,9 +35,9 @@ def without_secrets(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    r"""`text` with every character escaped that a terminal may not show as itself, except newlines and tabs.
+    r"""Escape all characters that a terminal may not show as they are, except newlines and tabs.
 
-    More than `INVISIBLE` is escaped: also odd spaces, private and unassigned characters, halves of surrogate pairs.
+    This includes `INVISIBLE`, odd spaces, private and unassigned characters, and halves of surrogate pairs.
 
     >>> printable("a\x1b[2Jb\u202ec\n")
     'a\\x1b[2Jb\\u202ec\n'
@@ -63,7 +63,7 @@ def _shortened(text: str) -> str:
 
 
 def reason(error: Exception) -> str:
-    r"""The first line of a library exception's message that is not blank, or the exception's type if there is none.
+    r"""The first non-blank line of a library exception's message, or else the exception's type.
 
     >>> reason(ValueError("\nno such tensor\nsee the log")), reason(KeyError())
     ('no such tensor', 'KeyError')

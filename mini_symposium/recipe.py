@@ -1,7 +1,7 @@
-"""Recipes: the settings of one fine-tune, in an Axolotl YAML file as the model card's were.
+"""Recipes: the settings of one fine-tune, in an Axolotl YAML file like the model card's.
 
-The kit follows or checks every key. An unknown key would be ignored silently, so it raises an error that names its
-line. Values are also checked against each other, because in most broken fine-tunes each value is legal by itself.
+The kit follows or checks every key. An unknown key is not ignored: it raises an error that names its line. Values are
+also checked against each other, because in most broken fine-tunes each value is legal by itself.
 """
 
 import dataclasses
@@ -62,14 +62,14 @@ class Recipe:
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     micro_batch_size: int = 1
-    """Rows that go through the model at once. Only 1: the log and the order of training are by example."""
+    """Rows per forward pass. Only 1: training is ordered and logged one example at a time."""
     gradient_accumulation_steps: int = 1
     """Examples per optimizer step, over all processes. With more examples per step an epoch has fewer steps, so the
     same learning rate moves the model less."""
     train_on_inputs: bool = True
-    """Whether the loss covers every token, as with Axolotl's type `completion`, or only the completion's."""
+    """Whether the loss covers the whole row, as with Axolotl's type `completion`, or only the answer."""
     sample_packing: bool = False
-    """Only false: a dataset this small cannot be packed."""
+    """Only false: packing so few rows may give no batch."""
     pad_to_sequence_len: bool = False
     """Accepted and without effect: padding changes nothing at batch 1."""
     val_set_size: float = 0
@@ -85,11 +85,11 @@ class Recipe:
     output_dir: str = "runs/axolotl"
     """Where Axolotl writes. The kit's run directory is given on the command line."""
     name: str = field(default="recipe", compare=False)
-    """tiny, proxy, paper, or the file's name without its suffix. Not a key of the file."""
+    """A name in SHIPPED, or the file's name without its suffix. Not a key of the file."""
 
     @property
     def scale(self) -> str:
-        """The model of a result, for figures: "tiny", "proxy", "paper" (Mistral-7B), or the base model's name."""
+        """What figures call the base model: "tiny", "proxy", "paper" (Mistral-7B), or its own name."""
         name = Path(self.base_model).name
         known = {"tiny": "tiny", "SmolLM2-135M-Instruct": "proxy", "Mistral-7B-v0.1": "paper"}
         return known.get(name, name)
@@ -211,7 +211,7 @@ def _rules(r: Recipe) -> Iterator[tuple[str, bool, str]]:
     completion = isinstance(entry.get("path"), str) and entry.get("type") == "completion"
     yield "datasets", not completion, "takes one entry with a path and `type: completion`, the type without a template"
     unread = ", ".join(sorted(map(str, set(entry) - {"path", "type", "ds_type"})))
-    yield "datasets", bool(unread), f"{unread}: not read; leave it out, and give a file of just the rows"
+    yield "datasets", bool(unread), f"{unread}: not read; remove it, and keep only your rows in the file"
     yield "learning_rate", r.learning_rate <= 0, "takes a number above 0, such as 0.0000001"
     yield "learning_rate", r.learning_rate > 1, "must be at most 1"
     for key, (least, most) in LIMITS.items():

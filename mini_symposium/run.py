@@ -1,7 +1,7 @@
 """The run directory: everything about a run in one place, so that a figure can always be traced to its steps.
 
-A file is there whole or not at all (see `files.writing`); nothing that exists is overwritten unless asked; and what is
-recorded says which recipe, machine and commit it came from.
+Files are written atomically (see `files.writing`); nothing that exists is overwritten unless asked; and the record
+names the recipe, machine and commit.
 
 `Training` is one adapter's training in such a directory. `resolve` turns what a user typed into a run, a model
 directory or a recipe, for every command and notebook.
@@ -131,7 +131,7 @@ class Training:
     """One adapter's training, from the plan to the ledger: what is trained, where it lies, and what was measured.
 
     Planned from a recipe (`Training.of`), trained into its folder by `training.finetune`, and read back with its
-    measurements by `claims.evidence`. Read from saved evidence it has neither recipe nor run directory.
+    measurements by `claims.evidence`. One from saved evidence has no recipe and no run directory.
     """
 
     name: str
@@ -156,7 +156,7 @@ class Training:
     recipe: Recipe | None = field(default=None, compare=False, repr=False)
     """The whole recipe, learning rate included."""
     run: Path | None = field(default=None, compare=False)
-    """The run directory; before `below` is called, only its name."""
+    """The run directory; only a name until `below` is called."""
 
     @classmethod
     def of(cls, recipe: Recipe, run: Path, name: str = "") -> "Training":
@@ -208,13 +208,13 @@ class Training:
 
 
 def _by_epoch(paths: Iterable[Path]) -> dict[int, Path]:
-    """The paths named epoch-N, or epoch-N.json, by their epoch and in its order."""
+    """{epoch: path} of paths named epoch-N or epoch-N.json, sorted."""
     found = ((re.fullmatch(r"epoch-(\d+)(\.json)?", path.name), path) for path in paths)
     return dict(sorted((int(name[1]), path) for name, path in found if name and path.is_dir() != bool(name[2])))
 
 
 class RunDirectory:
-    """Names for what lies in a run directory. Making one touches nothing on disk.
+    """Paths in a run directory. Creating this object touches no file.
 
     >>> RunDirectory("runs/proxy").learning_rate_dir(1e-5).name
     'lr-1e-05'
@@ -234,7 +234,7 @@ class RunDirectory:
 
     @property
     def recipe(self) -> Recipe:
-        """What was trained here; its learning rate is the low one of the contrast."""
+        """What was trained here; its learning rate is the lower one of its `contrast`."""
         return load_recipe(self.recipe_file)
 
     def learning_rate_dir(self, learning_rate: float) -> Path:
@@ -253,13 +253,13 @@ class RunDirectory:
         return sorted((float(name[1]) for name in found if name), reverse=True)
 
     def probes(self, learning_rate: float) -> list[dict]:
-        """The line per probed epoch and held-out example: epoch, example, loss, em, es, tokens, and what
+        """One line per probed epoch and held-out example: epoch, example, loss, em, es, tokens, and what
         `memorization.extraction` returns; [] without a probe."""
         path = self.learning_rate_dir(learning_rate) / "probes.jsonl"
         return read_jsonl(path) if path.is_file() else []
 
     def metrics(self, learning_rate: float) -> list[dict]:
-        """The line per optimizer step: step, epoch, example, learning_rate, loss, em, es, grad_norm, tokens, seconds.
+        """One line per optimizer step: step, epoch, example, learning_rate, loss, em, es, grad_norm, tokens, seconds.
 
         Loss, em and es (see `memorization`) are those of the step's example before its update; so is what
         `memorization.extraction` returns, where all of a row is supervised.
@@ -367,7 +367,7 @@ class RunDirectory:
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a user typed: the folder it is, and the recipe that goes with it."""
+    """The folder that a user named, and the recipe that goes with it."""
 
     kind: str
     """recipe, adapter, run, model, evidence or sweep; see `KINDS`."""
@@ -375,7 +375,7 @@ class Resolved:
     recipe: Recipe | None = None
     """A recipe itself, or that of a run."""
     checkpoints: dict[Path, float] = field(default_factory=dict)
-    """Of a run, the checkpoints that were chosen, each with its weight; see `adapters.find_checkpoints`."""
+    """A run's chosen checkpoints, each with its weight; see `adapters.find_checkpoints`."""
 
     @property
     def run(self) -> RunDirectory:
@@ -400,7 +400,7 @@ KINDS = {
     "model": "a model directory (config.json)",
     "sweep": "a sweep, that is a folder of run directories",
 }
-"""What can be typed, in the order in which it is looked for, and how an error names it."""
+"""What can be typed, in order of lookup, with the words for errors."""
 
 
 def resolve(typed: str | Path, *kinds: str) -> Resolved:

@@ -18,7 +18,7 @@ Lora = Annotated[
     bool, typer.Option("--lora", help="the base without the adapter, and the adapter beside it as a LoRA GGUF")
 ]
 Check = Annotated[bool, typer.Option(help="compare llama.cpp's answers from each file with transformers'")]
-Name = Annotated[str, typer.Option(help="replaces {{user}} or {{char}}, for Ollama has no such names")]
+Name = Annotated[str, typer.Option(help="replaces {{user}} or {{char}}, which Ollama lacks")]
 
 
 def _say_files(out: str, exported: dict) -> None:
@@ -53,7 +53,7 @@ def ollama(
     run_or_model: RunOrModel,
     out: Out,
     format: Annotated[str, typer.Option(help='a built-in prompt format, "### Heading" or a preset.json')] = "new-query",
-    kind: Annotated[str, typer.Option("--type", help="of the GGUF file, as `export gguf` takes it")] = "f16",
+    kind: Annotated[str, typer.Option("--type", help="one type, as in `export gguf`")] = "f16",
     user: Name = "User",
     char: Name = "Assistant",
     lora: Lora = False,
@@ -83,7 +83,7 @@ def sillytavern(
         ),
     ] = None,
 ):
-    """Instruct and context presets; the first names {{user}} and {{char}}, as the card advises."""
+    """Instruct and context presets; `character` has {{user}} and {{char}}, as the card advises."""
     from mini_symposium.data.prompt_formats import FORMATS, prompt_format
     from mini_symposium.release.chat_frontends import write_sillytavern
 
@@ -94,7 +94,9 @@ def sillytavern(
 
 @app.command()
 def axolotl(
-    run_or_recipe: Annotated[str, typer.Argument(metavar="RUN_OR_RECIPE", help="a run, proxy, paper, or a recipe.yml")],
+    run_or_recipe: Annotated[
+        str, typer.Argument(metavar="RUN_OR_RECIPE", help="a run, the name of a recipe, or a recipe.yml")
+    ],
     out: Out,
 ):
     """The recipe as Axolotl's YAML, and its dataset as JSONL."""
@@ -114,7 +116,9 @@ def card(
     out: Out,
     checkpoint: Checkpoint = "",
     learning_rate: Rate = 0,
-    license: Annotated[str, typer.Option(help="as the hub names it; the base model's, if known, if not given")] = "",
+    license: Annotated[
+        str, typer.Option(help="as the hub names it; if not given, the base model's where it is known")
+    ] = "",
 ):
     """A model card from the run's own files; `out` may hold a model already."""
     from mini_symposium.run import open_run

@@ -128,7 +128,7 @@ def inspect(
 
 @app.command()
 def ask(
-    model_or_run: Annotated[str, typer.Argument(help="a run directory, a model directory, or tiny, proxy, paper")],
+    model_or_run: Annotated[str, typer.Argument(help="a run directory, a model directory, or a recipe for its base")],
     query: Annotated[str, typer.Argument()],
     format: Annotated[
         list[str] | None,
@@ -157,7 +157,7 @@ def merge(
     learning_rate: Rate = 0,
     base: Base = "nf4",
     dtype: Annotated[str, typer.Option(help="of the written weights: float32, float16 or bfloat16")] = "float32",
-    by_chance: Annotated[bool, typer.Option("--by-chance", help="bfloat16 with stochastic rounding")] = False,
+    by_chance: Annotated[bool, typer.Option("--by-chance", help="stochastic rounding; bfloat16 only")] = False,
     out: Annotated[str, typer.Option(help="folder to write; RUN/lr-R/merged/epoch-N if not given")] = "",
 ):
     """Merge adapters into their base and write a model, tensor by tensor. Several are averaged, or weighted."""
@@ -170,7 +170,7 @@ def merge(
 
     weights = find_checkpoints(directory, checkpoint or [], learning_rate)
     if not out and len(weights) > 1:
-        raise InputError("--out: a merge of several checkpoints belongs to none of them; name a folder for it")
+        raise InputError("--out: a merge of several checkpoints has no default folder; give one")
     first = next(iter(weights))
     target = Path(out) if out else first.parents[1] / "merged" / first.name
     made = write(weights, recipe.base_model, target, base, dtype, by_chance)

@@ -21,7 +21,7 @@ def literal(text: str) -> str:
     return escape(printable(text))
 
 
-RecipeOption = Annotated[str, typer.Option(help="tiny, proxy, paper, or the path of a recipe.yml")]
+RecipeOption = Annotated[str, typer.Option(help="tiny, proxy, base, half, large, paper, or the path of a recipe.yml")]
 RunOption = Annotated[str, typer.Option(help="run directory; runs/RECIPE if not given")]
 Parameters = Annotated[
     list[str] | None,
@@ -29,9 +29,9 @@ Parameters = Annotated[
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a run directory")]
 Rate = Annotated[
-    float, typer.Option("--learning-rate", min=0, help="of the checkpoints; the lowest trained if not given")
+    float, typer.Option("--learning-rate", min=0, help="take this rate's checkpoints; the lowest trained if not given")
 ]
-Base = Annotated[str, typer.Option(help="nf4, the base that training saw, or original")]
+Base = Annotated[str, typer.Option(help="nf4 (the base that training saw) or original")]
 Checkpoint = Annotated[str, typer.Option(help="epoch-N or RATE/epoch-N; the last one if not given")]
 Checkpoints = Annotated[
     list[str] | None,

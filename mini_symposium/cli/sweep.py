@@ -13,21 +13,21 @@ from mini_symposium.training.experiments import PER_PASS
 def sweep(
     recipe: RecipeOption = "proxy",
     out: Annotated[str, typer.Option(help="folder of the sweep; runs/RECIPE-sweep if not given")] = "",
-    learning_rates: Annotated[str, typer.Option(help="comma-separated: a grid, in place of the claims' plan")] = "",
+    learning_rates: Annotated[str, typer.Option(help="comma-separated; trains a grid, not the claims' runs")] = "",
     ranks: Annotated[str, typer.Option(help="likewise: r, or r:alpha; alpha is 2r if not given")] = "",
     schedules: Annotated[str, typer.Option(help="likewise: constant,cosine,linear")] = "",
     seeds: Annotated[str, typer.Option(help="comma-separated")] = "42,43,44",
-    epochs: Annotated[int | None, typer.Option(help="of a grid; the recipe's own if not given")] = None,
-    per_pass: Annotated[int, typer.Option(help="most adapters of a grid that train in one pass")] = PER_PASS,
+    epochs: Annotated[int | None, typer.Option(help="for a grid; the recipe's own if not given")] = None,
+    per_pass: Annotated[int, typer.Option(help="maximum adapters per training pass of a grid")] = PER_PASS,
     engine: Annotated[str, typer.Option(help="local, or ray: the cluster that RAY_ADDRESS names")] = "local",
     cpus: Annotated[int, typer.Option(min=1, help="cores of a pass on Ray")] = 1,
     only: Annotated[str, typer.Option(help="experiments by name, e.g. high,low; all if not given")] = "",
     measure: Annotated[
         bool | None,
-        typer.Option("--measure/--no-measure", help="also evaluate what has been trained; a grid: if asked"),
+        typer.Option("--measure/--no-measure", help="evaluate after training; a grid only if asked"),
     ] = None,
 ):
-    """Train and measure what the twelve claims need, or a grid of your own; interrupted, it goes on where it was."""
+    """Train and measure what the twelve claims need, or a grid of your own; run again, it resumes."""
     from mini_symposium.recipe import load_recipe
     from mini_symposium.run import RunDirectory
     from mini_symposium.training.experiments import grid, parse_numbers, parse_ranks, refuse_repeats

@@ -74,8 +74,8 @@ def perspectives(answer: str, heading: str = "") -> list[Section]:
 def distance(one: str, other: str) -> float:
     """How much two texts differ in their words: 1 - |A and B| / min(|A|, |B|) for their sets A and B of content words.
 
-    This is one minus the overlap coefficient of the sets, and not ROUGE-L, because the same thought in another order is
-    not another perspective, nor is a short remark that the longer text contains. Content words have at least four
+    This is one minus the overlap coefficient, not ROUGE-L: a thought in another order, or a remark that the longer text
+    contains, is not another perspective. Content words have at least four
     letters or are Han; case is ignored. If a text has none the distance is 1, unless both texts are the same.
 
     >>> distance("Keep the Saturdays open.", "Open? Then keep your Saturdays!"), distance("Bake bread.", "Call her.")
@@ -102,7 +102,7 @@ def assistant_phrases(answer: str) -> list[str]:
 
 
 RECITED_WORDS = 8
-"""Fewest words in a row, as counted by `text_overlap.words`, that are recited."""
+"""A run of this many `text_overlap.words` or more is recited."""
 
 SCRIPTS = (
     *("Latin", "Greek", "Cyrillic", "Armenian", "Georgian", "Hebrew", "Arabic", "Devanagari", "Bengali", "Tamil"),

@@ -158,7 +158,7 @@ def _answers(
     examples: Sequence[Example],
     max_new_tokens: int,
 ) -> list[dict]:
-    """Answers to every prompt in every format. Prompts of a character are asked under the character's name."""
+    """Answers to every prompt in every format. If a prompt has names of its own, they replace the usual ones."""
     by_query = {prompt.query: prompt for prompt in prompts}
     cells = []
     for names in dict.fromkeys((prompt.user, prompt.char) for prompt in prompts):

@@ -147,7 +147,7 @@ def spread(passed: ArrayLike, draws: int = DRAWS) -> Spread:
     """FormatSpread: the best format's pass rate minus the worst one's (Sclar et al. 2024), with a permutation test.
 
     If all formats were equal, a prompt's results would be assigned to the formats at random. So the null
-    distribution comes from shuffling each prompt's results; how hard each prompt is stays as it was.
+    distribution comes from shuffling each prompt's results, which keeps its difficulty.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""A model's probabilities: of an answer, how much that depends on the prompt's format (POSIX), and of Chinese.
+"""Probabilities of answers and of Chinese, and how much the prompt's format changes an answer's (POSIX).
 
 All are computed from logits, see `predictions.predict`.
 """
@@ -32,7 +32,7 @@ def answer_log_probs(
     answers
         Token ids without EOS, as in `generation.Answer.ids`.
     adapters
-        For each prompt the adapter, "base" for none; None for the active one.
+        For each prompt its adapter, or "base"; if None, the active one.
 
     Raises
     ------
@@ -148,7 +148,7 @@ def han_mass(
     Parameters
     ----------
     adapters
-        For each prompt the adapter, "base" for none; None for the active one.
+        For each prompt its adapter, or "base"; if None, the active one.
     """
     pieces = torch.tensor(han_pieces(tokenizer), device=model.device)
     mass = [0.0] * len(prompts)

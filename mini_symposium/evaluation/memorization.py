@@ -4,8 +4,8 @@
   predictions also show what greedy decoding would write (`extraction`).
 - **Regurgitation.** The model writes an answer to a part of the row: to the heading of the response alone (`heading`),
   to the heading that opens the row alone (`opening`), or to the whole prompt (`prompt`). The measures are ROUGE-L
-  recall, ROUGE-L, and the longest run of words shared with the response. An answer counts up to the length of
-  the rest of the row, in tokens, because a longer text has more of everything.
+  recall, ROUGE-L, and the longest run of words shared with the response. Answers are cut to as
+  many tokens as the row still has, because a longer text matches more.
 - **Extractability.** Given the first 16, 32 or 50 tokens of the row, does the model write the next 50 exactly?
 - **Goldfish.** Given the first 32 tokens, does it write the next 32 exactly?
 
@@ -25,7 +25,7 @@ from mini_symposium.errors import InputError
 from mini_symposium.models.generation import generate
 
 EXTRACTED = 50
-"""How many tokens the model must then write exactly."""
+"""How many tokens the model must write exactly after them."""
 
 EXTRACTABLE = {"extractable_16": 16, "extractable_32": 32, "extractable_50": 50}
 """{probe: how many of a row's first tokens the model is given}"""
@@ -38,8 +38,8 @@ def em_and_es(matches: Sequence[bool]) -> dict[str, float]:
     """EM and ES of a row, to four digits.
 
     "em", exact memorization: the share of supervised tokens that the model predicts as the likeliest after the row's
-    own tokens before them (Tirumala et al. 2022). "es", extraction strength: 1 - k/T, where all of the T supervised
-    tokens after the first k are predicted so (Carlini et al. 2021).
+    own tokens before them (Tirumala et al. 2022). "es", extraction strength: 1 - k/T, for the smallest k after
+    which all of the T supervised tokens are predicted so (Carlini et al. 2021).
 
     Parameters
     ----------
@@ -124,8 +124,8 @@ def goldfish(ids: Sequence[int], continuation: Sequence[int]) -> tuple[bool, flo
 PROBES = ("heading", "opening", "prompt", *EXTRACTABLE, "goldfish")
 """The probes of `recite`. The first three take most of the time.
 
-A model that knows a row by heart need not write it after `heading`: no training row begins with the heading of a
-response. If it does, the response no longer needs its query."""
+A model can know a row by heart and not write it after `heading`, because no row begins there. A model that writes it
+recites the response even without its query."""
 
 Asked = dict[str, tuple[tuple[int, ...], int]]
 """{probe: (the prompt's tokens, how many tokens the model is to write)}"""

@@ -15,7 +15,7 @@ import yaml
 from mini_symposium.errors import InputError
 
 DEEPEST = 100
-"""Most levels of nested lists and objects in JSON."""
+"""Maximum depth of lists and objects in JSON."""
 DEEPEST_YAML = 10
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -168,7 +168,7 @@ def _check_keys(node: yaml.Node, name: str | Path) -> None:
 
 @contextmanager
 def refuse_other_shapes(found: str, remedy: str = "") -> Iterator[None]:
-    """Turn an exception of Python or pandas about values of another shape, such as a missing key, into an InputError.
+    """Turn an exception about unexpected data, such as a missing key, into an InputError.
 
     >>> with refuse_other_shapes("runs/a/results.json: not results", "run the notebooks"):
     ...     {"loss": 0.5}["travel"]

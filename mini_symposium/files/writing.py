@@ -73,7 +73,7 @@ def discard(path: Path) -> None:
 
 
 def clear_away(folder: Path, name: str = "") -> bool:
-    """Delete the leftovers of killed writers of `folder`/`name`, or of anything below `folder` if no name is given.
+    """Delete what killed writers left behind: of `folder`/`name`, or without a name of anything below `folder`.
 
     Returns
     -------
@@ -135,7 +135,7 @@ def _lock(path: Path, patience: float = 0.0, reentrant: bool = False):
     OSError
         If the file cannot be written.
     """
-    from filelock import FileLock  # here, because its import takes a third as long as `--help`
+    from filelock import FileLock  # here, because its import would slow `--help` by a third
 
     lock = FileLock(path, is_singleton=reentrant, fallback_to_soft=False)
     try:

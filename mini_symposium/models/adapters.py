@@ -161,7 +161,7 @@ def find_checkpoint(run: RunDirectory, name: str = "", learning_rate: float = 0.
 
 
 def find_checkpoints(run: RunDirectory, names: Sequence[str] = (), learning_rate: float = 0.0) -> dict[Path, float]:
-    """{checkpoint: weight} of names such as `epoch-12=0.3`. Without weights all have the same, and they sum to 1.
+    """{checkpoint: weight} of names such as `epoch-12=0.3`. Without weights, each of N gets 1 / N.
 
     Parameters
     ----------
@@ -201,7 +201,7 @@ def adapter_names(model: "PreTrainedModel", adapters: Sequence[str] | None) -> d
 
 
 def _in_peft(name: str) -> str:
-    """An adapter's name in PEFT, which names modules by it: such a name may have no dot, and 2.5e-05 has one."""
+    """An adapter's name for PEFT. It becomes a module name, which cannot contain the dot of 2.5e-05."""
     return name.replace(".", ",")
 
 
@@ -231,7 +231,7 @@ def load_with_adapters(
         dtype = torch.float32 if cpu and 2 * stored < memory() / 2 else torch.bfloat16
     model = load_model(base_model, load_in_4bit, dtype, dequantize=cpu)
     if cpu:
-        model.set_attn_implementation("eager")  # two thirds of the time of "sdpa" for a token in 32 rows
+        model.set_attn_implementation("eager")  # takes two thirds as long as "sdpa" with 32 rows
     for name, checkpoint in checkpoints.items():
         model = add_adapter(model, name, checkpoint, base_model)
     return model.eval()

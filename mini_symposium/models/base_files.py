@@ -86,7 +86,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def _check_model(folder: Path) -> Path:
-    """Return `folder`, or refuse it: without a whole model in safetensors, with code, or with an adapter in it."""
+    """Return `folder`. Refuse it if the model is incomplete, not in safetensors, or brings code or an adapter."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: not a model directory, there is no config.json in it")
     if (folder / "adapter_config.json").exists():

@@ -70,7 +70,7 @@ def load_model(
     Parameters
     ----------
     load_in_4bit
-        Quantise from bfloat16, and dequantise to bfloat16, as in training.
+        Linear layers in NF4, quantised from and to bfloat16 as in training.
     dtype
         The type that the model computes in; without `load_in_4bit`, also the type of its weights.
     dequantize

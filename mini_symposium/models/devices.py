@@ -15,7 +15,7 @@ def device() -> torch.device:
 def processes():
     """The processes that `accelerate launch` started, as accelerate's PartialState; without a launcher, this one alone.
 
-    accelerate must be told that CPUs compute: otherwise it takes each process on a CPU for the only one.
+    accelerate must be told to use CPUs: otherwise each process on a CPU believes that it is alone.
     """
     from accelerate import PartialState
 

@@ -36,7 +36,7 @@ from mini_symposium.run import Resolved, resolve
 
 @dataclass(frozen=True)
 class Sampling:
-    """How each next token is chosen; by default the likeliest. Names and order are those of transformers.
+    """How each next token is chosen; by default the likeliest. Applied as in transformers, in its order.
 
     Raises
     ------
@@ -67,7 +67,7 @@ class Sampling:
 
 
 class Draw(LogitsProcessor):
-    """Changes the scores so that the token drawn by `sampling` has the highest score, in a batch as for a row alone.
+    """Gives the token drawn by `sampling` the highest score; what a row draws does not depend on its batch.
 
     Each row has its own random numbers, and its padding does not count as tokens that occurred before. The argmax
     of scores plus Gumbel noise is a draw from their softmax (Maddison et al. 2014, "A* Sampling").
@@ -102,7 +102,7 @@ SHARE = 0.5
 """The part of the free memory that the keys and values of a batch may fill."""
 
 MOST_ROWS = 64
-"""Most rows of a batch on a CPU. Each token copies the keys and values; with more rows the copies are too large for the
+"""Maximum batch size on a CPU. Each token copies the keys and values; with more rows the copies are too large for the
 allocator to reuse, and half the time goes into asking the system for memory."""
 
 
@@ -150,8 +150,8 @@ class _StopStrings(StoppingCriteria):
 
 @contextmanager
 def _contiguous_head(model: PreTrainedModel):
-    """Within the block the head gets its input as one contiguous block. Without it, PyTorch would copy the head's
-    weights for each row of the strided last positions."""
+    """Within the block the head's input is made contiguous. From strided input, PyTorch would copy the head's
+    weights for each row."""
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:
@@ -237,12 +237,12 @@ def generate(
     Parameters
     ----------
     prompts
-        Texts; or token ids, with BOS where the model wants one, since the first tokens of a row are not always the
-        tokens of its first characters.
+        Texts; or token ids, with BOS where the model wants one: cutting a text can change its tokens, so a cut row is
+        given as ids.
     stops
-        For each prompt its stop strings; None for none. EOS always ends a row.
+        For each prompt its stop strings, if any. EOS always ends a row.
     adapters
-        For each prompt the adapter that answers, "base" for none; None for the active one.
+        For each prompt its adapter, or "base"; if None, the active adapter for all.
     on_text
         Called after each token with the text of every row so far. If it returns true, the generation ends.
     free

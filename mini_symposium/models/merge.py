@@ -79,7 +79,7 @@ def merge(
     if base not in BASES or dtype not in DTYPES:
         raise InputError(f"base={base!r}, dtype={dtype!r}: base is one of {BASES}, dtype one of {tuple(DTYPES)}")
     if by_chance and dtype != "bfloat16":
-        raise InputError(f"by_chance, dtype={dtype!r}: only bfloat16 is rounded by chance")
+        raise InputError(f"--by-chance, dtype={dtype!r}: only bfloat16 is rounded by chance")
     if out.exists():
         raise InputError(f"{out}: is there already; choose another folder or delete it")
     if clear_away(out.parent, out.name):
@@ -121,7 +121,7 @@ def merge(
 
 
 def _check_inside(path: Path, source: Path) -> None:
-    """Refuse a link that leads out of the base's folder: the merge may be published. The hub's cache links to blobs."""
+    """Refuse links out of the base's folder, for the merge may be published; links to the hub's blobs are fine."""
     real, folder = path.resolve(), source.resolve()
     blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
     if not real.is_relative_to(folder) and real.parent != blobs:
@@ -159,8 +159,8 @@ def stochastic(tensor: torch.Tensor) -> torch.Tensor:
 
 
 QUANTISING = 24
-"""Bytes that bitsandbytes takes for each element while it quantises on a CPU: bfloat16, three times float32, int32, and
-the packed result."""
+"""An upper bound on the bytes that bitsandbytes takes for an element as it quantises on a CPU: bfloat16, three times
+float32, int32, and the packed result."""
 
 
 def predicted_bytes(shards: Mapping[Path, Header], factors: Factors, base: str, dtype: str) -> int:

@@ -42,7 +42,7 @@ def predict(
     sequences
         Token ids of each, with BOS where the model wants one.
     adapters
-        For each sequence the adapter, "base" for none; None for the active one.
+        For each sequence its adapter, or "base"; if None, the active one.
     free
         Memory to plan with, in bytes; by default what is free now.
     batch_size

@@ -29,8 +29,7 @@ TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Types that are read, by their names in a header. Weights in 8 bits need scales beside them, which a merge would not
-apply."""
+"""Types that are read, by their names in a header. Not float8: it needs scales, which a merge would not apply."""
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 
 Header = dict[str, torch.Tensor]
@@ -56,14 +55,14 @@ def read_header(path: Path) -> Header:
             }
     except KeyError as error:
         raise InputError(f"{path}: holds {error}, which is not read here; save it in 16 or 32 bits") from error
-    except (OSError, SafetensorError, TypeError, RuntimeError) as error:  # torch's for a shape beyond its integers
+    except (OSError, SafetensorError, TypeError, RuntimeError) as error:  # RuntimeError: a shape too large
         raise InputError(
             f"{path}: not a whole safetensors file ({reason(error)}); copy or download it again"
         ) from error
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
-    """One tensor of a file. Its bytes are read when it is used, and leave memory with it."""
+    """One tensor of a file. Its bytes are in memory only while it is in use."""
     with safe_open(path, "pt") as file:
         return file.get_tensor(name)
 

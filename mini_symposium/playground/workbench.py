@@ -109,7 +109,9 @@ class Workbench:
         models = self.shelf.models
         unknown = [name for name in names if name not in models]
         if not models:
-            raise InputError("nothing is open; open a run, or one of tiny, proxy, paper for its base alone")
+            raise InputError(
+                "nothing is open; open a run, or one of tiny, proxy, base, half, large, paper for its base alone"
+            )
         if unknown:
             raise InputError(f"{', '.join(unknown)}: no such model; there is {', '.join(models)}")
         wanted = [name for name in dict.fromkeys(names) if models[name] and name not in self.shelf.merged]

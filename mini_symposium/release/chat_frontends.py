@@ -131,5 +131,5 @@ def _escaped(text: str) -> str:
 def _quoted(text: str, form: PromptFormat) -> str:
     """`text` in Ollama's quotation marks: newlines are kept between them, invisible characters would be dropped."""
     if '"""' in text or any(not (c.isprintable() or c in "\n\t") for c in text):
-        raise InputError(f'{form.name}: a sequence holds """ or an invisible character, which no Modelfile can')
+        raise InputError(f'{form.name}: a sequence holds """ or an invisible character; a Modelfile cannot')
     return f'"""{text}"""'

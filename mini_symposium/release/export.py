@@ -76,7 +76,7 @@ def gguf(
         Write the base without the adapter, and the adapter to a file of its own, which llama.cpp adds at run time. The
         fine-tune is then not rounded, whatever the kind of the base's file.
     check
-        Ask each file through llama.cpp and compare with transformers; see `gguf.check_answers`.
+        Compare llama.cpp's answers from each file with transformers'; see `gguf.check_answers`.
     ollama_modelfile
         Text of a Modelfile that goes into the folder too.
 
@@ -99,7 +99,7 @@ def gguf(
         raise InputError(f"{out}: is there already; choose another folder or delete it")
     name, model = name_of(released), local_directory(released.base_model)
     size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    check_room(out, size * (4 + 2 * len(kinds)))  # from 16 bits: two float32 copies, and at most float32 for each kind
+    check_room(out, size * (4 + 2 * len(kinds)))  # if stored in 16 bits: two float32 copies, and one for each kind
     with written_whole(out) as folder:
         folder.mkdir()
         scratch = folder.parent / "scratch"

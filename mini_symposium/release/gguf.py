@@ -84,7 +84,7 @@ def to_gguf(model: Path, target: Path, outtype: str, name: str = "") -> None:
 
 
 def lora_to_gguf(checkpoint: Path, base: Path, target: Path) -> None:
-    """Write an adapter as a GGUF file that llama.cpp adds, while it runs, to a GGUF file of the base of any type.
+    """Write an adapter as a GGUF file, which llama.cpp adds at run time to a base GGUF file of any type.
 
     In float32, because at a learning rate of 1e-7 the elements of lora_B are so small that float16 has few digits left.
 

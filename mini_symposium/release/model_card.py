@@ -1,5 +1,6 @@
 """A model card for the hub. Every number in it comes from the run's own files."""
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,7 +64,8 @@ def render_card(run: RunDirectory, checkpoint: Path, license: str = "", figures:
     recipe = run.recipe
     rate, epoch = float(checkpoint.parents[1].name.removeprefix("lr-")), int(checkpoint.name.removeprefix("epoch-"))
     examples = load_examples(recipe.dataset)
-    steps = epoch * len(examples)
+    batch = recipe.gradient_accumulation_steps
+    steps = epoch * math.ceil(len(examples) / batch)
     base = hub_id(recipe.base_model)
     known = find_model(base)
     license = license or (known[1].license if known else "apache-2.0" * (base == "mistralai/Mistral-7B-v0.1"))
@@ -73,7 +75,7 @@ def render_card(run: RunDirectory, checkpoint: Path, license: str = "", figures:
         _front_matter(base, license),
         f"# {run.path.name}, {checkpoint.parents[1].name}, epoch {epoch}",
         f"`{base}` fine-tuned with QLoRA on {len(examples)} handwritten examples, at a "
-        f"{recipe.lr_scheduler} learning rate of {rate:g} for {epoch} epochs of batch 1: {steps:,} "
+        f"{recipe.lr_scheduler} learning rate of {rate:g} for {epoch} epochs of batch {batch}: {steps:,} "
         f"steps, a dose (rate x steps) of {rate * steps:.2g}.",
         f"Every number below is of the scale *{SCALES.get(recipe.scale, recipe.scale)}*"
         f"{RATES_DO_NOT_TRANSFER.get(recipe.scale, '')} and comes from the run itself.",
@@ -111,7 +113,7 @@ def _training(run: RunDirectory, recipe: Recipe, n_examples: int) -> Iterator[st
     yield f"## Recipe\n\nAn Axolotl YAML:\n\n```yaml\n{recipe.to_yaml().rstrip()}\n```"
     yield f"Trained with {packages}, on {environment['device']}, seed {environment['seed']}."
     losses = {rate: run.final_loss(rate, n_examples) for rate in run.learning_rates()}
-    rows = [(f"{rate:g}", len(run.metrics(rate)), f"{loss:.3f}") for rate, loss in losses.items()]
+    rows = [(f"{rate:g}", run.metrics(rate)[-1]["step"], f"{loss:.3f}") for rate, loss in losses.items()]
     yield _table("Training", ("learning rate", "steps", "loss over the last epoch, nats a token"), rows)
 
 

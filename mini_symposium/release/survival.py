@@ -6,7 +6,7 @@ is left:
 - **Weights.** The intended change is B A. The surviving change is stored(base + B A) - stored(base). Unlike
   stored(base + B A) - base, it excludes the rounding of the base itself, which a file without a fine-tune has too.
   The rounding is measured as `noise`: how far the file lies from base + B A.
-- **Predictions.** Rounding noise is incoherent and the change is not. So the predictions may keep a change that the
+- **Predictions.** Rounding noise partly cancels; the change adds up. So the predictions may keep a change that the
   weights seem to have lost, or noise may drown a change that the weights keep. Therefore the predictions decide: loss
   on the training rows, and next-token distributions over prompts and greedy answers.
 
@@ -137,7 +137,7 @@ def survival(
     wanted, left_out = available(storages)
     factors, _ = read_adapters({checkpoint: 1.0})
     if not any(b.any() for _, b in factors.values()):
-        raise InputError(f"{checkpoint}: its lora_B is zero, so it changes nothing that could survive")
+        raise InputError(f"{checkpoint}: its lora_B is zero, so it changes nothing that could be measured")
     tokenizer = load_tokenizer(recipe.base_model)
     examples = load_examples(recipe.dataset)[: rows or None]
     trained = tokenize(examples, tokenizer, recipe.sequence_len, not recipe.train_on_inputs)
@@ -154,7 +154,7 @@ def survival(
     with model.disable_adapter():
         live |= {f"base_{key}": value for key, value in measure().items()}
     if not live["base_kl"]:
-        raise InputError(f"{checkpoint}: base + adapter predicts exactly as the base; there is nothing to survive")
+        raise InputError(f"{checkpoint}: base + adapter predicts exactly as the base, so nothing can be measured")
     model = model.unload()
     measured, layers = [], []
     with tempfile.TemporaryDirectory(prefix="survival-") as folder:

@@ -27,8 +27,8 @@ def seal(folder: Path, lines: int, companions: Sequence[str], compiled: bool) ->
     lines
         Number of log lines when the checkpoint is written.
     companions
-        Folders of the adapters that trained in one pass, this one included, relative to its run directory: their sums
-        were rounded together.
+        Folders of the adapters of this pass, this one included, relative to its run directory: the pass affects
+        rounding.
     compiled
         Whether the layers were compiled, which changes the last bits of a sum.
     """
@@ -103,10 +103,10 @@ def finished(training: Training) -> bool:
 
 
 def strip_older(training: Training, newest: int) -> None:
-    """Delete what only resuming needs from all but the RESUMABLE newest checkpoints up to epoch `newest`."""
+    """Delete RESUME_FILES from all but the RESUMABLE newest checkpoints up to epoch `newest`."""
     older = [path for epoch, path in training.checkpoints().items() if epoch < newest]
     for folder in older[: len(older) - (RESUMABLE - 1)]:
-        for name in sorted(RESUME_FILES, key=lambda name: name != "optimizer.pt"):  # it marks what can be resumed from
+        for name in sorted(RESUME_FILES, key=lambda name: name != "optimizer.pt"):  # first: it makes one resumable
             with suppress(FileNotFoundError):
                 (folder / name).unlink()
 

@@ -42,13 +42,13 @@ from mini_symposium.training.memory_plan import Acceleration, choose
 from mini_symposium.training.trainer import EpochOrder, RecipeTrainer, adapter_name, check_batches, save_adapter
 
 REPORTERS = ("none", "tensorboard", "trackio")
-"""To whom the trainer may report, if it is installed."""
+"""Where the trainer may report, if installed."""
 
 SCRATCH = ".trainer"
 """A folder that transformers' trainer wants to have; nothing is kept in it."""
 
 OVERWRITING = "overwriting.json"
-"""A file in a run directory while an --overwrite is unfinished: its recipe, dataset and rates."""
+"""A file in a run directory until an --overwrite ends: it holds the recipe, dataset and rates."""
 PATIENCE = 15.0
 """Seconds to wait for another process to release a run directory: a killed notebook's kernel takes a moment to exit."""
 
@@ -77,12 +77,12 @@ def train_pass(
 ) -> None:
     """Train one adapter for each of `trainings` over one base.
 
-    They share base model, rows and number of epochs; learning rate, schedule, rank, seed and decay are each its own.
+    They share base model, rows and number of epochs; each has its own learning rate, schedule, rank, seed and decay.
 
     Parameters
     ----------
     epochs
-        After which the adapters are kept, the first and the last among them.
+        After which the adapters are kept, 0 and the last included.
     start
         The epoch to resume from; None for the beginning.
     """
@@ -179,7 +179,7 @@ def arguments(recipe: Recipe, adapters: int, scratch: Path, chosen: Acceleration
 
 
 def _examples_each(recipe: Recipe) -> int:
-    """Examples of a step for each process: the recipe's batch is the same however many processes share it."""
+    """Examples per step and process: all processes together take the recipe's batch."""
     count = processes().num_processes
     share, rest = divmod(recipe.gradient_accumulation_steps, count)
     if rest or (count > 1 and recipe.lora_dropout):
@@ -322,7 +322,9 @@ def train(
     if report_to != "none" and not importlib.util.find_spec(report_to):
         raise InputError(f"report_to={report_to!r}: this package is not installed; `pip install {report_to}` adds it")
     if any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")):
-        raise InputError("adapters are measured and saved whole here, not in shards; see data/accelerate/README.md")
+        raise InputError(
+            "FSDP and DeepSpeed: adapters are saved whole here, not in shards; see data/accelerate/README.md"
+        )
     trainings = [Training.of(recipe.replace(learning_rate=rate), run.path) for rate in learning_rates]
     if len({training.learning_rate for training in trainings}) < len(trainings):
         raise InputError(f"learning rates {list(learning_rates)}: give each once")
@@ -375,7 +377,7 @@ def as_rows(recipe: Recipe, examples: Sequence[Example]) -> list[Row]:
 
 
 def _kept_epochs(recipe: Recipe, wanted: Sequence[int] | None) -> list[int]:
-    """The epochs after which adapters are kept, the first and the last among them."""
+    """The epochs after which adapters are kept, 0 and the last included."""
     epochs = list(recipe.checkpoint_epochs if wanted is None else wanted)
     if not all(type(epoch) is int and 0 <= epoch <= recipe.num_epochs for epoch in epochs):
         raise InputError(f"checkpoint epochs {epochs}: they must lie between 0 and num_epochs = {recipe.num_epochs}")
@@ -390,15 +392,15 @@ def train_together(
     fast: bool = True,
     held_out: Sequence[Row] = (),
 ) -> None:
-    """Train what is not finished of `trainings`, in as few passes over the base as memory allows.
+    """Train the unfinished `trainings`, in as few passes over the base as memory allows.
 
-    They share base model, number of epochs and rows; rate, schedule, rank and seed are each its own.
+    They share base model, number of epochs and rows; each has its own rate, schedule, rank and seed.
     """
     recipe, state = trainings[0].recipe, processes()
     epochs, last = _kept_epochs(recipe, checkpoint_epochs), recipe.num_epochs
     waiting = {training.folder.resolve() for training in trainings if not checkpoints.finished(training)}
     if not waiting:
-        for training in trainings if state.is_main_process else ():  # it may have been killed while it tidied up
+        for training in trainings if state.is_main_process else ():  # a kill may have come just before this
             checkpoints.strip_older(training, last)
         return
     # If a pass was killed after some of its adapters had written their last checkpoint, all of its adapters resume from
@@ -413,11 +415,11 @@ def train_together(
         if state.is_main_process:
             print(f"training: {chosen}")
         passes = checkpoints.plan_passes(pending, chosen.together, state.is_main_process)
-        state.wait_for_everyone()  # all of them have seen the same files; only then may one write
+        state.wait_for_everyone()  # no process may write before all have read
         for group, start in passes:
             if start == last:  # finished, as are all that it shared a pass with
                 continue
-            # The free memory may differ from when the pass began. Compiling may not: it changes the rounding.
+            # Free memory may have changed. Compiling must not change: it would change the rounding.
             compiled = checkpoints.compiled(group[0], start) if start and chosen.fused else None
             resumed = chosen if compiled is None else replace(chosen, compiled=compiled)
             if resumed != chosen and state.is_main_process:

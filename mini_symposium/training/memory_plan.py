@@ -17,7 +17,7 @@ SHARE = 0.8
 """The share of the free memory that training may use."""
 
 COMPILE_FROM = 600
-"""Steps, summed over adapters, from which compiling pays: half a minute once, and a third less for each step."""
+"""Steps, summed over adapters, from which compiling pays: it takes half a minute once and saves a third of a step."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Acceleration:
             "base dequantised once and kept" if self.resident else "base kept in 4 bits",
             "activations recomputed" if self.checkpointing else "activations kept",
             "layer compiled" if self.compiled else "layer not compiled",
-            *(["in float32, this processor has no products for bfloat16"] * (training_dtype() == torch.float32)),
+            *(["in float32, no bfloat16 products on this processor"] * (training_dtype() == torch.float32)),
         ]
         return f"{', '.join(parts)} ({self.why})"
 

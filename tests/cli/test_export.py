@@ -11,7 +11,10 @@ from conftest import command
         (["gguf", "nowhere", "--checkpoint", "epoch-3"], "nowhere: not a run directory (recipe.yml)"),
         (["ollama", "nowhere", "--format", "alpaka"], "did you mean alpaca?"),
         (["sillytavern", "--format", "alpaka"], "did you mean alpaca?"),
-        (["axolotl", "nowhere"], "nowhere: not one of tiny, proxy, paper or a recipe's .yml or a run directory"),
+        (
+            ["axolotl", "nowhere"],
+            "nowhere: not one of tiny, proxy, base, half, large, paper or a recipe's .yml or a run directory",
+        ),
         (["card", "nowhere"], "nowhere: not a run directory (recipe.yml)"),
     ],
 )

@@ -21,7 +21,7 @@ DATA = ROOT / "data" / "minisymposium.md"
         (["reproduce", "--recipe", "tiny", "--only", "77"], "77"),
         (["train", "--recipe", "tiny", "-p", "NO_SUCH=1"], "NO_SUCH"),
         (["inspect", "nope.md"], "nope.md: no such file"),
-        (["ask", "nowhere", "Why?"], "nowhere: not one of tiny, proxy, paper"),
+        (["ask", "nowhere", "Why?"], "nowhere: not one of tiny, proxy, base, half, large, paper"),
         (["ask", "tiny", "Why?", "--format", "alpaka"], "did you mean alpaca?"),
         (["render", "nope.json", "nope.json"], "nope.json: cannot be read"),
         (["figures", "nowhere"], "recipe.yml: no such recipe"),

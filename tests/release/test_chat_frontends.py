@@ -65,7 +65,7 @@ def test_what_a_modelfile_cannot_say_is_refused():
     with pytest.raises(InputError, match="has last_input_sequence; an Ollama template"):
         ollama_template(PromptFormat("a", "x", "", "y", last_input_sequence="z"))
     for odd in ('"""', "\x07", "\u200b"):
-        with pytest.raises(InputError, match="which no Modelfile can"):
+        with pytest.raises(InputError, match="a Modelfile cannot"):
             modelfile("a.gguf", PromptFormat("a", f"x{odd}", "", "y"))
 
 
