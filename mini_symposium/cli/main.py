@@ -323,7 +323,7 @@ def doctor(recipe: RecipeOption = "proxy"):
 
     chosen = load_recipe(recipe)
     from mini_symposium.models.base_models import four_bit_works, predicted_bytes
-    from mini_symposium.models.devices import device, memory
+    from mini_symposium.models.devices import device, memory, unused_card
     from mini_symposium.run import environment
 
     recorded = environment()
@@ -331,7 +331,9 @@ def doctor(recipe: RecipeOption = "proxy"):
     for key in ("mini_symposium", "commit", "python", "platform", "cores"):
         table.add_row(key, str(recorded[key]))
     table.add_row("packages", ", ".join(f"{name} {version}" for name, version in recorded["packages"].items()))
-    works = four_bit_works()
+    works, unused = four_bit_works(), unused_card()
+    if unused:
+        table.add_row("graphics card", f"[red]{unused}[/]")
     table.add_row(f"4-bit on {device().type}", "works" if works else "[red]does not work: reinstall bitsandbytes[/]")
     parts = predicted_bytes(chosen)
     for part, size in parts.items():
@@ -342,7 +344,7 @@ def doctor(recipe: RecipeOption = "proxy"):
         "fits", f"{'yes' if fits else '[red]no[/]'}: {needed / 2**30:.2f} GiB predicted, {there / 2**30:.2f} GiB free"
     )
     console.print(table)
-    if not (works and fits):
+    if unused or not (works and fits):
         raise typer.Exit(1)
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from mini_symposium.errors import InputError, reason
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.devices import device, memory
+from mini_symposium.models.safetensors_files import weight_files
 from mini_symposium.run import RunDirectory, read_object
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def load_with_adapters(
 
     cpu = device().type == "cpu"
     if dtype is None:
-        stored = sum(file.stat().st_size for file in local_directory(base_model).glob("*.safetensors"))
+        stored = sum(file.stat().st_size for file in weight_files(local_directory(base_model)))
         dtype = torch.float32 if cpu and 2 * stored < memory() / 2 else torch.bfloat16
     model = load_model(base_model, load_in_4bit, dtype, dequantize=cpu)
     if cpu:

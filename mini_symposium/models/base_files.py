@@ -13,7 +13,7 @@ from pathlib import Path
 from mini_symposium.errors import InputError
 from mini_symposium.files.writing import alone, clear_away, discard, written_whole
 from mini_symposium.models import catalog
-from mini_symposium.models.safetensors_files import read_header
+from mini_symposium.models.safetensors_files import read_header, weight_files
 from mini_symposium.run import find, read_object
 
 
@@ -94,7 +94,10 @@ def _check_model(folder: Path) -> Path:
     for file in sorted(folder.glob("*.json")):
         if file.name.endswith("config.json") and "auto_map" in read_object(file):
             raise InputError(f"{file}: asks to run code that came with the model (auto_map), which is refused")
-    shards = sorted(folder.glob("*.safetensors"))
+    config = read_object(folder / "config.json")
+    if "quantization_config" in config:
+        raise InputError(f"{folder}: its weights are quantised already; give the model in 16 or 32 bits")
+    shards = {path.name for path in folder.glob("*.safetensors")}
     if not shards:
         pickles = [path.name for suffix in PICKLES for path in sorted(folder.glob(f"*{suffix}"))]
         raise InputError(
@@ -103,10 +106,10 @@ def _check_model(folder: Path) -> Path:
     for index in folder.glob("*.safetensors.index.json"):
         weight_map = read_object(index).get("weight_map")
         named = set(map(str, weight_map.values() if isinstance(weight_map, dict) else [weight_map]))
-        if missing := named - {shard.name for shard in shards}:
+        if missing := named - shards:
             raise InputError(f"{folder}: {', '.join(sorted(missing))} is not in it; copy or download it again")
-    tensors = sum(len(read_header(shard)) for shard in shards)
-    layers = read_object(folder / "config.json").get("num_hidden_layers", 0)
+    tensors = sum(len(read_header(shard)) for shard in weight_files(folder))
+    layers = config.get("num_hidden_layers", 0)
     if not isinstance(layers, int) or layers > tensors:  # transformers would build them all before it reads the tensors
         raise InputError(f"{folder}/config.json: num_hidden_layers is {layers!r}, but there are {tensors} tensors")
     return folder

@@ -3,6 +3,7 @@
 Code that comes with a model is never run. `base_files` finds a model's files.
 """
 
+import sys
 import warnings
 
 import bitsandbytes
@@ -18,12 +19,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from mini_symposium.errors import InputError, reason
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.devices import device, out_of_memory, training_dtype
 from mini_symposium.recipe import Recipe
-from mini_symposium.run import find
+from mini_symposium.run import find, read_object
 
 # Progress bars and advice of transformers would bury what the notebooks print.
 transformers.utils.logging.disable_progress_bar()
@@ -47,7 +49,8 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare exceptions, sentencepiece and protobuf their own
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason(error)})") from error
-    if tokenizer.pad_token is None:
+    rows = read_object(folder / "config.json").get("vocab_size", sys.maxsize)  # a tokenizer may have more tokens
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 
@@ -146,9 +149,8 @@ def predicted_bytes(recipe: Recipe, tokens: int = 0) -> dict[str, int]:
     maps per head.
     """
     width = training_dtype().itemsize
-    config = model_config(recipe.base_model)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = shape_of(recipe.base_model)
+    config = model.config
     linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name}
     weights = sum(layer.weight.numel() for layer in linear.values())
     rank_one = sum(layer.in_features + layer.out_features for layer in linear.values())
@@ -162,6 +164,30 @@ def predicted_bytes(recipe: Recipe, tokens: int = 0) -> dict[str, int]:
         "adapters, gradients, optimizer": 16 * recipe.lora_r * rank_one,
         "activations": layers * kept + 3 * 4 * tokens * config.vocab_size,
     }
+
+
+def shape_of(base_model: str) -> PreTrainedModel:
+    """The model without its weights, on the meta device.
+
+    Raises
+    ------
+    InputError
+        If it is not a causal decoder with linear projections, which is what is trained here.
+    """
+    config = model_config(base_model)
+    taken = f"{base_model}: {config.model_type} is not trained here"
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{taken}: it has an encoder; take a causal decoder")
+    if getattr(config, "vision_config", None) is not None:
+        raise InputError(f"{taken}: it has a vision tower; take a model of text alone")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{taken}: transformers has no causal decoder of it ({reason(error)})") from error
+    if any(isinstance(module, Conv1D) for module in model.modules()):
+        raise InputError(f"{taken}: its projections are Conv1D, which have no 4-bit form; take one with linear layers")
+    return model
 
 
 def adapter_parameters(recipe: Recipe) -> int:

@@ -1,6 +1,7 @@
 """The device for computation: which one it is, the type it trains in, its memory, and its out-of-memory errors."""
 
 import ctypes
+import shutil
 import sys
 
 import psutil
@@ -23,19 +24,32 @@ def processes():
 
 
 def training_dtype() -> torch.dtype:
-    """The type of a training step: bfloat16, as in the recipe, or float32 on a CPU without bfloat16 multiplication.
+    """The type of a training step: bfloat16, as in the recipe, or float32 where the processor does not multiply it.
 
-    Such a CPU (for example with AVX2 but not AVX-512) multiplies bfloat16 twenty to a hundred times more slowly than
+    A card before Ampere emulates it, and a CPU with AVX2 but not AVX-512 takes twenty to a hundred times as long as for
     float32. The weights are the same numbers either way; float32 only rounds less in between.
     """
-    if device().type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device().type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    try:
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    except (AttributeError, RuntimeError):  # macOS on ARM has no such operator
         return torch.float32
-    return torch.bfloat16
 
 
 def memory() -> int:
-    """Free bytes on the device."""
-    return torch.cuda.mem_get_info()[0] if device().type == "cuda" else psutil.virtual_memory().available
+    """Free bytes on the device; on CUDA with what torch has reserved and does not use."""
+    if device().type == "cpu":
+        return psutil.virtual_memory().available
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+def unused_card() -> str:
+    """What to do about an NVIDIA card that torch cannot use; "" if there is none."""
+    if torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        return ""
+    build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build for CPUs"
+    return f"torch {torch.__version__} cannot use it: it {build}; install one that the driver supports (nvidia-smi)"
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -213,7 +213,8 @@ def _rows_that_fit(model: PreTrainedModel, tokens: int, free: int) -> int:
     attention also makes maps of tokens x tokens for each head: scores and probabilities, in float32."""
     config = model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * size * tokens * model.dtype.itemsize
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * heads * size * tokens * model.dtype.itemsize
     eager = config._attn_implementation == "eager"
     maps = 3 * 4 * config.num_attention_heads * tokens**2 if eager else 0
     return max(1, int(SHARE * free / (2 * cache + maps + 12 * config.vocab_size)))
@@ -264,8 +265,11 @@ def generate(
         return []
     stops = [[]] * len(prompts) if stops is None else stops
     ids = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-    room = getattr(model.config, "max_position_embeddings", None)
+    room, known = getattr(model.config, "max_position_embeddings", None), model.get_input_embeddings().num_embeddings
     width = max(map(len, ids))
+    if beyond := {i for row in ids for i in row if i >= known}:
+        names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(beyond)))
+        raise InputError(f"the prompt spells {names}, of which the model has no embedding; write it differently")
     if room and width + max_new_tokens > room:
         raise InputError(
             f"a prompt of {width} tokens and {max_new_tokens} new ones exceed the model's {room}; shorten the query"

@@ -27,7 +27,7 @@ from mini_symposium.files.writing import check_room, clear_away, write_json, wri
 from mini_symposium.models.adapters import Factors, check_trained_on, read_adapters
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.devices import device, process_peak
-from mini_symposium.models.safetensors_files import Header, read_header, read_tensor, write_tensors
+from mini_symposium.models.safetensors_files import Header, read_header, read_tensor, weight_files, write_tensors
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BASES = ("original", "nf4")
@@ -87,7 +87,7 @@ def merge(
     weights = checkpoint if isinstance(checkpoint, Mapping) else {checkpoint: 1.0}
     source = local_directory(base_model)
     factors, adapters = read_adapters(weights)
-    shards = {path: read_header(path) for path in sorted(source.glob("*.safetensors"))}
+    shards = {path: read_header(path) for path in weight_files(source)}
     _check_fit(factors, shards, base_model, next(iter(weights)))
     check_trained_on(weights, base_model, source)
     written = {path: _converted(header, DTYPES[dtype]) for path, header in shards.items()}
@@ -104,7 +104,7 @@ def merge(
             cast = (tensor.to(header[name].dtype) for name, tensor in zip(header, tensors, strict=True))
             write_tensors(temporary / path.name, header, cast)
         for path in source.iterdir():
-            if path.suffix in (".json", ".jinja", ".model") and path.name != "merge.json" and path.is_file():
+            if path.suffix in (".json", ".jinja", ".model", ".txt") and path.name != "merge.json" and path.is_file():
                 _check_inside(path, source)
                 shutil.copyfile(path, temporary / path.name)
         for index in temporary.glob("*.safetensors.index.json"):

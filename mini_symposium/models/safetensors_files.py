@@ -36,6 +36,17 @@ Header = dict[str, torch.Tensor]
 """{name: a tensor of the same type and shape on the meta device}, in the order in which the tensors lie in a file."""
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that are the model: those of its index, or model.safetensors, or else all.
+
+    Some folders hold the same weights once more, as consolidated.safetensors.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    indices = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.safetensors.index.json")]
+    named = {name for index in indices for name in index["weight_map"].values()} or {"model.safetensors"}
+    return [path for path in files if path.name in named] or files
+
+
 def read_header(path: Path) -> Header:
     """The names, types and shapes of a file's tensors.
 
@@ -86,7 +97,7 @@ class Tensors(Mapping):
 
 def read_model(folder: Path) -> Tensors:
     """All tensors of a model directory, in float32."""
-    files = {name: path for path in sorted(folder.glob("*.safetensors")) for name in read_header(path)}
+    files = {name: path for path in weight_files(folder) for name in read_header(path)}
     return Tensors(tuple(files), lambda name: read_tensor(files[name], name).float())
 
 

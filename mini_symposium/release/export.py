@@ -15,6 +15,7 @@ from mini_symposium.models.adapters import find_checkpoints, read_adapters
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.catalog import hub_id
 from mini_symposium.models.merge import merge
+from mini_symposium.models.safetensors_files import weight_files
 from mini_symposium.recipe import Recipe
 from mini_symposium.release.chat_frontends import modelfile
 from mini_symposium.release.gguf import (
@@ -98,7 +99,7 @@ def gguf(
     if out.exists():
         raise InputError(f"{out}: is there already; choose another folder or delete it")
     name, model = name_of(released), local_directory(released.base_model)
-    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in weight_files(model))
     check_room(out, size * (4 + 2 * len(kinds)))  # if stored in 16 bits: two float32 copies, and one for each kind
     with written_whole(out) as folder:
         folder.mkdir()

@@ -32,7 +32,7 @@ from trl import SFTConfig
 from mini_symposium.data.dataset import Example, Row, fingerprint, load_examples, tokenize
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.files.writing import alone, clear_away, write_json, written_whole
-from mini_symposium.models.base_models import compute_in_float32, load_model, load_tokenizer
+from mini_symposium.models.base_models import compute_in_float32, load_model, load_tokenizer, shape_of
 from mini_symposium.models.devices import device, out_of_memory, peak_memory, processes, training_dtype
 from mini_symposium.recipe import Recipe, load_recipe
 from mini_symposium.run import RunDirectory, Training, overwrite_once
@@ -155,7 +155,7 @@ def add_adapters(model: PreTrainedModel, trainings: Sequence[Training]) -> PeftM
 
 def arguments(recipe: Recipe, adapters: int, scratch: Path, chosen: Acceleration, report_to: str) -> SFTConfig:
     """SFTTrainer's arguments; optimizer and schedule are `RecipeTrainer`'s, for each adapter has its own."""
-    return SFTConfig(
+    found = SFTConfig(
         output_dir=str(scratch),
         num_train_epochs=recipe.num_epochs,
         per_device_train_batch_size=adapters,
@@ -175,7 +175,10 @@ def arguments(recipe: Recipe, adapters: int, scratch: Path, chosen: Acceleration
         disable_tqdm=True,
         seed=recipe.seed,
         dataloader_pin_memory=device().type == "cuda",
+        tf32=True if recipe.tf32 and device().type == "cuda" else None,
     )
+    found._n_gpu = min(found.n_gpu, 1)  # without a launcher the Trainer would split the batch over all cards it sees
+    return found
 
 
 def _examples_each(recipe: Recipe) -> int:
@@ -372,8 +375,23 @@ def record_recipe(run: RunDirectory, recipe: Recipe, dataset_sha256: str) -> boo
 
 
 def as_rows(recipe: Recipe, examples: Sequence[Example]) -> list[Row]:
-    """`examples` in the tokens of the recipe's base model, supervised as the recipe says."""
-    return tokenize(examples, load_tokenizer(recipe.base_model), recipe.sequence_len, not recipe.train_on_inputs)
+    """`examples` in the tokens of the recipe's base model, supervised as the recipe says.
+
+    Raises
+    ------
+    InputError
+        If an example cannot be trained on, or the model is not one that is trained here (see `shape_of`).
+    """
+    known = shape_of(recipe.base_model).get_input_embeddings().num_embeddings
+    tokenizer = load_tokenizer(recipe.base_model)
+    rows = tokenize(examples, tokenizer, recipe.sequence_len, not recipe.train_on_inputs)
+    for row in rows:
+        if beyond := [i for i in row.input_ids if i >= known]:
+            name = tokenizer.convert_ids_to_tokens(beyond[0])
+            raise InputError(
+                f"{row.source}: spells {name!r}, of which the model has no embedding; write it differently"
+            )
+    return rows
 
 
 def _kept_epochs(recipe: Recipe, wanted: Sequence[int] | None) -> list[int]:

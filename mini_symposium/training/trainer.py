@@ -91,7 +91,7 @@ def _save(value, path: Path) -> None:
 def _load(path: Path) -> dict:
     """What `_save` wrote; a file that would run code is refused."""
     try:
-        return torch.load(path, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise InputError(
             f"{path}: not what this kit wrote; delete {path.parent}, and an earlier checkpoint is used"

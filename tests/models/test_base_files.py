@@ -8,6 +8,7 @@ import pytest
 from mini_symposium.errors import InputError
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.catalog import cache_directory
+from mini_symposium.models.safetensors_files import weight_files
 
 
 def test_a_cache_that_failed_half_way_is_not_taken_for_a_model(tmp_path, monkeypatch):
@@ -56,3 +57,15 @@ def test_a_shard_that_is_missing_or_damaged_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-8])
     with pytest.raises(InputError, match=r"model\.safetensors: not a whole safetensors file"):
         local_directory(str(tmp_path))
+
+
+def test_weights_that_lie_there_twice_are_read_once_and_quantised_ones_are_refused(tmp_path):
+    """As in folders that hold consolidated.safetensors, in other names, beside the model's own files."""
+    source = local_directory("tiny")
+    shutil.copytree(source, tmp_path / "model")
+    shutil.copyfile(source / "model.safetensors", tmp_path / "model" / "consolidated.safetensors")
+    assert [path.name for path in weight_files(local_directory(str(tmp_path / "model")))] == ["model.safetensors"]
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
+    with pytest.raises(InputError, match="its weights are quantised already; give the model in 16 or 32 bits"):
+        local_directory(str(tmp_path / "model"))

@@ -7,7 +7,16 @@ import psutil
 import pytest
 import torch
 
-from mini_symposium.models.devices import device, memory, out_of_memory, peak_memory, process_peak, training_dtype
+from mini_symposium.models import devices
+from mini_symposium.models.devices import (
+    device,
+    memory,
+    out_of_memory,
+    peak_memory,
+    process_peak,
+    training_dtype,
+    unused_card,
+)
 
 
 def test_the_peak_remembers_memory_that_was_freed():
@@ -34,6 +43,36 @@ def test_a_cpu_trains_in_what_it_multiplies():
         assert memory() < psutil.virtual_memory().total
         multiplies = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         assert training_dtype() == (torch.bfloat16 if multiplies else torch.float32)
+
+
+def test_an_older_card_trains_in_float32_and_torchs_own_cache_is_free_memory(monkeypatch):
+    """The branches for a card, forced on a machine that has none."""
+    monkeypatch.setattr(devices, "device", lambda: torch.device("cuda"))
+    for emulated, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation, e=emulated: including_emulation or not e
+        )
+        assert training_dtype() == dtype
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 50)
+    assert memory() == 120
+
+
+def test_a_card_that_torch_cannot_use_is_told_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert unused_card() == ""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert f"torch {torch.__version__} cannot use it: it is" in unused_card()
+
+
+def test_a_processor_without_the_operator_trains_in_float32(monkeypatch):
+    """As macOS on ARM."""
+    monkeypatch.setattr(devices, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert training_dtype() == torch.float32
 
 
 def test_the_module_loads_where_there_is_no_resource_module():
