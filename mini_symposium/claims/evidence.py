@@ -1,4 +1,4 @@
-"""The evidence that the ledger is judged by: numbers by epoch and by prompt, from a run or a sweep.
+"""The evidence that the ledger judges by: numbers by epoch and by prompt, from a run or a sweep.
 
 A sweep is a folder of run directories, one for each experiment. A single run with two learning rates is read as the
 experiments `high` and `low` of one seed. `Evidence.save` writes the same numbers to a file small enough to commit;
@@ -49,7 +49,7 @@ class Evidence:
     """Evaluation of the base model without an adapter; {} if it was not evaluated."""
     trained: list[Training]
     facts: dict = field(default_factory=dict)
-    """The base model's name, tokens in all rows of the dataset, the paper recipe's sequence_len and predicted bytes."""
+    """Base model, tokens in all rows, the paper recipe's sequence_len and predicted bytes, the bench on a GPU."""
 
     def named(self, name: str) -> list[Training]:
         """The trainings of experiment `name`, ordered by seed."""

@@ -111,7 +111,7 @@ def low_rate_does_not_overfit(e: Evidence) -> Claim:
 def generalises_worse(e: Evidence) -> Claim:
     """C3: pass rates over the same prompts, formats and seeds.
 
-    The note adds hallucination (the share of false premises corrected) and the share of answers with Chinese script.
+    The note adds the shares of false premises that were corrected and of answers with Chinese script.
     """
     low, high = last_evaluated(e, "low", EPOCHS_LOW), last_evaluated(e, "high", EPOCHS_HIGH)
     pairs = [(a, b) for a in low for b in high if a[0].seed == b[0].seed]

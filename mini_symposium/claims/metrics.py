@@ -13,7 +13,7 @@ from mini_symposium.evaluation.intervals import Interval, interval, spread
 from mini_symposium.run import Training
 
 EPOCHS_HIGH, EPOCHS_LOW = 100, 600
-"""By the card, the high rate overfits after the first number of epochs; the low rate does not after the second."""
+"""The card says that the high rate overfits after 100 epochs, and that the low rate does not after 600."""
 EPOCHS_COMPARED = 30
 """Epochs over which ranks and schedules are compared."""
 CONCLUSION = "complete response"
@@ -45,7 +45,7 @@ def cards_own_rate(e: Evidence, name: str) -> str:
 
 
 def missing_seeds(e: Evidence, *names: str) -> str:
-    """A note of the seeds that other experiments were trained with and the experiments `names` were not."""
+    """A note of the seeds that the experiments `names` lack and other experiments have."""
     seeds = {t.seed for t in e.trained if not t.name.startswith("literal")}
     missing = {name: sorted(seeds - {t.seed for t in e.named(name)}) for name in names if e.named(name)}
     return joined(f"missing: {name} of seed {listed(without)}" for name, without in missing.items() if without)

@@ -24,7 +24,7 @@ SPELLING = re.compile(
 )
 FIGURES = re.compile(r"(?<![\w.,])-?(?:\d{1,3}(?:[,' \u00a0\u202f]\d{3})+|\d+)(?:\.\d+)?(?!\d)")
 BULLET = re.compile(r"^[ \t]*(?:[-*•–]|\d+[.)])\s+", re.M)
-# `dataset` allows at most three spaces before a fence; here any number: models indent code as the list around it.
+# Any indent before a fence, where `dataset` allows three spaces: models indent code blocks inside lists.
 FENCE = re.compile(r"^[ \t]*(```|~~~)[^\n]*\n(.*?)(?:^[ \t]*\1|\Z)", re.M | re.S)
 CODE = re.compile(r"^(?:(?:async def|def|class) \w|import \w|from [\w.]+ import |@\w)", re.M)
 
@@ -57,15 +57,15 @@ def words(answer: str) -> list[str]:
 
 
 def sentences(answer: str) -> list[str]:
-    """The parts of a text that end with a full stop, an exclamation or a question mark, and have a word."""
+    """A text, split after full stops, exclamation and question marks; parts without a word are dropped."""
     parts = re.split(r"(?<=[.!?…])[\"'”’)*_]*(?:\s+|$)", answer.strip())
     return [part for part in parts if words(part)]
 
 
 def code_in(answer: str) -> str:
-    """The Python code of an answer: its fenced blocks, or without any, everything from the first line of code on.
+    """The Python code of an answer: its fenced blocks, or if it has none, all from the first line of code on.
 
-    Only the first lines of each block that parse: an answer that is cut off or ends in prose may have a whole function.
+    Each block is shortened from its end until it parses, because an answer may be cut off or end in prose.
     """
     blocks = [m[2] for m in FENCE.finditer(answer)]
     if not blocks and (start := CODE.search(answer)):
@@ -109,7 +109,7 @@ def at_least(value, answer, query):
 
 
 def number(value, answer, query):
-    """This is the last number that is not in the query, so that a calculation may come before the result."""
+    """The last number that is not in the query is this one, so a calculation may precede it."""
     new = [n for n in numbers(answer) if n not in numbers(query)]
     return bool(new) and abs(new[-1] - value) < 1e-9
 
@@ -120,17 +120,17 @@ def matches(pattern, answer, query):
 
 
 def lines_between(bounds, answer, query):
-    """At least and at most so many lines that are not blank."""
+    """`bounds[0]` to `bounds[1]` lines that are not blank."""
     return bounds[0] <= sum(bool(line.strip()) for line in answer.split("\n")) <= bounds[1]
 
 
 def sentences_between(bounds, answer, query):
-    """At least and at most so many sentences."""
+    """`bounds[0]` to `bounds[1]` sentences."""
     return bounds[0] <= len(sentences(answer)) <= bounds[1]
 
 
 def words_between(bounds, answer, query):
-    """At least and at most so many words."""
+    """`bounds[0]` to `bounds[1]` words."""
     return bounds[0] <= len(words(answer)) <= bounds[1]
 
 

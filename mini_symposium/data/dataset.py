@@ -99,7 +99,7 @@ def load_examples(path: str | Path) -> list[Example]:
         raise InputError(f"{path}: no examples in it; write one that starts with `### New Query`")
     seen: dict[str, str] = {}
     for example in examples:
-        # A row without a prompt has the beginning of its text as its query.
+        # Without a prompt, `query` is only the beginning of the text.
         first = seen.setdefault(example.query if example.prompt else example.text, example.source)
         if first != example.source:
             raise InputError(f"{example.source}: the query is already at {first}; keep one, or ask something else")
@@ -319,8 +319,8 @@ def tokenize(examples: Sequence[Example], tokenizer, sequence_len: int, completi
         if ids[-1:] != [tokenizer.eos_token_id]:
             ids.append(tokenizer.eos_token_id)
         spelled = [i for i in ids[len(bos) : -1] if i in special]
-        if ids[: len(bos)] != bos or spelled:
-            names = ", ".join(sorted(set(tokenizer.convert_ids_to_tokens(spelled)))) or "no BOS"
+        if spelled:
+            names = ", ".join(sorted(set(tokenizer.convert_ids_to_tokens(spelled))))
             raise InputError(f"{example.source}: the text spells a special token ({names}); write it differently")
         if ids[: len(prompt)] != prompt:
             at = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(ids) - 1)

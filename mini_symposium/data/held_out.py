@@ -30,7 +30,7 @@ SPLITS = ("test", "dev")
 SHARED_WORDS, LEAST_ROUGE_L = 8, 0.3
 """A prompt shares its wording with a row if this many words in a row are in both, or if their ROUGE-L is this high."""
 ECHO = 12
-"""This many words in a row from the query are an echo. A repeated query may contain all facts of the answer."""
+"""An answer with this many words in a row from the query fails: the query may hold what the checks ask for."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _checks(node: yaml.Node, values, named: str, name: str, query: str) -> tuple
 
 
 def check_disjoint(held_out: Sequence[HeldOut], examples: Sequence[Example], twins: Sequence[Example] = ()) -> None:
-    """Refuse held-out prompts, and rows that must not be trained on (`twins`), that share wording with training rows.
+    """Refuse if held-out prompts, or `twins` (rows not to be trained on), share wording with training rows.
 
     Raises
     ------

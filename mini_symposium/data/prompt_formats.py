@@ -3,12 +3,12 @@
 Every format, built-in or not, is a SillyTavern instruct preset. So there is one renderer, and a format that works here
 works in SillyTavern as well. Prompts are equal to those of SillyTavern's instruct mode byte by byte:
 
-- a message is sequence, separator, [`Name: `] text, suffix; with `wrap` the separator is a newline, and so is a missing
+- a message is sequence, separator, [`Name: `] text, suffix; with `wrap`, the separator is a newline, as is a missing
   suffix;
 - the first message takes the `first_*` sequence and the last user message `last_input_sequence`, where given;
 - if the user does not begin the chat, `user_alignment_message` comes first, as the user's message;
 - the prompt ends with separator, `last_output_sequence` or `output_sequence`, separator;
-- a system message is a narrator's: it has no name, and keeps its place in the chat.
+- a system message has no name, and keeps its place in the chat.
 
 A prompt is what SillyTavern's `formatInstructModeChat` and `formatInstructModePrompt` return, joined. Before sending,
 SillyTavern also drops carriage returns and, with `wrap`, one newline before the last line. `new-query` has its own
@@ -180,7 +180,7 @@ def _substitute(text: str, user: str, char: str) -> str:
 
 
 LONGEST, LONGEST_PROMPT = 1_000_000, 2**25
-"""Most characters that the names in a sequence may take, and most characters of a prompt."""
+"""Maximum characters: of the names put into a sequence, and of a prompt."""
 
 
 def _replace(macro: str, text: str, value: str) -> str:
@@ -277,7 +277,7 @@ def grid_cells(
 
 
 LARGEST_PRESET, LARGEST_CHAT = 2**18, 2**24
-"""Most bytes of each file. A preset's sequences come before each message of a chat, so the two sizes multiply."""
+"""Maximum bytes of a file. A preset's sequences come before each message of a chat, so the two sizes multiply."""
 
 
 def load_preset(path: str | Path) -> PromptFormat:

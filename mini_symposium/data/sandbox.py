@@ -29,7 +29,7 @@ CPU_SECONDS, WALL_SECONDS = 2, 20
 """CPU time limits the work, so that a busy machine changes no verdict. The wall clock only ends code that sleeps."""
 MEMORY = 512 * 1024**2
 LONGEST = 20_000
-"""Most characters of code. No answer is that long."""
+"""Maximum characters of code; no answer has more."""
 READY = b"ready"
 
 

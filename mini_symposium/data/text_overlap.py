@@ -67,8 +67,8 @@ class Copied:
 def intrusion(texts: Sequence[str], answers: Sequence[str]) -> list[Copied]:
     """For each answer, the longest run of words that is also in one of `texts`.
 
-    Any two texts share a few words. A run is copied only if it is longer than those in the base model's answers to the
-    same prompts.
+    Any two texts share a few words. Call a run copied only if it is longer than the base model's to the
+    same prompt.
 
     >>> intrusion(["Vinegar, wait.", "First branch, then step back."], ["Take the branch, then step down."])
     [Copied(run=4, text=1, words='branch , then step')]

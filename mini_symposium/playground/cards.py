@@ -40,7 +40,7 @@ def card(cell: Mapping, rows: TrainingRows, seconds: float | None = None) -> str
     Parameters
     ----------
     cell
-        A cell of `Workbench.cells`; with `answer` while it is generated; as `Workbench.ask` returns it when it is done.
+        A cell, as from `Workbench.cells`; later with the `answer` so far; when done, as from `Workbench.ask`.
     seconds
         The time so far, of an answer that is being generated.
     """

@@ -16,6 +16,7 @@ from threading import Event, Lock
 from mini_symposium.data.prompt_formats import PromptFormat, grid_cells
 from mini_symposium.errors import InputError
 from mini_symposium.playground.shelf import Shelf
+from mini_symposium.recipe import SHIPPED
 
 LONGEST_QUERY = 20_000
 """Characters. A longer query takes minutes on a CPU, and memory that grows with the square of its length."""
@@ -109,9 +110,7 @@ class Workbench:
         models = self.shelf.models
         unknown = [name for name in names if name not in models]
         if not models:
-            raise InputError(
-                "nothing is open; open a run, or one of tiny, proxy, base, half, large, paper for its base alone"
-            )
+            raise InputError("nothing is open; open a run, or one of " + ", ".join(SHIPPED) + " for its base alone")
         if unknown:
             raise InputError(f"{', '.join(unknown)}: no such model; there is {', '.join(models)}")
         wanted = [name for name in dict.fromkeys(names) if models[name] and name not in self.shelf.merged]

@@ -31,7 +31,7 @@ from mini_symposium.run import ROOT, RunDirectory, overwrite_once
 NOTEBOOKS = ROOT / "notebooks"
 
 OVERWRITING = "overwriting_notebooks.json"
-"""File in a run directory: what a command with --overwrite is executing, until it is done."""
+"""A run's file that names what an unfinished --overwrite command was asked to do."""
 OF_THE_RUN = {"RECIPE", "DATASET", "RUN", "OVERWRITE"}
 """Parameters of the whole run. Copies are compared by the content of recipe and dataset, not by these values."""
 

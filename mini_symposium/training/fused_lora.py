@@ -1,16 +1,16 @@
 """Several adapters over one frozen base in one pass, each with its own loss, as cheaply as the machine allows.
 
-PEFT keeps the adapters and transformers the base. The model's own decoder runs here, with nothing but its linear layers
-replaced, so that every architecture keeps its norms, rotations, masks and biases. The same losses take less work:
+PEFT keeps the adapters, transformers keeps the base. The model's own decoder runs here, with nothing but its linear
+layers replaced, so that every architecture keeps its norms, rotations, masks and biases. The losses stay the same:
 
 - the 4-bit weights never change, so where memory allows they are dequantised once (the same numbers);
 - linear layers that read the same input, such as q, k and v, are one product, and their adapters another;
-- an adapter is one float32 vector a layer (`AdapterVectors`), cast and scaled where the layer is computed: on the proxy
-  30 tensors to clip and step, not PEFT's 420;
-- on a GPU the adapters share every product with the base, each with its own row of the batch, and nothing else: the
-  gradient of the summed loss with respect to an adapter is the gradient of its own loss;
-- on a CPU they share the base's memory, and each is computed by one thread as if it trained alone: the same bits, and
-  threads that wait for each other once a step, where threads that share a product wait at the end of each product;
+- an adapter is one float32 vector per layer (`AdapterVectors`), cast and scaled when the layer runs: on the proxy, 30
+  tensors to clip and step, not PEFT's 420;
+- on a GPU each product with the base serves all adapters, one row of the batch each. They share nothing else, so the
+  summed loss has the same gradient for an adapter as its own loss;
+- on a CPU they share the base's memory, and one thread computes each adapter, with the same bits as if it trained
+  alone. Threads wait for each other once a step, not after each product;
 - the head runs on positions that have a label, and never holds more than a block of its logits;
 - decoder layers are compiled, up to three at a time, and not the whole model: layers that are alike share the compiled
   code, and so do rows of every length.
@@ -48,7 +48,7 @@ ATTENTION = "mini_symposium"
 def attention(module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
     """Attention on a CPU: (K, heads, T, D) and twice (K, kv heads, T, D) -> (K, T, heads, D), None.
 
-    At a few hundred tokens the backward pass of fused attention is slower there than that of these products.
+    At a few hundred tokens the backward pass of fused attention is slower on a CPU than that of these products.
     """
     batch, heads, tokens, size = query.shape
     shared = key.shape[1]
@@ -65,11 +65,11 @@ AttentionInterface.register(ATTENTION, attention)
 AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
-def twin(module: torch.nn.Module, config, replaced: Callable[[LoraLayer], torch.nn.Module]) -> torch.nn.Module:
+def sharing_copy(module: torch.nn.Module, config, replaced: Callable[[LoraLayer], torch.nn.Module]) -> torch.nn.Module:
     """A copy of a module with all its tensors shared, another `config`, and its linear layers replaced."""
     made = copy.copy(module)
     made._modules = {
-        name: replaced(child) if isinstance(child, LoraLayer) else child and twin(child, config, replaced)
+        name: replaced(child) if isinstance(child, LoraLayer) else child and sharing_copy(child, config, replaced)
         for name, child in module._modules.items()
     }
     if hasattr(module, "config"):
@@ -91,19 +91,19 @@ class _Recorder(torch.nn.Module):
 
 @torch.no_grad()
 def linear_groups(decoder: torch.nn.Module) -> list[list[list[LoraLayer]]]:
-    """The linear layers of each decoder layer in the order in which they run, those that read the same input together.
+    """The linear layers of each decoder layer in the order they run, grouped by the input that they read.
 
-    Found by running the decoder on two tokens without its products.
+    Found by running the decoder on two tokens with stand-ins for them.
     """
     calls = []
-    recording = twin(decoder, decoder.config, partial(_Recorder, calls=calls))
+    recording = sharing_copy(decoder, decoder.config, partial(_Recorder, calls=calls))
     recording(input_ids=torch.zeros(1, 2, dtype=torch.long, device=next(decoder.parameters()).device), use_cache=False)
     number = {module: n for n, layer in enumerate(decoder.layers) for module in layer.modules()}
     by_input = [[layer for _, layer in group] for _, group in groupby(calls, key=lambda call: id(call[0]))]
     return [list(own) for _, own in groupby(by_input, key=lambda group: number[group[0]])]
 
 
-class Base:
+class GroupWeights:
     """The frozen weights of a group of linear layers that read the same input."""
 
     def __init__(self, layers: Sequence[LoraLayer], dtype: torch.dtype):
@@ -130,7 +130,7 @@ class Base:
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self.dtype)
 
 
-def piece_sizes(bases: Sequence[Base], rank: int) -> list[int]:
+def piece_sizes(bases: Sequence[GroupWeights], rank: int) -> list[int]:
     """Lengths of the pieces of a layer's vector: for each group all its A as one, then each B."""
     return [size for base in bases for size in (len(base.outs) * rank * base.width, *(out * rank for out in base.outs))]
 
@@ -138,11 +138,11 @@ def piece_sizes(bases: Sequence[Base], rank: int) -> list[int]:
 class Group:
     """Linear layers that read the same input: one product with the base, and one with the adapters.
 
-    While a decoder layer runs, `weight` is theirs, (out, in); `a`, (K, ranks, in), and `b`, (K, out, ranks), are their
-    adapters', scaled; and `outputs` are what the first of them has computed for all.
+    While a decoder layer runs: `weight` (out, in) is the base's, `a` (K, ranks, in) and the scaled `b` (K, out, ranks)
+    are the adapters'; `outputs` are those of all its linear layers, computed by the first.
     """
 
-    def __init__(self, base: Base):
+    def __init__(self, base: GroupWeights):
         self.base, self.weight, self.a, self.b, self.outputs = base, None, None, None, None
 
     def compute(self, x: torch.Tensor) -> None:  # (K, T, in)
@@ -183,8 +183,8 @@ def unpack(groups: Sequence[Group], vectors: torch.Tensor, scalings: torch.Tenso
 def run_layers(x, layers, groups, weights, adapters, options):
     """Some decoder layers, one after the other; (K, T, d) -> (K, T, d).
 
-    For each layer: its groups, their weights, and vectors and scalings of its adapters. `options` are those of the
-    layers' own forward pass.
+    `groups`, `weights` and `adapters` (vectors, scalings) have an entry per layer; `options` go to the layer's own
+    forward pass.
     """
     for layer, own, frozen, adapter in zip(layers, groups, weights, adapters, strict=True):
         unpack(own, *adapter, x.dtype)
@@ -210,11 +210,11 @@ def _any_length(tokens: int, values) -> None:
 class AdapterVectors:
     """The adapter `name` as one vector for each decoder layer, laid out for `rank`.
 
-    PEFT's parameters become views of the vectors, so that what PEFT saves, loads or computes with is what trains. Of
-    several `AdapterVectors` for one adapter, the last made holds them.
+    PEFT's parameters become views of the vectors, so that what PEFT saves, loads or computes with is what trains. If
+    several are made for one adapter, the parameters view the last.
 
-    A is (r, in), B (out, r). A vector holds, for one group after the other of linear layers that read the same input,
-    the A of each, then the B of each. It may be laid out for a larger rank than the adapter's, so that adapters of
+    A is (r, in), B (out, r). A vector holds, group by group (linear layers that read the same input), the A of each
+    layer, then the B of each. It may be laid out for a larger rank than the adapter's, so that adapters of
     several ranks stack; what is left over stays zero, for its gradient is zero.
 
     Parameters
@@ -391,7 +391,7 @@ class FusedAdapters:
         )
         self.checkpointing = checkpointing or not resident
         self.compiled = torch.compile(run_layers, dynamic=False, options=OPTIONS) if compiled else None
-        # Layers compiled together: what joins two of them becomes one kernel. More gain little and compile long.
+        # Layers compiled together: what joins two becomes one kernel. More than three would gain little.
         count, kinds = len(self.decoder.layers), set(getattr(base.config, "layer_types", None) or [""])
         self.stride = next(n for n in ((3, 2, 1) if compiled and len(kinds) == 1 else (1,)) if count % n == 0)
         cpu = self.head.device.type == "cpu"
@@ -399,7 +399,7 @@ class FusedAdapters:
             self.config._attn_implementation = ATTENTION
             keep_freed_memory()
         self.linears = linear_groups(self.decoder)
-        self.bases = [[Base(group, self.head.dtype) for group in layer] for layer in self.linears]
+        self.bases = [[GroupWeights(group, self.head.dtype) for group in layer] for layer in self.linears]
         with torch.no_grad():
             for group in (group for layer in self.bases for group in layer if resident):
                 group.kept = group.weight()
@@ -410,7 +410,7 @@ class FusedAdapters:
             ThreadPoolExecutor(count, "adapters", torch.set_num_threads, (1,)) if len(self.shares) > 1 else None
         )
         self.warm = False
-        # Rows of logits at a time: enough for an efficient product; and of those, as many as stay in a CPU's cache.
+        # Rows of logits per product; and how many of those per softmax, so that they stay in a CPU's cache.
         self.block, self.few = (256, 16) if cpu else (2048, 2048)
         self.own = threading.local()
         self.matches: list[torch.Tensor] = []
@@ -460,63 +460,63 @@ class FusedAdapters:
 class _Share:
     """Adapters that are computed in one batch, in a decoder of their own that shares the base's tensors."""
 
-    def __init__(self, base: FusedAdapters, names: Sequence[str]):
-        self.base, self.matches = base, ()
+    def __init__(self, fused: FusedAdapters, names: Sequence[str]):
+        self.fused, self.matches = fused, ()
         rank = max(
-            linear.lora_A[n].weight.shape[0] for layer in base.linears for g in layer for linear in g for n in names
+            linear.lora_A[n].weight.shape[0] for layer in fused.linears for g in layer for linear in g for n in names
         )
-        self.adapters = {name: AdapterVectors(base.decoder, base.linears, name, rank) for name in names}
+        self.adapters = {name: AdapterVectors(fused.decoder, fused.linears, name, rank) for name in names}
         self.parameters = [vector for own in self.adapters.values() for vector in own.vectors]
         self.scalings = [
             torch.cat(each) for each in zip(*(own.scalings for own in self.adapters.values()), strict=True)
         ]
-        self.groups = [[Group(own) for own in layer] for layer in base.bases]
+        self.groups = [[Group(own) for own in layer] for layer in fused.bases]
         stand_ins = {
             linear: _Linear(group, place)
-            for groups, layer in zip(self.groups, base.linears, strict=True)
+            for groups, layer in zip(self.groups, fused.linears, strict=True)
             for group, linears in zip(groups, layer, strict=True)
             for place, linear in enumerate(linears)
         }
-        self.decoder = twin(base.decoder, base.config, stand_ins.get)
+        self.decoder = sharing_copy(fused.decoder, fused.config, stand_ins.get)
         self.layers = list(self.decoder.layers)
         numbers = range(len(self.layers))
-        stacks = [_Stack(self.run, numbers[start : start + base.stride]) for start in numbers[:: base.stride]]
+        stacks = [_Stack(self.run, numbers[start : start + fused.stride]) for start in numbers[:: fused.stride]]
         self.decoder.layers = torch.nn.ModuleList(stacks)
 
     def run(self, numbers: Sequence[int], x: torch.Tensor, options: dict) -> torch.Tensor:
         """Output of the decoder layers `numbers`."""
         if torch.is_grad_enabled() and not x.requires_grad:
-            x = x.detach().requires_grad_()  # the first layers must look like the others, which share their code
-            if self.base.compiled:
+            x = x.detach().requires_grad_()  # so that all layers run the same compiled code
+            if self.fused.compiled:
                 _any_length(x.shape[1], (x, options))
         adapters = [(self.vectors[n], self.scalings[n]) for n in numbers]
         run = partial(self._run, numbers, options=options)
-        return checkpoint(run, x, adapters, use_reentrant=False) if self.base.checkpointing else run(x, adapters)
+        return checkpoint(run, x, adapters, use_reentrant=False) if self.fused.checkpointing else run(x, adapters)
 
     def _run(self, numbers: Sequence[int], x: torch.Tensor, adapters: Sequence[tuple], options: dict) -> torch.Tensor:
-        base = self.base
+        fused = self.fused
         with torch.no_grad():
-            weights = [[group.weight() for group in base.bases[n]] for n in numbers]
+            weights = [[group.weight() for group in fused.bases[n]] for n in numbers]
         inputs = x, [self.layers[n] for n in numbers], [self.groups[n] for n in numbers], weights, adapters, options
-        if base.compiled and torch.is_grad_enabled():  # probes are too few to compile for
+        if fused.compiled and torch.is_grad_enabled():  # probes are too few to compile for
             try:
-                return base.compiled(*inputs)
+                return fused.compiled(*inputs)
             except BackendCompilerFailed as error:
                 print(f"the layer could not be compiled ({reason(error)}); continuing without", file=sys.stderr)
-                base.compiled = None
+                fused.compiled = None
         return run_layers(*inputs)
 
     def losses(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """As `FusedAdapters.losses`, for these adapters."""
-        base, rows = self.base, len(input_ids)
+        fused, rows = self.fused, len(input_ids)
         of_layers = zip(*(own.vectors for own in self.adapters.values()), strict=True)
         self.vectors = [torch.cat(each) if len(each) > 1 else each[0] for each in of_layers]
         hidden = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         supervised = targets != -100
-        hidden = hidden[supervised] if base.divisor is None else hidden[supervised] / base.divisor
+        hidden = hidden[supervised] if fused.divisor is None else hidden[supervised] / fused.divisor
         each, matches = _TokenLosses.apply(
-            hidden, base.head.detach(), targets[supervised], base.scratch(), base.few, base.cap
+            hidden, fused.head.detach(), targets[supervised], fused.scratch(), fused.few, fused.cap
         )
         self.matches = matches.split(supervised.sum(1).tolist())
         owner = torch.arange(rows, device=hidden.device)[:, None].expand_as(targets)[supervised]

@@ -103,7 +103,7 @@ class Log(TrainerCallback):
         seconds: float,
         place: int = 0,
     ) -> None:
-        """Append the line of adapter `k` and the example at `place` in the batch, as it was before the step's update.
+        """Append adapter `k`'s line for the example at `place` in the batch, measured before the step's update.
 
         Raises
         ------

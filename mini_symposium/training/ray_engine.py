@@ -19,7 +19,7 @@ from mini_symposium.errors import InputError, RunError, reason
 INSTALL = "pip install -e '.[ray]'"
 
 RETRIES = 100
-"""How often a pass is started again after a death: its nodes may fail, but it may also be what kills them."""
+"""How often a pass that died is started again. Limited, because the pass itself may kill its nodes."""
 
 PATIENCE = 600.0
 """Seconds to wait for a predecessor's locks: a node that lost its cluster ends its workers within minutes."""

@@ -1,9 +1,8 @@
 """The experiments behind the claims: which recipes are trained, for how long, from which seeds.
 
-The plan is relative to the recipe, whose learning rate is the low one of the contrast and a tenth of the high one, so
-that it serves every scale. Dose is learning_rate x steps; the high rate ends at epoch 60, with the dose of the low one
-at epoch 600, long after it recites. A sweep can also train a grid, from `experiments`. Trainings of equal length share
-a pass over the base.
+The low learning rate of the plan is the recipe's own, its high one ten times that, so that the plan serves every scale.
+Dose is learning_rate x steps; the high rate ends at epoch 60, long after it recites, with the low one's dose at epoch
+600. A sweep can also train a grid, from `experiments`. Trainings of equal length share a pass over the base.
 """
 
 import json
@@ -36,19 +35,19 @@ EPOCHS_LOW, EPOCHS_HIGH = 600, 60
 SATURATED = 30
 """Epochs after which the high rate recites every row on the proxy; comparisons of how fast it recites end here."""
 SHORTER_LOW = 240
-"""Epochs of the low rate for the seeds after the first, which recites every row from epoch 221 on."""
+"""Epochs of the low rate for later seeds. The first seed recites every row from epoch 221 on."""
 RANKS = (4, 8), (4, 32), (64, 128), (64, 32)
 """(r, alpha) beside the recipe's own 16 and 32."""
 EVALUATED = {"high": (SHORTER_LOW // 10, SATURATED, EPOCHS_HIGH), "low": (SHORTER_LOW, EPOCHS_LOW)}
 """Epochs after which an adapter's behaviour is measured: equal doses, and where the high rate has saturated."""
 LITERAL = (1e-6, 1e-7)
-"""The card's own rates, trained as well where the recipe's are not those."""
+"""The card's own rates, also trained if the recipe's rates are others."""
 
 TABLE = "sweep"
 COLUMNS = ("seed", "learning_rate", "lora_r", "lora_alpha", "lr_scheduler", "num_epochs")
 """Columns of the table in which trainings can differ."""
 TIMED_FROM = 2_000
-"""Adapter steps from which on a sweep first times an epoch, to say how long all of it will take."""
+"""With more adapter steps than this, a sweep first times an epoch, to say how long it will take."""
 ENGINES = ("local", "ray")
 """Where passes run: one after another in this process, or as tasks of a cluster, see `ray_engine`."""
 
@@ -77,7 +76,7 @@ def plan(recipe: Recipe, seeds: Sequence[int] = SEEDS) -> list[list[Training]]:
     return [
         [one("high", high, EPOCHS_HIGH, seed) for seed in seeds],
         [one("low", low, EPOCHS_LOW, first)],
-        # One seed to a pass, for its examples come in one order and need no padding; and equal ranks together.
+        # One seed per pass: its adapters see the same rows, so none needs padding. Equal ranks go together.
         *(
             [experiment(recipe, name, seed, num_epochs=SATURATED, **changes) for name, changes in group]
             for seed in seeds
@@ -208,7 +207,7 @@ class Sweep:
         Parameters
         ----------
         last
-            Only the last checkpoint of each training, as a grid has no others.
+            Only each training's last checkpoint; EVALUATED has none of a grid.
         """
         found = {}
         for training in self.trainings:

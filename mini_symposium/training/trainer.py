@@ -169,13 +169,13 @@ class RecipeTrainer(SFTTrainer):
         return self.order
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Overridden: each adapter has its own row and its own loss. TRL's own also takes every token's entropy and
-        accuracy, a third of a step on a CPU."""
+        """Overridden: each adapter has its own row and its own loss. TRL's also computes every token's entropy and
+        accuracy, a third of a CPU step."""
         losses, matches = self._measured(model, inputs)
         self.losses, state = losses.detach(), processes()
         place = len(self.measured) * state.num_processes + state.process_index
         self.measured.append((place, self.losses, matches))
-        # The processes' gradients are averaged, and each weighs its examples among those of all.
+        # Gradients are averaged over processes, but the weights are meant for their sum.
         return losses.sum() * (self.order.weight(self.state.global_step, place) * state.num_processes)
 
     def _measured(self, model, inputs) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
@@ -273,8 +273,8 @@ class RecipeTrainer(SFTTrainer):
 
 
 def check_batches(trainer: RecipeTrainer, rows: Sequence[Row]) -> None:
-    """Before step 1: the adapters are float32, and the trainer's own first epoch holds these rows, whole, with EOS in
-    the loss, in the order of `EpochOrder`.
+    """Check before step 1 that adapters are float32, and that the trainer's first epoch has these rows, whole, with
+    EOS in the loss, in `EpochOrder`'s order.
 
     Raises
     ------
