@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.table import Table
+from rich import box
+from rich.table import Column, Table
 
 from mini_symposium.cli import export as cli_export
 from mini_symposium.cli import sweep as cli_sweep
@@ -300,12 +301,14 @@ def models(
     if not name:
         from mini_symposium.models.base_files import cached
 
-        table = Table("model", "kind", "parameters", "download", "licence", "cached", title="base models")
+        table = Table(Column("model", no_wrap=True), "kind", "size", "download", "licence", "cached", box=box.SIMPLE)
         for known, model in CATALOG.items():
-            terms = f"{model.license}: accept {model.terms}" if model.terms else model.license
             sizes = f"{model.parameters:,} M", f"{model.download:,} MB"
-            table.add_row(known, model.kind, *sizes, terms, "yes" if cached(known).is_dir() else "no")
+            table.add_row(known, model.kind, *sizes, model.license, "yes" if cached(known).is_dir() else "no")
         console.print(table)
+        for known, model in CATALOG.items():
+            if model.terms:
+                say(f"{known}: accept {model.terms} by `mini-symposium models {known} --accept-license`")
         return
     if not (found := find_model(name)):
         raise InputError(f"{name}: not a model that the kit takes by itself; there is {', '.join(CATALOG)}")
