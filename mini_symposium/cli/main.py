@@ -301,9 +301,11 @@ def models(
     if not name:
         from mini_symposium.models.base_files import cached
 
-        table = Table(Column("model", no_wrap=True), "kind", "size", "download", "licence", "cached", box=box.SIMPLE)
+        table = Table(
+            Column("model", no_wrap=True), "kind", "size", "MB", "licence", "cached", box=box.SIMPLE, pad_edge=False
+        )
         for known, model in CATALOG.items():
-            sizes = f"{model.parameters:,} M", f"{model.download:,} MB"
+            sizes = f"{model.parameters:,} M", f"{model.download:,}"
             table.add_row(known, model.kind, *sizes, model.license, "yes" if cached(known).is_dir() else "no")
         console.print(table)
         for known, model in CATALOG.items():
