@@ -50,11 +50,11 @@ def test_the_proxy_answers(model, proxy_tokenizer):
 
 def test_a_grid_of_formats_and_adapters_answers_as_one_at_a_time(adapted, proxy_tokenizer):
     names, formats = ["base", "left", "right"], list(FORMATS.values())
-    grid = answer_grid(adapted, proxy_tokenizer, names, formats, [QUERY], 24)
+    grid = answer_grid(adapted, proxy_tokenizer, names, formats, [QUERY], 12)
     for cell in grid:
         stops = FORMATS[cell["format"]].stop_strings("User", "Assistant")
         with using(adapted, cell["model"]):
-            assert cell["answer"] == one_at_a_time(adapted, proxy_tokenizer, cell["prompt"], stops, 24)
+            assert cell["answer"] == one_at_a_time(adapted, proxy_tokenizer, cell["prompt"], stops, 12)
     assert len({cell["answer"] for cell in grid}) > 10
 
 
