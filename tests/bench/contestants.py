@@ -20,8 +20,9 @@ from bench.turns import Turn
 from mini_symposium.data.dataset import Row
 from mini_symposium.files.writing import written_whole
 from mini_symposium.models.adapters import load_with_adapters
-from mini_symposium.models.base_files import cache_directory, local_directory
+from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.base_models import load_model, load_tokenizer, nf4
+from mini_symposium.models.catalog import cache_directory
 from mini_symposium.models.devices import device
 from mini_symposium.models.generation import generate
 from mini_symposium.recipe import load_recipe
