@@ -100,7 +100,7 @@ def test_a_token_without_an_embedding_is_named_with_its_row(tmp_path):
     tokenizer.add_tokens(["<think>"])
     tokenizer.save_pretrained(base)
     (tmp_path / "mine.jsonl").write_text(json.dumps({"prompt": "Why?\n", "completion": "<think>Because it is so."}))
-    with pytest.raises(InputError, match=r"mine\.jsonl:1: spells '<think>', of which the model has no embedding"):
+    with pytest.raises(InputError, match=r"mine\.jsonl:1: spells <think>, of which the model has no embedding"):
         train(recipe_of(base), load_examples(tmp_path / "mine.jsonl"), RunDirectory(tmp_path / "run"), [1e-3])
-    with pytest.raises(InputError, match="the prompt spells <think>, of which the model has no embedding"):
+    with pytest.raises(InputError, match="the prompt: spells <think>, of which the model has no embedding"):
         ask(str(base), "<think>", ["bare"], max_new_tokens=1)

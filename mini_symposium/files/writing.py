@@ -58,6 +58,12 @@ def write_json(path: str | Path, value) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def check_new(out: Path) -> None:
+    """Refuse to write a folder that exists."""
+    if out.exists():
+        raise InputError(f"{out}: is there already; choose another folder or delete it")
+
+
 def check_room(out: Path, size: int) -> None:
     """Refuse at the start if the disk of `out` has too little room; if it fills up later, `written_whole` says so."""
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())

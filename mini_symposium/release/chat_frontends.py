@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mini_symposium.data.prompt_formats import PromptFormat
 from mini_symposium.errors import InputError
-from mini_symposium.files.writing import write_json, written_whole
+from mini_symposium.files.writing import check_new, write_json, written_whole
 
 PARTS = ("anchorBefore", "system", "wiBefore", "description", "personality", "scenario", "wiAfter", "persona")
 STORY = "".join(f"{{{{#if {part}}}}}{{{{{part}}}}}\n{{{{/if}}}}" for part in (*PARTS, "anchorAfter"))
@@ -43,8 +43,7 @@ def write_sillytavern(formats: Sequence[PromptFormat], out: Path) -> list[Path]:
     InputError
         If `out` exists, or two formats have the same name.
     """
-    if out.exists():
-        raise InputError(f"{out}: is there already; choose another folder or delete it")
+    check_new(out)
     names = [re.sub(r"[^\w .#-]", "_", form.name) + ".json" for form in formats]
     if len(set(names)) < len(names):
         raise InputError(f"--format: two have the name {max(names, key=names.count)}; rename one")

@@ -10,7 +10,7 @@ from pathlib import Path
 from mini_symposium.data.dataset import load_examples, write_axolotl_jsonl
 from mini_symposium.data.prompt_formats import PromptFormat
 from mini_symposium.errors import InputError
-from mini_symposium.files.writing import check_room, write_json, written_whole
+from mini_symposium.files.writing import check_new, check_room, write_json, written_whole
 from mini_symposium.models.adapters import find_checkpoints, read_adapters
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.catalog import hub_id
@@ -96,8 +96,7 @@ def gguf(
         If llama.cpp fails, or a file does not pass the check.
     """
     _check_kinds(released, kinds, lora, check)
-    if out.exists():
-        raise InputError(f"{out}: is there already; choose another folder or delete it")
+    check_new(out)
     name, model = name_of(released), local_directory(released.base_model)
     size = sum(path.stat().st_size for path in weight_files(model))
     check_room(out, size * (4 + 2 * len(kinds)))  # if stored in 16 bits: two float32 copies, and one for each kind
@@ -198,8 +197,7 @@ def axolotl(recipe: Recipe, out: Path, name: str) -> list[Path]:
     """
     if recipe.base_model == "tiny":
         raise InputError("tiny: the kit makes its random weights, so Axolotl has no such model; give another recipe")
-    if out.exists():
-        raise InputError(f"{out}: is there already; choose another folder or delete it")
+    check_new(out)
     examples = load_examples(recipe.dataset)
     dataset = [{"path": f"{name}.jsonl", "ds_type": "json", "type": "completion"}]
     base = hub_id(recipe.base_model)

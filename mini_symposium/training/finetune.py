@@ -32,7 +32,7 @@ from trl import SFTConfig
 from mini_symposium.data.dataset import Example, Row, fingerprint, load_examples, tokenize
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.files.writing import alone, clear_away, write_json, written_whole
-from mini_symposium.models.base_models import compute_in_float32, load_model, load_tokenizer, shape_of
+from mini_symposium.models.base_models import check_embedded, compute_in_float32, load_model, load_tokenizer, shape_of
 from mini_symposium.models.devices import device, out_of_memory, peak_memory, processes, training_dtype
 from mini_symposium.recipe import Recipe, load_recipe
 from mini_symposium.run import RunDirectory, Training, overwrite_once
@@ -386,11 +386,7 @@ def as_rows(recipe: Recipe, examples: Sequence[Example]) -> list[Row]:
     tokenizer = load_tokenizer(recipe.base_model)
     rows = tokenize(examples, tokenizer, recipe.sequence_len, not recipe.train_on_inputs)
     for row in rows:
-        if beyond := [i for i in row.input_ids if i >= known]:
-            name = tokenizer.convert_ids_to_tokens(beyond[0])
-            raise InputError(
-                f"{row.source}: spells {name!r}, of which the model has no embedding; write it differently"
-            )
+        check_embedded(row.input_ids, known, tokenizer, row.source)
     return rows
 
 
