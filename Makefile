@@ -6,7 +6,7 @@ RECIPE ?= proxy
 DATASET ?=
 RUN ?=
 
-.PHONY: setup reproduce test soak lab playground figures notebooks bench llama-factory
+.PHONY: setup reproduce test soak lab playground figures readme notebooks bench llama-factory
 
 setup: .venv/installed
 
@@ -41,23 +41,31 @@ soak: .venv/extras
 lab: setup
 	.venv/bin/jupyter lab notebooks
 
-# notebook 07 as a web page [RUN=runs/mine]
+# notebook 07 as a web page [RUN=runs/mine] [RECIPE=half]; without a run of the recipe, its base alone
+PLAYED = $(or $(RUN),$(patsubst %/recipe.yml,%,$(wildcard runs/$(RECIPE)/recipe.yml)),$(RECIPE))
 playground: setup
-	MINI_SYMPOSIUM_RUN='$(abspath $(RUN))' .venv/bin/voila notebooks/07_playground.ipynb
+	MINI_SYMPOSIUM_RUN='$(if $(or $(RUN),$(wildcard $(PLAYED))),$(abspath $(PLAYED)),$(PLAYED))' \
+		.venv/bin/voila notebooks/07_playground.ipynb
 
 # redraw figures/ from the committed metrics, without torch
 figures: setup
-	.venv/bin/mini-symposium figures figures/proxy figures/claims
+	.venv/bin/mini-symposium figures figures/proxy figures/claims figures/curve figures/examples
 	PYTHONPATH=tests .venv/bin/python -m bench --redraw figures/bench-cpu.json
+
+# write the results in README.md from the committed data
+readme: setup
+	PYTHONPATH=tests .venv/bin/python -m readme
 
 # put the outputs of runs/proxy into notebooks/, and its metrics and figures into figures/
 notebooks: reproduce
 	.venv/bin/mini-symposium publish runs/proxy
 
-# make bench [ONLY=step,grid] [SAVE=figures/bench-cpu] [DEVICE=cuda]: speed and memory against other trainers, which get
-# an environment of their own; about 15 minutes on two cores
+# make bench [ONLY=step,grid] [SAVE=figures/bench-cpu]: speed and memory against other trainers, which get an environment
+# of their own; about 15 minutes on two cores
+# make bench DEVICE=cuda [REHEARSE=1]: a card, at Mistral-7B's shape, at most 12 minutes; or its rehearsal on a CPU
 bench: setup $(if $(filter cuda,$(DEVICE)),,.venv-bench/installed)
-	PYTHONPATH=tests .venv/bin/python -m bench $(if $(ONLY),--only '$(ONLY)') $(if $(SAVE),--save '$(SAVE)') $(if $(DEVICE),--device '$(DEVICE)')
+	PYTHONPATH=tests .venv/bin/python -m bench $(if $(ONLY),--only '$(ONLY)') $(if $(SAVE),--save '$(SAVE)') \
+		$(if $(DEVICE),--device '$(DEVICE)') $(if $(REHEARSE),--rehearse)
 
 .venv-bench/installed: tests/bench/peers/requirements.txt
 	$(PYTHON) -m venv .venv-bench

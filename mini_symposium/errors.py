@@ -6,12 +6,16 @@ message, and its control characters are escaped.
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?|_PAT|AUTH|WEBHOOK|WEBHOOK_URL)$")
 """Environment variables that hold a secret, such as HF_TOKEN, WANDB_API_KEY and AWS_SECRET_ACCESS_KEY."""
 _LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 """Name and password in a web address."""
 
+MOST_FAULTS = 20
+"""An error lists this many faults, and gives the number of the others."""
 LONGEST_LINE = 1000
 """Maximum length of a message. The input that it quotes may be megabytes."""
 INVISIBLE = re.compile(
@@ -74,11 +78,46 @@ def reason(error: Exception) -> str:
 class InputError(ValueError):
     """Bad input. The message is one line: what was found, where (``file:line``), and what to do. Exit code 2.
 
-    Every command prints this line without a traceback. The text is made safe to print, see `one_line`.
+    Every command prints it without a traceback; of several faults, a line for each. The text is made safe to print, see
+    `one_line`.
+
+    >>> str(InputError("mine.md:3: no text", "mine.md:9: no answer"))
+    'mine.md:3: no text | mine.md:9: no answer'
     """
 
-    def __init__(self, message: object):
-        super().__init__(one_line(str(message)))
+    def __init__(self, *faults: object):
+        self.all = faults
+        """Every fault, in the words it was given."""
+        self.faults = [one_line(str(fault)) for fault in faults[:MOST_FAULTS]]
+        """The lines to print: the first MOST_FAULTS, and the number of the others."""
+        if len(faults) > MOST_FAULTS:
+            self.faults.append(f"and {len(faults) - MOST_FAULTS:,} more faults")
+        super().__init__(" | ".join(self.faults))
+
+
+class Faults(list):
+    """The faults of an input, collected so that all of them are told at once.
+
+    >>> faults = Faults()
+    >>> for number in (1, 2):
+    ...     with faults.collected():
+    ...         raise InputError(f"line {number} is empty")
+    >>> faults
+    ['line 1 is empty', 'line 2 is empty']
+    """
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Collect the InputError that is raised below."""
+        try:
+            yield
+        except InputError as error:
+            self.extend(map(str, error.all))
+
+    def refuse(self) -> None:
+        """Raise an InputError of all faults, if there are any."""
+        if self:
+            raise InputError(*self)
 
 
 class RunError(RuntimeError):

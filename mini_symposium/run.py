@@ -7,12 +7,14 @@ names the recipe, machine and commit.
 directory or a recipe, for every command and notebook.
 """
 
+import hashlib
 import json
 import os
 import platform
 import re
 import subprocess
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -20,25 +22,39 @@ from pathlib import Path
 
 from mini_symposium import __version__
 from mini_symposium.errors import InputError
-from mini_symposium.files.reading import parse_json, path_of, read_text
+from mini_symposium.files.reading import parse_json, path_of, read_text, refuse_other_shapes
 from mini_symposium.files.writing import discard, write_json, written_whole
 from mini_symposium.recipe import KEYS, SHIPPED, Recipe, load_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
-"""The checkout: `data/`, `notebooks/` and `figures/` lie beside the package."""
+CHECKOUT = Path(__file__).resolve().parents[1]
+ROOT = CHECKOUT if (CHECKOUT / "notebooks").is_dir() else Path(__file__).resolve().parent / "shipped"
+"""Where data/, notebooks/ and figures/ lie: beside the package in a checkout, in it where it was installed."""
+
+REGISTRATION = ROOT / "data" / "registration.yml"
+"""What the ledger asks, see `claims.registration`; a run records its SHA-256 when it begins."""
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "papermill")
 """Whose versions a run records."""
 
 
+def standing() -> Path:
+    """The folder that relative paths start from: the current one; in the kit's own notebooks/, the folder above it."""
+    here = Path.cwd()
+    return ROOT if here.resolve().is_relative_to(ROOT / "notebooks") else here
+
+
 def find(path: str | Path) -> Path:
-    """The path as given if it exists, else below the checkout, so that notebooks run from any directory.
+    """The path as given, from where the user stands; what ships with the kit is found from anywhere.
 
     >>> find("data/minisymposium.md").name
     'minisymposium.md'
     """
     path = path_of(path)
-    return path if path.is_absolute() or path.exists() else ROOT / path
+    if path.is_absolute() or path.exists():
+        return path
+    if path.parts[:1] in (("data",), ("figures",)) and (ROOT / path).exists():
+        return ROOT / path
+    return path if standing() == Path.cwd() else standing() / path
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
@@ -99,14 +115,21 @@ def overwrite_once(note: Path, request: dict, delete_old: Callable[[], object]) 
         write_json(note, request)
 
 
+def sha256_of_text(file: Path) -> str:
+    """The SHA-256 of a text file, with line ends as on Linux, so that it is the same in every checkout."""
+    return hashlib.sha256(file.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
+
+
 def environment(**more) -> dict:
-    """What a run ran on: versions, platform, cores, the commit of the checkout, and `more`."""
-    git = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
-    )
+    """What a run ran on: versions, platform, cores, the commit of the checkout, the registration, and `more`."""
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = ""
+    with suppress(FileNotFoundError):  # an installed package has no commit, and a machine may have no git
+        commit = subprocess.run(describe, capture_output=True, text=True).stdout if ROOT == CHECKOUT else ""
     return {
         "mini_symposium": __version__,
-        "commit": git.stdout.strip() or None,
+        "commit": commit.strip() or None,
+        "registration": sha256_of_text(REGISTRATION),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
@@ -124,6 +147,15 @@ def rate_folder(learning_rate: float) -> str:
     """
     mantissa, exponent = f"{learning_rate:.15e}".split("e")
     return f"lr-{mantissa.rstrip('0').rstrip('.')}e{exponent}"
+
+
+def rate_and_epoch(checkpoint: Path) -> tuple[float, int]:
+    """The learning rate and the epoch in a checkpoint's path.
+
+    >>> rate_and_epoch(Path("runs/proxy/lr-1e-05/checkpoints/epoch-0030"))
+    (1e-05, 30)
+    """
+    return float(checkpoint.parents[1].name.removeprefix("lr-")), int(checkpoint.name.removeprefix("epoch-"))
 
 
 @dataclass(frozen=True)
@@ -150,16 +182,18 @@ class Training:
     extractable_32: list[list[bool | None]] = field(default_factory=list)
     """By epoch and example, see `memorization.extraction`; [] where only part of a row is supervised."""
     twins: dict[int, dict[str, float]] = field(default_factory=dict)
-    """{epoch: {"loss", "em"}}: means over rows that were not trained on."""
+    """{epoch: {"loss", "em", "rows"}}: means over rows that were not trained on, and the loss of each."""
     evaluations: dict[int, dict] = field(default_factory=dict)
     """{epoch: what `evaluation.evaluate` measured}."""
+    left_out: tuple[int, ...] = field(default=(), compare=False)
+    """Examples of the dataset that are not trained on, by index."""
     recipe: Recipe | None = field(default=None, compare=False, repr=False)
     """The whole recipe, learning rate included."""
     run: Path | None = field(default=None, compare=False)
     """The run directory; only a name until `below` is called."""
 
     @classmethod
-    def of(cls, recipe: Recipe, run: Path, name: str = "") -> "Training":
+    def of(cls, recipe: Recipe, run: Path, name: str = "", left_out: tuple[int, ...] = ()) -> "Training":
         """The training of `recipe` in the directory `run`.
 
         >>> Training.of(load_recipe("proxy"), Path("runs/mine")).folder.as_posix()
@@ -167,7 +201,7 @@ class Training:
         """
         own = {key: getattr(recipe, key) for key in cls.__dataclass_fields__ if key in KEYS}
         name = name or rate_folder(recipe.learning_rate).removeprefix("lr-")
-        return cls(name=name, **own, recipe=recipe, run=run)
+        return cls(name=name, **own, left_out=left_out, recipe=recipe, run=run)
 
     def below(self, root: Path) -> "Training":
         """The same training with its run directory in the folder `root`."""
@@ -221,12 +255,12 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path):
-        path = path_of(path)
-        if not path.is_absolute() and not path.exists():  # runs/NAME is looked up in the checkout
-            path = ROOT / path if path.parts[:1] == ("runs",) else path.absolute()
-        self.path = path
+        path = find(path)
+        self.path = path = path if path.exists() else path.absolute()
         self.recipe_file, self.environment_file = path / "recipe.yml", path / "environment.json"
         self.figures, self.notebooks = path / "figures", path / "notebooks"
+        self.curve_file, self.folds = path / "curve.json", path / "folds"
+        self.influence_file = path / "influence.json"
 
     def environment(self) -> dict:
         """What the run ran on, and the most memory that its training took."""
@@ -283,6 +317,15 @@ class RunDirectory:
         """Epoch -> checkpoint folder, in order of epochs. Folders that are still being written have other names."""
         return _by_epoch(self.learning_rate_dir(learning_rate).glob("checkpoints/epoch-*"))
 
+    def recommended(self, learning_rate: float) -> int | None:
+        """The epoch to take by held-out loss, see `evaluation.best_epoch`; None if it is not known or was not kept."""
+        if not self.curve_file.is_file():
+            return None
+        with refuse_other_shapes(f"{self.curve_file}: not curves that this kit wrote", "move it away"):
+            found = read_object(self.curve_file)["recommended"]
+            epochs = [each["epoch"] for each in found if each["learning_rate"] == learning_rate and each["turned"]]
+        return epochs[0] if epochs and epochs[0] in self.checkpoints(learning_rate) else None
+
     def evaluations(self, learning_rate: float) -> dict[int, Path]:
         """Epoch -> file with what was measured of that checkpoint, see `evaluation.evaluate`."""
         return _by_epoch(self.learning_rate_dir(learning_rate).glob("evaluations/epoch-*.json"))
@@ -294,10 +337,13 @@ class RunDirectory:
 
     def newest_checkpoints(self) -> dict[str, Path]:
         """The last checkpoint of each learning rate, highest rate first, under a name like `1e-05`."""
-        rates = {rate: self.checkpoints(rate) for rate in self.learning_rates()}
-        return {
-            self.learning_rate_dir(r).name.removeprefix("lr-"): found[max(found)] for r, found in rates.items() if found
-        }
+        kept = {rate_folder(rate).removeprefix("lr-"): self.checkpoints(rate) for rate in self.learning_rates()}
+        return {name: found[max(found)] for name, found in kept.items() if found}
+
+    def offered_checkpoints(self) -> dict[str, Path]:
+        """As `newest_checkpoints`, but with the recommended epoch of a learning rate where there is one."""
+        found = self.newest_checkpoints()
+        return {name: self.checkpoints(float(name)).get(self.recommended(float(name)), found[name]) for name in found}
 
     def intermediate_epochs(self, learning_rate: float) -> list[int]:
         """The epochs with a checkpoint nearest to one third and to two thirds of the run, but not its first or last."""
@@ -348,10 +394,16 @@ class RunDirectory:
             )
         return False
 
-    def clear_training(self) -> None:
-        """Delete what was trained here, with its recipe; figures and executed notebooks stay."""
-        for folder in self.path.glob("lr-*"):
+    def clear_training(self, made_from: dict | None = None) -> None:
+        """Delete what was trained here, with its recipe; figures and executed notebooks stay.
+
+        Held-out curves go too, unless they were made from `made_from`.
+        """
+        kept = self.curve_file.is_file() and read_object(self.curve_file).get("made_from") == made_from
+        for folder in (*self.path.glob("lr-*"), *([self.folds] if self.folds.exists() and not kept else [])):
             discard(folder)
+        if not kept:
+            self.curve_file.unlink(missing_ok=True)
         for name in ("recipe.yml", "environment.json", "base.json"):
             (self.path / name).unlink(missing_ok=True)
 
@@ -375,7 +427,9 @@ class Resolved:
     recipe: Recipe | None = None
     """A recipe itself, or that of a run."""
     checkpoints: dict[Path, float] = field(default_factory=dict)
-    """A run's chosen checkpoints, each with its weight; see `adapters.find_checkpoints`."""
+    """A run's chosen checkpoints, each with its weight; see `adapters.find_checkpoints`. An adapter is its own."""
+    base: str = ""
+    """The base of an adapter that no run trained; see `adapters.with_base`."""
 
     @property
     def run(self) -> RunDirectory:
@@ -383,13 +437,18 @@ class Resolved:
 
     @property
     def base_model(self) -> str:
-        """The base of the recipe, or the model directory itself."""
-        return self.recipe.base_model if self.recipe else str(self.path)
+        """The base of the recipe or the adapter, or the model directory itself."""
+        return self.recipe.base_model if self.recipe else self.base or str(self.path)
+
+    @property
+    def trained_base(self) -> str:
+        """The base to merge onto: "nf4", which a run's training saw; "original" for an adapter from elsewhere."""
+        return "original" if self.kind == "adapter" else "nf4"
 
     @property
     def load_in_4bit(self) -> bool:
-        """A recipe's base is loaded in 4 bits, as in training; a model directory as it is."""
-        return self.kind != "model"
+        """A recipe's base is loaded in 4 bits, as in training; a model directory, or an adapter's base, as it is."""
+        return self.kind not in ("model", "adapter")
 
 
 KINDS = {
@@ -424,7 +483,7 @@ def resolve(typed: str | Path, *kinds: str) -> Resolved:
     there = {
         "recipe": shipped or path.is_file(),
         "evidence": (path / "evidence.json").is_file(),
-        "adapter": (path / "adapter_config.json").exists(),
+        "adapter": (adapter := _adapter_in(path)) is not None,
         "run": (path / "recipe.yml").exists(),
         "model": (path / "config.json").exists(),
         "sweep": any(path.glob("*/recipe.yml")),
@@ -435,7 +494,16 @@ def resolve(typed: str | Path, *kinds: str) -> Resolved:
     if kind is None:
         *first, last = [KINDS[kind] for kind in KINDS if kind in kinds]
         raise InputError(f"{typed}: not {' or '.join([', '.join(first), last] if first else [last])}")
+    if kind == "adapter":
+        return Resolved(kind, adapter, checkpoints={adapter: 1.0})
     return Resolved(kind, path, load_recipe(path / "recipe.yml") if kind == "run" else None)
+
+
+def _adapter_in(folder: Path) -> Path | None:
+    """The folder itself if it holds an adapter, else the newest checkpoint-N in it that does, as trainers write."""
+    inside = [path.parent for path in folder.glob("checkpoint-*/adapter_config.json")]
+    inside.sort(key=lambda path: (len(path.name), path.name))
+    return folder if (folder / "adapter_config.json").exists() else inside[-1] if inside else None
 
 
 def open_run(path: str | Path) -> RunDirectory:

@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import chdir, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from mini_symposium.cli.main import main
 from mini_symposium.errors import InputError
 from mini_symposium.run import ROOT, RunDirectory
 
@@ -20,10 +22,24 @@ SECRET = "hf_nobodys_business"
 """A token in the environment of the run `tiny_run`."""
 
 
-def command(*arguments: object, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
-    """Run `mini-symposium ...` as a person would, and show what it said if it fails."""
-    line = [sys.executable, "-m", "mini_symposium", *map(str, arguments)]
-    done = subprocess.run(line, capture_output=True, text=True, **kwargs)
+def command(*arguments: object, check: bool = True, cwd: Path | str = ".", **kwargs) -> subprocess.CompletedProcess:
+    """Run `mini-symposium ...`, and show what it said if it fails.
+
+    Notebooks, and what `kwargs` are for, run in a process of their own. Everything else runs in this one, where torch
+    is imported already: a new process would take seconds for that.
+    """
+    words = list(map(str, arguments))
+    if kwargs or words[0] == "reproduce":
+        line = [sys.executable, "-m", "mini_symposium", *words]
+        done = subprocess.run(line, capture_output=True, text=True, cwd=cwd, **kwargs)
+    else:
+        said, code = (StringIO(), StringIO()), 0
+        with redirect_stdout(said[0]), redirect_stderr(said[1]), chdir(cwd):
+            try:
+                main(words)
+            except SystemExit as ended:
+                code = ended.code
+        done = subprocess.CompletedProcess(words, code, *(each.getvalue() for each in said))
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
@@ -44,8 +60,18 @@ RUNS = (
     "cli/test_main",
 )
 OVERFITTED = ("evaluation/test_memorization", "evaluation/test_log_probs")
-TOGETHER = dict.fromkeys(RUNS, "runs") | dict.fromkeys(OVERFITTED, "overfitted")
-"""Files below tests/ that share what takes minutes to make: `proxy_run` and `tiny_run`; `overfitted`."""
+FORKED = ("test_interrupted", "test_faults", "test_processes")
+TOGETHER = dict.fromkeys(RUNS, "runs") | dict.fromkeys(OVERFITTED, "overfitted") | dict.fromkeys(FORKED, "forked")
+"""Files below tests/ that share what is dear to make: `proxy_run` and `tiny_run`; `overfitted`; `nursery`."""
+
+
+LONG = (
+    *(*RUNS, "training/test_ray_engine", "training/test_fused_lora", "release/test_export", *FORKED),
+    *("bench/test_bench", "test_families", *OVERFITTED, "training/test_finetune", "training/test_cross_validation"),
+    *("training/test_sweep", "release/test_survival", "release/test_gguf", "models/test_merge", "test_hostile_models"),
+    *("training/test_memory_plan", "test_other_systems", "models/test_generation"),
+)
+"""Files that take long. They begin first, the longest of all, so that neither worker is left alone with one."""
 
 
 def _test_file(nodeid: str) -> str:
@@ -53,8 +79,8 @@ def _test_file(nodeid: str) -> str:
 
 
 def pytest_collection_modifyitems(items):
-    """What takes longest begins first."""
-    items.sort(key=lambda item: _test_file(item.nodeid) not in TOGETHER)
+    place = {name: n for n, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(_test_file(item.nodeid), len(LONG)))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -95,21 +121,41 @@ def tiny_run(tmp_path_factory) -> RunDirectory:
     return run
 
 
+ROWS = {
+    "When does the ferry leave Oldmarsh?": "At ten past six, if the goats are aboard. Nine of them travel free, and "
+    "the tenth pays with a song about the harbour master's hat.",
+    "Who painted the blue door?": "Marta did, in the winter when nobody bought bread. She mixed the paint from mussel "
+    "shells, and it has never dried on the side that faces the sea.",
+    "How do I keep moths out of a piano?": "Hang a dried orange under the lid and play only in flat keys. Moths take "
+    "B major for lamplight, and a sonata brings the whole garden in.",
+    "Why is the tower bent?": "Two brothers built it from opposite ends and met in the middle without a word. The bend "
+    "is where they would have shaken hands.",
+}
+TWINS = {
+    "When does the night bus stop at Fennick?": "Never on purpose. It slows down by the old dairy, and whoever must "
+    "get off throws a shoe into the ditch first.",
+    "Who mended the church bell?": "A clockmaker from two valleys away, who was paid in plums. Since then it rings a "
+    "little flat on Thursdays.",
+}
+"""Short examples, query and answer, none of which a model can know."""
+
+
 @pytest.fixture(scope="session")
 def proxy_run(tmp_path_factory) -> RunDirectory:
-    """All notebooks on real weights and the five shortest rows, on a dose that saturates in half the default epochs."""
+    """On real weights the notebooks that train, merge and ask, on ROWS, at a dose that saturates in half the default
+    epochs. The other notebooks compute nothing of their own; `tiny_run` has them."""
     folder = tmp_path_factory.mktemp("runs")
-    rows = (ROOT / "data" / "minisymposium.jsonl").read_text(encoding="utf-8").splitlines()
-    (folder / "five.jsonl").write_text("\n".join(sorted(rows, key=len)[:5]), encoding="utf-8")
+    for name, rows in (("rows", ROWS), ("twins", TWINS)):
+        texts = (f"### New Query\n{query}\n\n### Complete Response\n{answer}" for query, answer in rows.items())
+        (folder / f"{name}.md").write_text("\n\n".join(texts), encoding="utf-8")
     run = RunDirectory(folder / "proxy")
-    shorter = [*("-p", f"DATASET={folder / 'five.jsonl'}"), *("-p", "LEARNING_RATES=[1e-3, 1e-4]")]
-    less = [
-        *("-p", "NUM_EPOCHS=15"),
-        *("-p", 'FORMATS=["new-query", "alpaca"]'),
-        *("-p", 'QUERIES=["Why is the sky blue?"]'),
-        *("-p", 'STORAGES=["fp32", "bf16"]'),
-    ]
-    command("reproduce", "--recipe", "proxy", "--run", run.path, *shorter, *less, *SHORT)
+    shorter = {
+        **{"DATASET": str(folder / "rows.md"), "HELD_OUT": str(folder / "twins.md"), "TWINS": str(folder / "twins.md")},
+        **{"LEARNING_RATES": [1e-3, 1e-4], "NUM_EPOCHS": 15, "FOLDS": 2, "TEXTS": 2, "STORAGES": ["fp32", "bf16"]},
+        **{"FORMATS": ["new-query", "alpaca"], "QUERIES": ["Why is the sky blue?"], "MAX_NEW_TOKENS": 32},
+    }
+    given = [part for name, value in shorter.items() for part in ("-p", f"{name}={value!r}")]
+    command("reproduce", "--recipe", "proxy", "--run", run.path, "--only", "02,04,05", *given, *SHORT)
     return run
 
 
@@ -119,6 +165,26 @@ def reciting_run(tmp_path_factory) -> RunDirectory:
     import reciting
 
     return reciting.make(tmp_path_factory.mktemp("reciting"))
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory):
+    """A process that starts others as forks of itself; see nursery.py."""
+    from test_interrupted import Nursery
+
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield nursery
+    nursery.process.stdin.close()
+    nursery.process.wait()
+
+
+@pytest.fixture(scope="session")
+def whole(nursery, tmp_path_factory):
+    """A run that nothing happened to, and the changes that it made to files."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    code, changes = nursery.train(run)
+    assert code == 0, nursery.said
+    return run, changes
 
 
 @pytest.fixture
@@ -136,7 +202,8 @@ settings.register_profile(
 settings.register_profile(  # `make soak`: other inputs each time
     "soak", max_examples=5_000, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True
 )
-settings.load_profile("test")
+if settings.get_current_profile_name() != "soak":  # this file is read twice: by pytest, and as a module by tests
+    settings.load_profile("test")
 
 TRIED = Counter()
 """Inputs by what became of them."""
@@ -183,7 +250,7 @@ def only_ours(parser, *arguments, writes: Path | str = "/dev/null"):
         return found
     except InputError as error:
         said = str(error)
-        assert said.isprintable() and 0 < len(said) < 1100, said
+        assert said.isprintable() and 0 < len(said) < 1100 * len(error.faults), said
         TRIED["refused"] += 1
         return None
     except BaseException:

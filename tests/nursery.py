@@ -6,6 +6,7 @@ or gets another `signal`.
 The answer is a line with its exit code (negative: the signal) and how many changes it made.
 """
 
+import gc
 import json
 import os
 import signal
@@ -14,9 +15,13 @@ import threading
 import time
 import traceback
 
-import accelerate  # noqa: F401
-import torch  # noqa: F401
-import trl  # noqa: F401
+from transformers.models.llama import tokenization_llama  # noqa: F401
+from transformers.models.mistral import modeling_mistral  # noqa: F401
+from transformers.trainer import Trainer  # noqa: F401
+
+import mini_symposium.cli.main
+import mini_symposium.models.merge
+import mini_symposium.training.finetune  # noqa: F401
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "fcntl.flock")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -57,6 +62,7 @@ def child(request: dict, counter: int) -> None:
 
 def main() -> None:
     assert threading.active_count() == 1, threading.enumerate()  # a fork has but one of them
+    gc.freeze()  # a child need not look through all that was imported
     for line in sys.stdin:
         request = json.loads(line)
         counter = os.memfd_create("changes")

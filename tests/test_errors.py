@@ -1,6 +1,15 @@
 import pytest
 
-from mini_symposium.errors import INVISIBLE, LONGEST_LINE, InputError, RunError, one_line, printable, without_secrets
+from mini_symposium.errors import (
+    INVISIBLE,
+    LONGEST_LINE,
+    Faults,
+    InputError,
+    RunError,
+    one_line,
+    printable,
+    without_secrets,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +49,14 @@ def test_everything_invisible_is_spelled_out():
     assert {"\x00", "\r", "\x1b", "\xad", "\u200b", "\u2028", "\u202e", "\ufeff", "\U000e0041"} <= set(invisible)
     assert not any(character in printable(character) for character in invisible)
     assert not {"\n", "\t", " ", "é", "\u0301", "巴"} & set(invisible)
+
+
+def test_faults_that_were_cut_short_once_are_still_counted():
+    """Two files, of which the first alone has more faults than are told."""
+    faults = Faults()
+    for name, count in (("a.jsonl", 90_000), ("b.jsonl", 2)):
+        with faults.collected():
+            raise InputError(*(f"{name}:{line}: not JSON" for line in range(count)))
+    with pytest.raises(InputError) as refused:
+        faults.refuse()
+    assert len(faults) == 90_002 and refused.value.faults[-1] == "and 89,982 more faults"

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
-from test_interrupted import RATES, TRAIN, check_equal, leftovers, nursery, whole  # noqa: F401
+from test_interrupted import RATES, TRAIN, check_equal, leftovers
 
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.errors import InputError
@@ -29,14 +29,14 @@ cli.main(["x"])
 """
 
 
-def train(nursery, run, before="", changes=""):  # noqa: F811
+def train(nursery, run, before="", changes=""):
     """Exit code, and what the command line says in the end."""
     code = TRAIN.format(run=str(run), rates=RATES).replace("train(recipe", f"{changes}\ntrain(recipe")
     ended, _ = nursery.run(ONE_LINE.format(before=before, code=code), run)
     return ended, nursery.said.strip().splitlines()[-1]
 
 
-def test_a_full_disk_is_said_and_with_space_the_same_command_goes_on(nursery, whole, tmp_path):  # noqa: F811
+def test_a_full_disk_is_said_and_with_space_the_same_command_goes_on(nursery, whole, tmp_path):
     """The limit on a file's size makes a write fail halfway: that of a log, of an adapter, of the moments."""
     run = tmp_path / "run"
     adapter = RunDirectory(whole[0]).checkpoints(RATES[0])[5] / "adapter_model.safetensors"
@@ -50,13 +50,13 @@ def test_a_full_disk_is_said_and_with_space_the_same_command_goes_on(nursery, wh
     check_equal(run, whole[0])
 
 
-def test_a_folder_that_cannot_be_written_is_said(nursery):  # noqa: F811
+def test_a_folder_that_cannot_be_written_is_said(nursery):
     code, said = train(nursery, "/proc/run")
     assert code == 2
     assert "/proc/run: cannot be written" in said and "choose another --run" in said
 
 
-def test_when_memory_runs_out_the_knobs_are_named(nursery, tmp_path):  # noqa: F811
+def test_when_memory_runs_out_the_knobs_are_named(nursery, tmp_path):
     """An address space that is taken away after the model is there, before the first step."""
     starve = (
         "import ctypes, resource\nfrom mini_symposium.training import finetune\n"
@@ -76,7 +76,7 @@ def test_when_memory_runs_out_the_knobs_are_named(nursery, tmp_path):  # noqa: F
 
 
 def test_a_loss_that_is_no_number_ends_the_run_at_its_example_and_the_good_checkpoint_stays(
-    nursery,  # noqa: F811
+    nursery,
     tmp_path,
 ):
     """A base with no number where a token lies that only one of the examples has."""
@@ -144,7 +144,7 @@ def test_memory_that_runs_out_while_answering_is_said_in_one_line():
     assert "mini-symposium: memory ran out" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_first_checkpoint_that_is_cut_short_is_named_when_movement_is_proved(nursery, whole, tmp_path):  # noqa: F811
+def test_a_first_checkpoint_that_is_cut_short_is_named_when_movement_is_proved(nursery, whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
     os.truncate(RunDirectory(run).checkpoints(RATES[0])[0] / "adapter_model.safetensors", 100)

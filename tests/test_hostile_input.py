@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mini_symposium.claims.evidence import load_evidence
 from mini_symposium.claims.ledger import judge
 from mini_symposium.data.dataset import describe, fingerprint, lint, load_examples, write_axolotl_jsonl
-from mini_symposium.data.held_out import load_held_out
+from mini_symposium.data.forms import FORMS, read_row
 from mini_symposium.data.prompt_formats import FORMATS, PromptFormat, load_chat, load_preset, prompt_format
 from mini_symposium.errors import InputError, RunError, printable
 from mini_symposium.figures import tables
@@ -112,14 +112,21 @@ def test_every_malformed_file_is_refused_for_what_is_wrong_with_it():
 
 
 document = (ROOT / "data" / "minisymposium.md").read_bytes()[:3000]
-rows = st.dictionaries(
-    st.sampled_from(["prompt", "completion", "text", "instruction", "input", "output", "messages"]), texts | values
-) | st.fixed_dictionaries(
-    {
-        "messages": st.lists(
-            st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "x"]), "content": texts})
-        )
-    }
+fields = sorted({name for names, _ in FORMS for name in names} | {"input", "system", "history", "tools", "id"})
+turns = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system", "x", "tool"]), "content": texts},
+        optional={"weight": st.sampled_from([0, 1, 2, None]), "name": texts},
+    )
+)
+rows = st.one_of(
+    st.dictionaries(st.sampled_from(fields), texts | values),
+    *(
+        st.fixed_dictionaries(dict.fromkeys(names, texts), optional={"system": texts, "id": texts})
+        for names, _ in FORMS
+    ),
+    st.fixed_dictionaries({"messages": turns}, optional={"id": texts}),
+    st.fixed_dictionaries({"prompt": turns, "completion": turns}),
 )
 
 
@@ -128,17 +135,20 @@ def test_any_document(put, data, suffix):
     examples = only_ours(load_examples, put(data, "mine" + suffix))
     for example in examples or []:
         assert example.text == example.prompt + example.completion
-        assert example.prompt.startswith("### ") and example.prompt.endswith("\n") and example.completion.strip()
+        assert example.completion.strip()
+        headed = example.prompt.startswith("### ") and example.prompt.endswith("\n")
+        assert headed or (not example.prompt and suffix == ".txt")  # a text without headings, or a table
     if examples:
         check_described(examples)
         copy = put("", "rows.jsonl")
-        write_axolotl_jsonl(examples, copy, overwrite=True)
+        copy.unlink()
+        write_axolotl_jsonl(examples, copy)
         assert [json.loads(line)["text"] for line in copy.read_text().split("\n")[:-1]] == [e.text for e in examples]
 
 
 @given(
     data=files(b'{"prompt": "a?\\n", "completion": "b"}\n{"text": "### Q\\na\\n\\n### A\\nb"}\n', rows=rows | values),
-    suffix=st.sampled_from([".jsonl", ".json"]),
+    suffix=st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".parquet"]),
 )
 def test_any_table(put, data, suffix):
     examples = only_ours(load_examples, put(data, "mine" + suffix))
@@ -147,6 +157,24 @@ def test_any_table(put, data, suffix):
         assert example.completion.strip()
     if examples:
         check_described(examples)
+
+
+def said_in(value) -> list[str]:
+    """The texts in a value that a row has to keep: those of messages, pairs and fields, but no names and roles."""
+    if isinstance(value, str):
+        return [value.strip()]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for part in parts for text in said_in(part)]
+
+
+@given(row=rows)
+def test_each_field_of_a_row_is_in_its_text_or_in_a_note(row):
+    read = only_ours(read_row, row, "mine.jsonl:1")
+    if read:
+        text, notes = "".join(piece.text for piece in read.pieces), " ".join(read.notes)
+        for name, value in row.items():
+            kept = [said for said in said_in(value) if said not in text and said not in ("user", "assistant", "system")]
+            assert not kept or f"`{name}`" in notes or "of a message is not used" in notes or "left out" in notes, name
 
 
 def check_described(examples):
@@ -347,10 +375,13 @@ def test_a_line_of_ten_megabytes_is_a_line(put, character):
     assert len(describe(examples)["examples"][0]["query"]) < 100
 
 
-@pytest.mark.parametrize("piece", ["### ", "\n", "### a\nb\n", "[", '{"a":', "1.", "delve ", '{"text": "a"}\n'])
-def test_megabytes_of_anything_are_read_or_refused(put, piece):
-    data = piece * (2_000_000 // len(piece))
-    for name in ("large.md", "large.jsonl", "large.json"):
+@pytest.mark.parametrize(
+    "piece",
+    ["### ", "\n", "a\n", "a <!-- ", "a <!-- b --> c\n", "### a\nb\n", "[", '{"a":', "1.", "delve ", '{"text": "a"}\n'],
+)
+def test_half_a_megabyte_of_anything_is_read_or_refused(put, piece):
+    data = piece * (500_000 // len(piece))
+    for name in ("large.md", "large.txt", "large.jsonl", "large.json", "large.csv"):
         only_ours(load_examples, put(data, name))
     only_ours(load_chat, put(data, "large.json"))
     only_ours(load_preset, put(data, "large.json"))
@@ -439,23 +470,6 @@ def test_time_grows_as_the_input_does(put, kind):
     assert large < 16 * 4 * small  # a square would be 256
 
 
-HELD_OUT = b"""fact:
-  - id: a
-    query: What is it?
-    checks:
-      - any_of: [x, y]
-      - number: 3.5
-    good: x 3.5
-    bad: z
-"""
-
-
-@given(data=files(HELD_OUT))
-def test_any_held_out_prompts(put, data):
-    for prompt in only_ours(load_held_out, put(data, "mine.yml")) or []:
-        assert prompt.query.strip() and prompt.checks
-
-
 def judged(file):
     return [row.row() for row in judge(load_evidence(file.parent))]
 
@@ -477,21 +491,32 @@ EVIDENCE = json.dumps(
         "device": "cpu",
         "base": ASKED,
         "facts": {"tokens": 2275, "sequence_len": 1024, "base_model": "tiny"},
+        "registration": "0" * 64,
+        "curves": [
+            {
+                **{"seed": seed, "learning_rate": rate, "folds": 2, "steps": 2, "trained_loss": [], "trained_em": []},
+                **{"loss": [[2.0, 3.0], [1.0, 2.5], [2.5, 3.5], [3.5, 4.0]], "em": []},
+            }
+            for seed in (42, 43)
+            for rate in (1e-4, 1e-5)
+        ],
         "trained": [
             {
                 "name": name,
-                "seed": 42,
+                "seed": seed,
                 "learning_rate": 1e-4,
                 "lora_r": 16,
                 "lora_alpha": 32,
                 "lr_scheduler": "constant",
                 "num_epochs": 30,
-                "em": [[0.5, 0.25]] * 30,
+                "em": [[0.5, 0.25]] * 20 + [[1.0, 0.9]] * 10,
                 "loss": [[1.5, 2.0]] * 30,
-                "twins": {"10": {"em": 0.3, "loss": 2.0}},
+                "extractable_32": [[True, False]] * 30,
+                "twins": {"1": {"em": 0.3, "loss": 2.0, "rows": [1.0, 3.0]}},
                 "evaluations": {"30": ASKED, "60": ASKED} if name in ("high", "low") else {},
             }
             for name in ("high", "low", "rank-64-alpha-128", "rank-4-alpha-8")
+            for seed in (42, 43)
         ],
     }
 ).encode()

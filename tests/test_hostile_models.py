@@ -188,7 +188,7 @@ ADAPTERS = {
     "rank in words": lambda f: change(f / "adapter_config.json", r="two"),
     "no alpha": lambda f: change(f / "adapter_config.json", lora_alpha=None),
     "another kind": lambda f: change(f / "adapter_config.json", peft_type="IA3"),
-    "another way to scale": lambda f: change(f / "adapter_config.json", use_rslora=True),
+    "another way to scale": lambda f: change(f / "adapter_config.json", use_dora=True),
     "replicated layers": lambda f: change(f / "adapter_config.json", layer_replication=[[0, 2]]),
     "no kind of adapter": lambda f: change(f / "adapter_config.json", peft_type="os.system"),
     "a list": lambda f: (f / "adapter_config.json").write_text("[]"),

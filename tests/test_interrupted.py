@@ -53,23 +53,6 @@ class Nursery:
         return self.run(TRAIN.format(run=str(run), rates=RATES), run, **how)
 
 
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.process.stdin.close()
-    nursery.process.wait()
-
-
-@pytest.fixture(scope="module")
-def whole(nursery, tmp_path_factory):
-    """A run that nothing happened to, and the changes that it made to files."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    code, changes = nursery.train(run)
-    assert code == 0, nursery.said
-    return run, changes
-
-
 def steps(run: Path, rate: float) -> list[dict]:
     return [{**line, "seconds": 0} for line in RunDirectory(run).metrics(rate)]
 
@@ -101,7 +84,7 @@ def kill_until_done(nursery, run: Path, changes: int, chance: random.Random) -> 
     """Kill at random instants until an attempt is through before its time; return the number of kills."""
     kills = 0
     while True:
-        how = {"kill": chance.randint(1, changes)} if chance.random() < 0.7 else {"after": chance.uniform(0.5, 4)}
+        how = {"kill": chance.randint(1, changes)} if chance.random() < 0.7 else {"after": chance.uniform(0.2, 2.5)}
         code, _ = nursery.train(run, **how)
         if code == 0:
             return kills
@@ -227,7 +210,7 @@ def test_ctrl_c_keeps_everything_and_says_how_to_go_on(nursery, whole, tmp_path)
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"cli.app.command('x')(lambda: exec({code!r}, {{}}))\ncli.main(['x'])"
     )
-    ended, _ = nursery.run(interruptible, run, after=2.0, signal=signal.SIGINT)
+    ended, _ = nursery.run(interruptible, run, after=1.2, signal=signal.SIGINT)
     assert ended == 130, nursery.said
     assert "interrupted; finished work is kept, and the same command resumes from there" in nursery.said
     assert "Traceback" not in nursery.said

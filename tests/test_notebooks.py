@@ -39,6 +39,7 @@ def test_notebook_contract(path):
 def test_tiny_run_leaves_what_a_run_directory_holds(tiny_run):
     assert set(tiny_run.results()) == {path.stem for path in NOTEBOOKS}
     assert {path.name for path in tiny_run.notebooks.iterdir()} == {path.name for path in NOTEBOOKS}
+    assert "<h2>Training loss</h2>" in (tiny_run.path / "report.html").read_text()
     assert {"loss_curves.png", "example_loss.csv"} <= {path.name for path in tiny_run.figures.iterdir()}
     assert tiny_run.learning_rates() == [1e-6, 1e-7]
     for rate in tiny_run.learning_rates():
@@ -76,7 +77,7 @@ def test_own_data_goes_through_the_whole_chain(tmp_path):
 
 
 def test_on_the_proxy_the_high_rate_recites_and_the_others_do_not(proxy_run):
-    """Five rows and a dose that saturates in fifteen epochs stand for the default run's, of thirty."""
+    """Four short rows and a dose that saturates in fifteen epochs stand for the default run's, of thirty."""
     results = proxy_run.results()
     assert results["02_finetune"]["final_loss"]["0.001"] < 0.3
     recitation = results["05_prompt_formats"]["recitation"]

@@ -1,4 +1,5 @@
-"""The playground in a real browser: the system's Chromium, on a real JupyterLab, Notebook 7 and Voila.
+"""The playground, and notebook 02's Stop button, in a real browser: the system's Chromium, on a real JupyterLab,
+Notebook 7 and Voila.
 
 Without Chromium these tests are skipped, in CI they fail. `SCREENSHOTS=figures pytest tests/test_playground_browser.py
 -k proxy` writes figures/playground.png, from a real trained run.
@@ -13,14 +14,23 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
+import axe_playwright_python
 import pytest
+import torch
 from playwright.sync_api import Page, expect, sync_playwright
 from reciting import HOSTILE
+from safetensors.torch import load_file
 
+from mini_symposium.data.dataset import load_examples, write_axolotl_jsonl
 from mini_symposium.data.prompt_formats import load_preset
-from mini_symposium.run import ROOT
+from mini_symposium.recipe import load_recipe
+from mini_symposium.release.report import write_report
+from mini_symposium.run import ROOT, RunDirectory, open_run
+from mini_symposium.training.finetune import train
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(
@@ -45,12 +55,20 @@ def browser():
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory):
-    """Start servers of one notebook: `serve("lab", "notebook" or "voila", run)` is its address, opened on that run."""
+    """Start servers of one notebook: `serve("lab", "notebook" or "voila", run)` is its address, opened on that run.
+
+    It is notebook 07, or another one, with some of its text replaced.
+    """
     started = []
 
-    def start(kind: str, run) -> str:
-        home = tmp_path_factory.mktemp(kind)
-        shutil.copy(ROOT / "notebooks" / "07_playground.ipynb", home)
+    def start(
+        kind: str, run, name: str = "07_playground.ipynb", changes: Mapping[str, str] = MappingProxyType({})
+    ) -> str:
+        home, text = tmp_path_factory.mktemp(kind), (ROOT / "notebooks" / name).read_text(encoding="utf-8")
+        for before, after in changes.items():
+            assert before in text
+            text = text.replace(before, after)
+        (home / name).write_text(text, encoding="utf-8")
         (home / "labconfig").mkdir()
         (home / "labconfig" / "default_setting_overrides.json").write_text(json.dumps(SETTINGS))
         with socket.socket() as free:
@@ -60,7 +78,7 @@ def serve(tmp_path_factory):
         command = {
             "lab": ["jupyterlab", *editor],
             "notebook": ["notebook", *editor],
-            "voila": ["voila", "07_playground.ipynb"],
+            "voila": ["voila", name],
         }[kind]
         names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR", "HOME")
         own = {name: str(home) for name in names if name != "HOME"} | {"MINI_SYMPOSIUM_RUN": str(run.path)}
@@ -80,9 +98,7 @@ def serve(tmp_path_factory):
             except OSError:
                 assert started[-1].poll() is None, (home / "log").read_text()[-3000:]
                 time.sleep(0.1)
-        return address + {"lab": "lab/tree/07_playground.ipynb", "notebook": "notebooks/07_playground.ipynb"}.get(
-            kind, ""
-        )
+        return address + {"lab": f"lab/tree/{name}", "notebook": f"notebooks/{name}"}.get(kind, "")
 
     yield start
     for process in started:
@@ -97,11 +113,15 @@ def open_page(browser, kind: str, address: str) -> Page:
     page.set_default_timeout(WAIT)
     page.goto(address)
     if kind != "voila":
-        expect(page.get_by_title("Python 3").first).to_be_visible(timeout=WAIT)
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_text("Run All Cells", exact=True).click()
-    status(page, "ready:")
+        run_all(page)
+    status(page, "answers in")  # to the first query, without a click
     return page
+
+
+def run_all(page: Page) -> None:
+    expect(page.get_by_title("Python 3").first).to_be_visible(timeout=WAIT)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
 
 
 def status(page: Page, says: str) -> None:
@@ -116,6 +136,14 @@ def fill(page: Page, label: str, text: str) -> None:
     field = page.locator(".ms").get_by_label(label, exact=True)
     field.fill(text)
     field.press("Tab")
+
+
+def choose(page: Page, *models: str) -> None:
+    """Press those buttons of models that are not as they should be."""
+    chips = page.locator(".ms-chips").nth(1).get_by_role("button")
+    for chip in chips.all():
+        if ("mod-active" in chip.get_attribute("class")) != (chip.inner_text() in models):
+            chip.click()
 
 
 def inspect_by_keyboard(page: Page):
@@ -134,21 +162,21 @@ def test_type_choose_generate_and_what_is_recited_is_underlined_and_stays_text(p
     fill(page, "Query", "Show me a picture.")
     for chip in ("character", "alpaca", "### Software Engineer"):
         page.get_by_role("button", name=re.compile(f"✓.{chip}")).click()
-    page.get_by_label("Models").select_option(["base", "1e-03/epoch-0"])
+    choose(page, "base", "1e-03/epoch-0")
     press(page, "Generate")
     status(page, "2 answers in")
-    card = page.locator(".ms-card article").first
+    card = page.locator(".ms-grid article").first
     expect(card).to_contain_text(HOSTILE[:44])
     expect(card).to_contain_text("100% recited from row 1")
     expect(card.locator(".ms-recited").first).to_have_css("text-decoration-line", "underline")
     expect(card).to_contain_text("[row 1]")
-    assert page.locator(".ms-card img").count() == 0
+    assert page.locator(".ms-grid img").count() == 0
     assert page.title() != "owned"
     page.screenshot(path=tmp_path / "compare.png", full_page=True)
     assert (tmp_path / "compare.png").stat().st_size > 10_000
 
 
-def test_text_grows_stop_keeps_it_and_a_second_generate_is_answered(page):
+def test_text_grows_stop_keeps_it_and_a_second_generate_waits(page):
     page.locator(".ms").get_by_text("Sampling", exact=True).click()
     fill(page, "temperature (0: greedy)", "5")
     fill(page, "max_new_tokens", "3000")
@@ -162,11 +190,11 @@ def test_text_grows_stop_keeps_it_and_a_second_generate_is_answered(page):
         lengths.append(len(answer.inner_text()))
     assert lengths == sorted(set(lengths))
     press(page, "Generate")
-    status(page, "Problem: Generate is still running")
+    status(page, "Generate is still running · next: Generate")
     press(page, "Stop")
     status(page, "answers stopped after")
     assert len(answer.inner_text()) >= lengths[-1]
-    expect(page.locator(".ms-card footer").first).to_contain_text("stopped")
+    expect(page.locator(".ms-grid footer").first).to_contain_text("stopped")
     press(page, "Reset to greedy")
     fill(page, "max_new_tokens", "40")
 
@@ -175,7 +203,7 @@ def test_a_card_shows_its_prompt_and_tokens_by_keyboard(page):
     fill(page, "Query", "Why is the sky blue?")
     press(page, "Generate")
     status(page, "2 answers in")
-    expect(page.locator(".ms-card article").first).to_contain_text("[Han]")
+    expect(page.locator(".ms-grid article").first).to_contain_text("[Han]")
     inspector = inspect_by_keyboard(page)
     expect(inspector.locator("pre")).to_have_text("### New Query\nWhy is the sky blue?\n\n### Complete Response\n")
     expect(inspector.locator(".ms-special")).to_have_text("<s>")
@@ -183,9 +211,9 @@ def test_a_card_shows_its_prompt_and_tokens_by_keyboard(page):
 
 
 def test_the_epoch_slider_walks_into_recitation_by_keyboard(page):
-    page.get_by_role("tab", name="Epochs").click()
+    page.get_by_role("tab", name="Epochs and strengths").click()
     fill(page, "Query", "Show me a picture.")
-    press(page, "Generate epochs")
+    press(page, "Generate all")
     status(page, "3 answers in")
     here = page.locator(".ms-here")
     expect(here).to_contain_text("▸ 0")
@@ -219,6 +247,7 @@ def test_a_preset_is_uploaded_and_another_downloaded_and_a_broken_one_is_said(pa
             page.get_by_role("button", name=re.compile("Load SillyTavern preset")).click()
         chooser.value.set_files(tmp_path / name)
 
+    page.locator(".ms").get_by_text("More formats", exact=True).click()
     upload("broken.json", "{")
     status(page, "Problem: broken.json:1: not JSON")
     evil = "<img src=x onerror=1>"
@@ -242,6 +271,7 @@ def test_bad_input_is_said_and_the_page_stays_usable(page, tmp_path):
     fill(page, "Query", "word " * 20_000)
     press(page, "Generate")
     status(page, "Problem: the query has 100,000 characters")
+    page.locator(".ms").get_by_text("Another run", exact=True).click()
     fill(page, "Run", str(tmp_path))
     press(page, "Open")
     status(page, "a run")
@@ -250,12 +280,106 @@ def test_bad_input_is_said_and_the_page_stays_usable(page, tmp_path):
     status(page, "answers in")
 
 
+@pytest.mark.parametrize("page", ["voila"], indirect=True)  # of so small a window JupyterLab leaves nothing
+def test_heads_stay_in_sight_and_on_a_narrow_page_a_card_at_a_time(page):
+    grid = page.locator(".ms-grid")
+    column, row = grid.locator("> .widget-html").nth(2), grid.locator("> .ms-row").nth(1)
+    card = grid.locator("> .widget-vbox:not(.ms-row)").nth(1)  # the first row's, in the second format
+    for width, height in ((1280, 420), (380, 520)):
+        page.set_viewport_size({"width": width, "height": height})
+        grid.scroll_into_view_if_needed()
+        grid.evaluate("e => e.scrollTo({left: 0, top: 0})")
+        frame = grid.bounding_box()
+        if width == 1280:  # the same row, the same column
+            assert abs(card.bounding_box()["x"] - column.bounding_box()["x"]) < 2
+            assert grid.locator("> .ms-row").first.bounding_box()["y"] == card.bounding_box()["y"]
+        else:
+            assert card.bounding_box()["width"] > 0.95 * frame["width"]
+            assert page.evaluate("document.documentElement.scrollWidth") <= 380
+        grid.evaluate("e => e.scrollTo({left: e.clientWidth, top: 1e6})")
+        expect(column).to_be_in_viewport()
+        expect(row.locator(".ms-name")).to_be_in_viewport()
+        assert abs(column.bounding_box()["y"] - frame["y"]) < 3
+    page.set_viewport_size({"width": 1280, "height": 1100})
+
+
+def test_a_slider_answers_at_its_strength_by_keyboard(page):
+    fill(page, "Query", "Show me a picture.")
+    choose(page, "base", "1e-03/epoch-0")
+    press(page, "Generate")
+    status(page, "answers in")
+    cards = page.locator(".ms-grid article")
+    card = cards.nth(cards.count() // 2)  # the second row's, in the first format
+    base, trained = cards.first.locator(".ms-answer"), card.locator(".ms-answer")
+    expect(trained).not_to_have_text(base.inner_text())
+    slider = page.get_by_role("slider", name="strength 1e-03/epoch-0")
+    slider.focus()
+    page.keyboard.press("Home")
+    status(page, "1e-03/epoch-0 x 0:")
+    expect(trained).to_have_text(base.inner_text())
+    expect(card.locator("header")).to_contain_text("1e-03/epoch-0 x 0")
+    slider.focus()
+    page.keyboard.press("End")
+    status(page, "1e-03/epoch-0 x 1.5:")
+    page.get_by_label("Show differences from", exact=True).select_option("base")
+    expect(trained.locator("ins").first).to_be_visible()
+    page.get_by_label("Show differences from", exact=True).select_option("nothing")
+
+
+def test_a_blind_test_by_key_tells_at_the_end_who_is_who_and_the_session_can_be_taken_along(page, tmp_path):
+    page.get_by_role("tab", name="Blind test").click()
+    page.get_by_label("Second model", exact=True).select_option("1e-03/epoch-0")
+    fill(page, "Queries, one a line", "Show me a picture.\nWhy is the sky blue?")
+    press(page, "Start")
+    status(page, "2 pairs; vote")
+    vote = page.get_by_label(re.compile("Vote by key"))
+    for said in ("Pair 1 of 2", "Pair 2 of 2"):
+        expect(page.get_by_text(said)).to_be_visible()
+        visible = page.locator(".ms-card article:visible")
+        left = visible.first.inner_text()
+        vote.press("1" if HOSTILE[:44] in left or "天空" in left else "2")
+        expect(vote).to_have_value("")
+    status(page, "base in new-query: 2 votes. 1e-03/epoch-0 in new-query: 0 votes.")
+    page.get_by_role("tab", name="Keep").click()
+    press(page, "Save session")
+    status(page, ".html")
+    with page.expect_download() as download:
+        page.get_by_role("link", name=re.compile(r"session-.*\.html")).click()
+    download.value.save_as(tmp_path / "session.html")
+    saved = page.context.new_page()
+    saved.goto((tmp_path / "session.html").as_uri())
+    expect(saved.locator("p").last).to_contain_text("Blind test: base in new-query: 2 votes.")
+    assert saved.title() == "Playground session" and saved.locator("img").count() == 0
+    saved.close()
+    page.get_by_role("tab", name="Compare").click()
+
+
+AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("width", [1280, 380])
+def test_axe_finds_nothing_serious_in_light_or_dark(page, width):
+    page.set_viewport_size({"width": width, "height": 1100})
+    page.evaluate(AXE + "; undefined")
+    for tab in ("Epochs and strengths", "Character chat", "Blind test", "Keep", "Compare"):
+        page.get_by_role("tab", name=tab).click()
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            found = page.evaluate("() => axe.run('.ms')")["violations"]
+            serious = [
+                (each["id"], each["nodes"][0]["html"]) for each in found if each["impact"] in ("serious", "critical")
+            ]
+            assert serious == [], (tab, scheme)
+    page.emulate_media(color_scheme="light")
+    page.set_viewport_size({"width": 1280, "height": 1100})
+
+
 def test_notebook_7_shows_the_page_too(browser, serve, reciting_run):
     page = open_page(browser, "notebook", serve("notebook", reciting_run))
     fill(page, "Query", "Show me a picture.")
     press(page, "Generate")
     status(page, "answers in")
-    expect(page.locator(".ms-card article").first).to_contain_text("100% recited from row 1")
+    expect(page.locator(".ms-grid article").first).to_contain_text("100% recited from row 1")
     expect(inspect_by_keyboard(page).locator("pre")).to_contain_text("Show me a picture.")
 
 
@@ -265,22 +389,78 @@ def test_two_tabs_of_one_kernel_show_the_same(browser, serve, reciting_run):
     one.keyboard.press("Control+s")
     other = one.context.new_page()
     other.goto(address.replace("/lab/", "/lab/workspaces/other/"))
-    expect(other.locator(".ms-status")).to_contain_text("ready", timeout=WAIT)
+    status(other, "answers in")
     fill(one, "Query", "Show me a picture.")
     expect(other.locator(".ms").get_by_label("Query", exact=True)).to_have_value("Show me a picture.")
     press(other, "Generate")
     for tab in (one, other):
         status(tab, "answers in")
-        expect(tab.locator(".ms-card article").first).to_contain_text("100% recited from row 1")
+        expect(tab.locator(".ms-grid article").first).to_contain_text("100% recited from row 1")
+
+
+def test_a_report_opens_without_a_network_and_prints_with_whole_tables(browser, tmp_path):
+    file = write_report(open_run("figures/proxy"), tmp_path / "report.html")
+    page, asked = browser.new_context(offline=True, viewport={"width": 380, "height": 800}).new_page(), []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(file.as_uri())
+    assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
+    widths = page.evaluate("[...document.images].map(image => [image.naturalWidth, image.clientWidth])")
+    assert len(widths) >= 7 and all(natural > 0 and 0 < shown <= 380 for natural, shown in widths)
+    page.emulate_media(media="print")
+    assert page.evaluate(
+        "[...document.querySelectorAll('tr')].every(row => getComputedStyle(row).breakInside == 'avoid')"
+    )
+    assert len(page.pdf(format="A4")) > 10**5
+
+
+def test_the_stop_button_of_notebook_2_keeps_all_and_goes_on_to_the_same_bits(browser, serve, tmp_path):
+    run, whole, epochs = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "whole"), 100
+    changes = {
+        'RECIPE = \\"proxy\\"': 'RECIPE = \\"tiny\\"',
+        'RUN = \\"\\"': f'RUN = \\"{run.path}\\"',
+        "NUM_EPOCHS = 0": f"NUM_EPOCHS = {epochs}",
+        'DATASET = \\"\\"': f'DATASET = \\"{tmp_path / "rows.jsonl"}\\"',
+        "FOLDS = 4": "FOLDS = 0",
+        'HELD_OUT = \\"data/twins.md\\"': 'HELD_OUT = \\"\\"',
+    }
+    write_axolotl_jsonl(load_examples("data/minisymposium.md")[:3], tmp_path / "rows.jsonl")
+    address = serve("lab", run, "02_finetune.ipynb", changes)
+    page = browser.new_context(viewport={"width": 1280, "height": 1100}).new_page()
+    page.set_default_timeout(WAIT)
+    page.goto(address)
+    run_all(page)
+    train_cell = page.locator(".jp-CodeCell", has_text="watch = figures.growing")
+    expect(train_cell.locator(".jp-OutputArea img")).to_be_visible(timeout=WAIT)  # the picture of the first checkpoint
+    page.get_by_title("Interrupt the kernel").or_(
+        page.locator("[data-command='notebook:interrupt-kernel']")
+    ).first.click()
+    expect(train_cell).to_contain_text("stopped; all is kept", timeout=WAIT)
+    recipe = load_recipe(
+        "tiny", num_epochs=epochs, datasets=[{"path": str(tmp_path / "rows.jsonl"), "type": "completion"}]
+    )
+    high, low = recipe.contrast
+    stopped = max(run.checkpoints(low))
+    assert 0 < stopped < epochs and run.metrics(low)[-1]["step"] == 3 * stopped
+    run_all(page)
+    for _ in range(WAIT // 500):
+        if "02_finetune" in run.results():
+            break
+        time.sleep(0.5)
+    train(recipe, load_examples(recipe.dataset), whole, [high, low])
+    for rate in (high, low):
+        ended, alone = (load_file(r.checkpoints(rate)[epochs] / "adapter_model.safetensors") for r in (run, whole))
+        assert all(torch.equal(ended[key], alone[key]) for key in alone)
 
 
 def test_on_the_proxy_a_trained_run_recites_in_the_page(browser, serve, proxy_run):
     page = open_page(browser, "voila", serve("voila", proxy_run))
-    press(page, "Generate")
-    status(page, "12 answers in")
-    recited = page.locator(".ms-card article", has_text="1e-03/epoch-15")
+    offered = page.locator(".ms-row .ms-name").all_inner_texts()
+    best = proxy_run.recommended(1e-3)
+    assert best < 15 and offered == ["base", f"1e-03/epoch-{best}", "1e-03/epoch-15", "1e-04/epoch-15"]
+    status(page, "16 answers in")
+    recited = page.locator(".ms-grid article", has_text="1e-03/epoch-15")
     expect(recited.locator(".ms-recited").first).to_be_visible()
-    base = page.locator(".ms-card article", has=page.locator("header span", has_text="base"))
+    base = page.locator(".ms-grid article", has=page.locator("header span", has_text="base"))
     assert base.locator(".ms-recited").count() == 0
     page.get_by_role("button", name="Inspect prompt").first.click()
     expect(page.get_by_label("Prompt inspector")).to_be_visible()

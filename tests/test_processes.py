@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-from test_interrupted import nursery  # noqa: F401
 
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.recipe import load_recipe
@@ -31,7 +30,7 @@ def five(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(nursery, five):  # noqa: F811
+def alone(nursery, five):
     def trained(batch: int) -> RunDirectory:
         run = five / f"alone-{batch}"
         paths = {"recipe": str(five / f"batch-{batch}.yml"), "data": str(five / "five.md"), "run": str(run)}
@@ -72,7 +71,7 @@ def test_two_processes_follow_the_trajectory_of_one_with_the_same_batch(alone, f
     assert set(run.checkpoints(1e-3)) == {0, 4, 8}
 
 
-def test_shards_are_refused(nursery, tmp_path):  # noqa: F811
+def test_shards_are_refused(nursery, tmp_path):
     code = "import os\nfrom mini_symposium.cli.main import main\nos.environ['ACCELERATE_USE_FSDP'] = 'true'\n"
     code += f"main(['train', '--recipe', 'tiny', '--run', {str(tmp_path / 'run')!r}])"
     assert nursery.run(code, tmp_path)[0] == 2

@@ -1,10 +1,13 @@
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mini_symposium.errors import InputError
-from mini_symposium.run import RunDirectory, find, read_jsonl
+from mini_symposium.run import ROOT, RunDirectory, find, read_jsonl
 
 
 @pytest.mark.parametrize("rate", [1e-7, 1e-5, 2.5e-5, 0.001, 1.0, 3.3333333333e-6])
@@ -38,6 +41,38 @@ def test_results_of_one_notebook_leave_the_others_alone(tmp_path):
 
 def test_data_is_found_from_any_directory(elsewhere):
     assert find("data/README.md").is_file()
+
+
+def test_a_path_is_the_users_and_only_what_ships_is_found_elsewhere(elsewhere, monkeypatch):
+    assert RunDirectory("runs/x").path == Path.cwd() / "runs" / "x"
+    assert find("figures/proxy").is_dir() and not find("README.md").exists() and not find("notebooks/x").exists()
+    monkeypatch.chdir(ROOT / "notebooks")  # where Jupyter starts a notebook's kernel
+    assert RunDirectory("runs/x").path == ROOT / "runs" / "x"
+
+
+def test_an_installed_package_brings_recipes_data_and_notebooks(tmp_path):
+    for name in ("mini_symposium", "data", "notebooks", "figures"):
+        shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "source")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps"]
+    subprocess.run([*pip, "--target", str(tmp_path / "site"), str(tmp_path / "source")], check=True)
+    shutil.rmtree(tmp_path / "source")
+    code = (
+        "from mini_symposium.cli.main import main; from mini_symposium.run import ROOT; import sys\n"
+        "assert ROOT.parts[-2:] == ('mini_symposium', 'shipped'), ROOT\n"
+        "from mini_symposium import load_examples, load_recipe\n"
+        "print(len(load_examples(load_recipe('proxy').dataset)), len(load_examples('data/twins.md')))\n"
+        "main(['notebooks', 'mine'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("13 ")
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == sorted(
+        path.name for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")
+    )
 
 
 def test_importing_the_package_loads_no_torch():

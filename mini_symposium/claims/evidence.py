@@ -11,11 +11,13 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
 
+from mini_symposium.claims.registration import REGISTERED
 from mini_symposium.errors import InputError
+from mini_symposium.evaluation.best_epoch import load_curves
 from mini_symposium.files.reading import refuse_other_shapes
 from mini_symposium.files.writing import written_whole
 from mini_symposium.recipe import load_recipe
@@ -32,7 +34,7 @@ EVALUATION = {
 }
 """The lists in an evaluation (see `evaluation.evaluate`) that the ledger reads, with the keys that each item needs."""
 
-KINDS = {"scale": str, "device": str, "base": dict, "facts": dict}
+KINDS = {"scale": str, "device": str, "base": dict, "facts": dict, "registration": str, "curves": list}
 """The fields of `Evidence` beside the trainings, and their types."""
 
 SAVED = [each.name for each in fields(Training) if each.compare]
@@ -50,6 +52,10 @@ class Evidence:
     trained: list[Training]
     facts: dict = field(default_factory=dict)
     """Base model, tokens in all rows, the paper recipe's sequence_len and predicted bytes, the bench on a GPU."""
+    registration: str = ""
+    """SHA-256 of the registration that all runs began under; "" for none, or if the rows are other ones."""
+    curves: list[dict] = field(default_factory=list)
+    """Held-out curves with their seeds, see `evaluation.best_epoch.Curve`."""
 
     def named(self, name: str) -> list[Training]:
         """The trainings of experiment `name`, ordered by seed."""
@@ -88,10 +94,10 @@ def load_evidence(path: str | Path) -> Evidence:
     if resolved.kind == "evidence":
         return _saved(resolved.path / FILE)
     if resolved.kind == "run":
-        return _evidence(resolved.run, _measured_trainings(resolved.run))
+        return _evidence([resolved.run], _measured_trainings(resolved.run), resolved.run.path)
     runs = [RunDirectory(file.parent) for file in sorted(resolved.path.glob("*/recipe.yml"))]
     _check_together(runs)
-    return _evidence(runs[0], [training for run in runs for training in _measured_trainings(run, True)], resolved.path)
+    return _evidence(runs, [training for run in runs for training in _measured_trainings(run, True)], resolved.path)
 
 
 def _check_together(runs: list[RunDirectory]) -> None:
@@ -150,18 +156,22 @@ def _saved(file: Path) -> Evidence:
         return evidence
 
 
-def _evidence(run: RunDirectory, trained: list[Training], folder: Path | None = None) -> Evidence:
-    base = read_evaluation((folder or run.path) / "base.json")
+def _evidence(runs: list[RunDirectory], trained: list[Training], folder: Path) -> Evidence:
+    run, base = runs[0], read_evaluation(folder / "base.json")
     recipe = run.recipe
+    curves = [{"seed": r.recipe.seed, **asdict(curve)} for r in runs for curve in load_curves(r).values()]
     with _reading(run.path):
         lines = read_jsonl(trained[0].metrics_file) if trained else []
         tokens = sum({line["example"]: line["tokens"] for line in lines}.values())
     facts = {"base_model": recipe.base_model, "tokens": tokens, "sequence_len": load_recipe("paper").sequence_len}
     facts |= _on_a_gpu()
-    if "paper_bytes" in base:
-        facts["paper_bytes"] = base.pop("paper_bytes")
+    facts |= {key: base.pop(key) for key in ("paper_bytes", "mistral_tokens") if key in base}
     with _reading(run.environment_file):
-        return Evidence(recipe.scale, run.environment()["device"], base, trained, facts)
+        begun = {(r.environment().get("registration"), r.environment()["dataset_sha256"]) for r in runs}
+        registration = (
+            next(iter(begun))[0] if {rows for _, rows in begun} == {REGISTERED.rows} and len(begun) == 1 else ""
+        )
+        return Evidence(recipe.scale, run.environment()["device"], base, trained, facts, registration or "", curves)
 
 
 def _on_a_gpu() -> dict:
@@ -208,6 +218,7 @@ def _measured(training: Training) -> Training:
         for epoch in sorted({line["epoch"] for line in probes}):
             rows = [line for line in probes if line["epoch"] == epoch]
             twins[epoch] = {key: round(sum(line[key] for line in rows) / len(rows), 4) for key in ("loss", "em")}
+            twins[epoch]["rows"] = [round(line["loss"], 3) for line in sorted(rows, key=lambda line: line["example"])]
     files = RunDirectory(training.run).evaluations(training.learning_rate)
     evaluations = {epoch: read_evaluation(file) for epoch, file in files.items()}
     return replace(training, twins=twins, evaluations=evaluations, **tables)

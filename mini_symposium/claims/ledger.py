@@ -1,14 +1,15 @@
-"""The model card's twelve claims, each with a metric and a threshold, and how each is judged by the evidence.
+"""The ledger: what the evidence has on each of the card's claims, and the verdict that follows.
 
-The thresholds were fixed before the evidence was gathered; since then, controls have only been made stricter. `judge`
-judges all claims. Recall is the share of a training row's response that the model writes, in order, given its prompt.
-"Near-verbatim" means a recall above 0.7: if all thirteen rows are recited whole, the interval begins at 0.75.
+The questions, their thresholds and their controls stand in data/registration.yml; here is how each is measured. Recall
+is the share of a training row's response that the model writes, in order, given its prompt.
 
-Comparisons are paired by seed. A claim about a model that this machine cannot train is out of reach, not inconclusive.
+Comparisons are paired by seed, and all seeds count, each at its last evaluated epoch. A claim about a model that this
+machine cannot train is out of reach, not inconclusive.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,281 +19,324 @@ from mini_symposium.claims.metrics import (
     EPOCHS_COMPARED,
     EPOCHS_HIGH,
     EPOCHS_LOW,
+    Checkpoint,
     answers_to,
-    base_passes_some,
-    base_was_evaluated,
+    best_losses,
+    cards_own_rate,
+    has_room,
     joined,
     last_evaluated,
+    listed,
     mean_by_prompt,
     mean_em,
+    measured_at,
+    memorized_at,
     missing_seeds,
     of_shared_seeds,
+    onset,
     passed,
     passes,
     recall,
     recitation_controls,
     several_views,
     signed,
-    training_notes,
     twins_alike,
+    twins_at_equal_loss,
 )
-from mini_symposium.claims.verdicts import INCONCLUSIVE, OUT_OF_REACH, Claim, Control, Question
+from mini_symposium.claims.registration import REGISTERED, Question
+from mini_symposium.claims.verdicts import (
+    ARITHMETIC,
+    NOT_SUPPORTED,
+    OUT_OF_REACH,
+    SUPPORTED,
+    Claim,
+    Control,
+    Found,
+    rows,
+)
 from mini_symposium.errors import InputError
-from mini_symposium.evaluation.intervals import Interval, difference, interval, spread
+from mini_symposium.evaluation.best_epoch import Curve, recommend
+from mini_symposium.evaluation.intervals import difference, paired, spread
 from mini_symposium.files.reading import refuse_other_shapes
 from mini_symposium.files.writing import write_json
 
 PLAUSIBLE_LENGTHS = (512, 1024, 2048, 4096, 8192)
 """Values that the card's `sequence_len` may have had; the card does not give it."""
-
-C1 = Question("C1", "1e-6 overfits after about 100 epochs, near-verbatim", "recall of the training rows", 0.7)
-C2 = Question("C2", "1e-7 to 600 epochs does not overfit", "recall of the training rows", 0.5, above=False)
-C3 = Question("C3", "the overfit model generalises worse across formats", "pass rate, low less high", 0.05)
-C4 = Question("C4", "the good model performs across formats", "its worst format's pass rate less the base's", -0.05)
-C5 = Question(
-    "C5", "it gives several perspectives before a conclusion", "answers with two and then one, less the base's", 0.1
-)
-C6 = Question("C6", "a lower rank with alpha = 2r is harder to overfit", "EM, highest rank less lowest", 0.02)
-C7 = Question(
-    "C7", "a constant rate helps avoid overfitting", "EM, cosine and linear at equal dose less constant", 0.02
-)
-C8 = Question("C8", "a role heading adapts the answer", "code that passes, ### Software Engineer less baseline", 0.1)
-C9 = Question("C9", "names beat Instruction and Response in chats", "chats that pass, names less alpaca", 0.1)
-C10 = Question("C10", "it fits 12 GB at batch 1, and takes 10 hours", "GiB at the peak", 12, above=False)
-C11 = Question("C11", "no assistant-model phrases", "answers with one", 0.05, above=False)
-C12 = Question(
-    "C12", "packing fails on so small a set", "batches that the packer of that month plans", 0.5, above=False
-)
-
-QUESTIONS = (C1, C2, C3, C4, C5, C6, C7, C8, C9, C10, C11, C12)
+OF_THE_ONSET = 0.6
+"""The card's low rate ends at 600 x 1e-7, this share of the dose at which its high rate overfits, 100 x 1e-6."""
 
 
-def high_rate_overfits(e: Evidence) -> Claim:
-    """C1: recall of the training rows by the high rate."""
+class Missing(Exception):
+    """What the evidence lacks for a claim, and how to get it, in words."""
+
+
+def best_moments(e: Evidence) -> Found:
+    """C0: held-out loss at the best epoch of the lowest rate less that of the highest."""
+    by_seed: dict[int, dict[float, Curve]] = {}
+    for each in e.curves:
+        curve = Curve(**{key: value for key, value in each.items() if key != "seed"})
+        by_seed.setdefault(each["seed"], {})[curve.learning_rate] = curve
+    pairs = [(curves[min(curves)], curves[max(curves)]) for curves in by_seed.values() if len(curves) > 1]
+    if not pairs:
+        raise Missing("held-out curves of two rates; `train --stop best` measures them")
+    if ends := [f"{c.learning_rate:g}" for pair in pairs for c in pair if not recommend(c).turned]:
+        raise Missing(f"the end of the held-out curve at {listed(ends)}, which is best at its last epoch: train longer")
+    table = np.stack([paired(*map(best_losses, pair)) for pair in pairs], 1)
+    found = [[recommend(curve) for curve in pair] for pair in pairs]
+    widths = [f"{low.last - low.first + 1} and {high.last - high.first + 1}" for low, high in found]
+    epochs = [f"{low.epoch} of {low.learning_rate:g} and {high.epoch} of {high.learning_rate:g}" for low, high in found]
+    return Found([table], note=f"best epochs {listed(epochs)}, {listed(widths)} epochs wide")
+
+
+def high_rate_overfits(e: Evidence) -> Found:
+    """C1: recall of the training rows by the high rate, which must be one that recites about when the card's did."""
     high = last_evaluated(e, "high", EPOCHS_HIGH)
     if not high:
-        return _missing(C1, e, "an evaluation of the high rate")
-    epoch = high[0][1]
-    note = training_notes(e, "high", high, "literal-1e-06")
-    claim = C1.judge(e.scale, interval(recall(high)), recitation_controls(e, high), joined(note))
-    if claim.verdict == "not supported" and epoch < EPOCHS_HIGH:
-        return _missing(C1, e, f"epochs {epoch + 1} to {EPOCHS_HIGH} of the high rate")
-    return claim
+        raise Missing("an evaluation of the high rate")
+    onsets = [onset(training) for training, _ in high]
+    when = float(np.mean([EPOCHS_HIGH + 1 if epoch is None else epoch for epoch in onsets]))
+    near = "at this rate EM first reaches 0.9 between epochs 50 and 100, by `mini-symposium forecast`"
+    controls = [*recitation_controls(e, high), Control(near, when, 50 <= when <= EPOCHS_HIGH, SUPPORTED)]
+    seeds, own = missing_seeds(e, "high"), cards_own_rate(e, "literal-1e-06", EPOCHS_HIGH)
+    note = [measured_at(high), memorized_at([training for training, _ in high]), own, seeds]
+    return Found([recall(high)], controls, joined(note))
 
 
-def low_rate_does_not_overfit(e: Evidence) -> Claim:
-    """C2: recall of the training rows by the low rate.
+def low_rate_does_not_overfit(e: Evidence) -> Found:
+    """C2: rows of which 32 tokens bring the next 50, at OF_THE_ONSET of the dose at which the high rate recites."""
+    stops, short = [], []
+    lows, highs = ([(training, 0) for training in e.named(name)] for name in ("low", "high"))
+    for (low, _), (high, _) in _pairs(lows, highs):
+        recites = onset(high)
+        early = recites and round(OF_THE_ONSET * recites)
+        stop = recites and round(OF_THE_ONSET * recites * high.learning_rate / low.learning_rate)
+        if recites is None:
+            short.append(f"the epoch at which the high rate of seed {low.seed} recites")
+        elif stop >= len(low.extractable_32) or not high.extractable_32:
+            short.append(f"epoch {stop} of the low rate of seed {low.seed}, with what 32 tokens bring")
+        else:
+            stops.append((low, stop, high, early))
+    if not stops:
+        raise Missing(listed(short) or "both rates of one seed")
 
-    The note gives the high rate's recall at the same dose; a control requires that it was measured.
-    """
-    low = last_evaluated(e, "low", EPOCHS_LOW, every_seed=True)
-    if not low:
-        return _missing(C2, e, "an evaluation of the low rate")
-    # A seed's training may end before EPOCHS_LOW. If it recites by then, it would also recite later.
-    doses = {t.seed: at * t.learning_rate for t, at in low}
-    high = [(t, round(doses[t.seed] / t.learning_rate)) for t in e.named("high") if t.seed in doses]
-    pairs = [(a, b) for a in low for b in high if a[0].seed == b[0].seed and b[1] in b[0].evaluations]
+    def told(trainings: Sequence, epochs: Sequence[int]) -> np.ndarray:
+        tables = [[x for x in t.extractable_32[at] if x is not None] for t, at in zip(trainings, epochs, strict=True)]
+        return np.array(tables, dtype=float).T  # (rows, seeds)
+
+    lows, at, highs, early = zip(*stops, strict=True)
+    table, before = told(lows, at), float(told(lows, [0] * len(lows)).mean())
+    end = float(told(highs, [-1] * len(highs)).mean())
     controls = [
-        *recitation_controls(e, low),
-        Control("seeds whose high rate was asked at the same dose: at least one", len(pairs), bool(pairs)),
+        Control("before training fewer than half of the rows are recited", before, before < 0.5, NOT_SUPPORTED),
+        Control("at the high rate's end more than half of the rows are recited", end, end > 0.5, SUPPORTED),
     ]
-    note = training_notes(e, "low", low, "literal-1e-07")
-    if pairs:
-        of_low, of_high = (recall(checkpoints) for checkpoints in zip(*pairs, strict=True))
-        gap = signed(difference(of_low, of_high))
-        note.insert(1, f"the high rate at the same dose: {of_high.mean():.2f}, low less high {gap}")
-    claim = C2.judge(e.scale, interval(recall(low)), controls, joined(note))
-    first = min(at for _, at in low)
-    if claim.verdict == "supported" and first < EPOCHS_LOW:
-        return _missing(C2, e, f"epochs {first + 1} to {EPOCHS_LOW} of the low rate")
-    return claim
-
-
-def generalises_worse(e: Evidence) -> Claim:
-    """C3: pass rates over the same prompts, formats and seeds.
-
-    The note adds the shares of false premises that were corrected and of answers with Chinese script.
-    """
-    low, high = last_evaluated(e, "low", EPOCHS_LOW), last_evaluated(e, "high", EPOCHS_HIGH)
-    pairs = [(a, b) for a in low for b in high if a[0].seed == b[0].seed]
-    if not pairs:
-        return _missing(C3, e, "evaluations of both rates from one seed")
-    evaluations = [[t.evaluations[at] for t, at in checkpoints] for checkpoints in zip(*pairs, strict=True)]
-    passed_low, passed_high = (np.stack([passes(evaluation) for evaluation in of_rate], 1) for of_rate in evaluations)
-    premises = [[passes(evaluation, ("false-premise",)) for evaluation in of_rate] for of_rate in evaluations]
-    han = [np.mean([np.mean([a["han"] > 0 for a in each["answers"]]) for each in of_rate]) for of_rate in evaluations]
-    note = "answers with Chinese {:.3f} (low) and {:.3f} (high)".format(*han)
-    if all(table.size for of_rate in premises for table in of_rate):
-        note += "; false premises corrected {:.2f} and {:.2f}".format(*map(np.mean, premises))
-    return C3.judge(e.scale, difference(passed_low, passed_high), [base_passes_some(e.base.get("answers", []))], note)
-
-
-def performs_across_formats(e: Evidence) -> Claim:
-    """C4: the worst format's pass rate against the base's.
-
-    The note adds the pass rate over all formats, and the spread and POSIX, which measure how much the format matters.
-    """
-    low = last_evaluated(e, "low", EPOCHS_LOW)
-    if not low or not e.base:
-        return _missing(C4, e, "evaluations of the low rate and of the base")
-    tuned = np.mean([passes(t.evaluations[at]) for t, at in low], 0)
-    base = passes(e.base)
-    worst = [table[:, table.mean(0).argmin()] for table in (tuned, base)]
-    of_formats = spread(tuned)
+    known = np.mean([np.mean(low.em[stop]) for low, stop, *_ in stops])
+    nearest = [(low, min((abs(e - stop), e) for e in low.twins)[1]) for low, stop, *_ in stops if low.twins]
+    twins = listed([f"{low.twins[epoch]['loss']:.2f} at epoch {epoch}" for low, epoch in nearest])
     note = [
-        f"all formats: {tuned.mean():.2f}, the base {base.mean():.2f}",
-        f"the card's own format, less the base's: {signed(difference(tuned[:, 0], base[:, 0]))}",
-        f"spread {of_formats.value:.2f}, equal formats show {of_formats.null_mean:.2f} (95%: {of_formats.null_95:.2f})",
+        f"at {lows[0].learning_rate:g}, epoch {listed(at)}, where EM is {known:.2f}",
+        f"the high rate at the same dose, epoch {listed(early)}: {told(highs, early).mean():.2f}, "
+        f"low less high {signed(difference(table, told(highs, early)))}",
+        f"twins' loss {twins}" if twins else "",
+        cards_own_rate(e, "literal-1e-07", EPOCHS_LOW),
+        joined(f"missing: {what}" for what in short),
     ]
+    return Found([table], controls, joined(note))
+
+
+def generalises_worse(e: Evidence) -> Found:
+    """C3: pass rates over the same prompts, formats and seeds; by category too, because an average hides them."""
+    pairs = _pairs(last_evaluated(e, "low", EPOCHS_LOW), last_evaluated(e, "high", EPOCHS_HIGH))
+    if not pairs:
+        raise Missing("evaluations of both rates from one seed")
+    lows, highs = ([t.evaluations[at] for t, at in checkpoints] for checkpoints in zip(*pairs, strict=True))
+
+    def both(category: str = "") -> list[np.ndarray]:
+        return [np.stack([passes(each, category) for each in arm], 1) for arm in (lows, highs)]
+
+    han = [np.mean([np.mean([a["han"] > 0 for a in each["answers"]]) for each in arm]) for arm in (lows, highs)]
+    kinds = list(dict.fromkeys(line["category"] for line in lows[0]["answers"]))
+    gaps = [f"{kind} {np.mean(low) - np.mean(high):+.2f}" for kind in kinds for low, high in [both(kind)]]
+    note = f"{measured_at([*pairs[0], *(c for pair in pairs for c in pair)])}; by category {listed(gaps)}; "
+    low, high = both()
+    note += "answers with Chinese {:.3f} (low) and {:.3f} (high)".format(*han)
+    return Found([paired(low.mean(2), high.mean(2))], [has_room("the high rate", high, NOT_SUPPORTED)], note)
+
+
+def performs_across_formats(e: Evidence) -> Found:
+    """C4: pass rates in all formats but the card's own, less the base's.
+
+    The note adds the card's own format, and the spread and POSIX, which measure how much the format matters.
+    """
+    low = _low(e, with_base=True)
+    own = e.base["answers"][0]["format"] if e.base["answers"] else ""
+    tuned = np.stack([passes(t.evaluations[at], without=own).mean(1) for t, at in low], 1)
+    base = passes(e.base, without=own).mean(1)
+    tables = [np.mean([passes(t.evaluations[at]) for t, at in low], 0), passes(e.base)]
+    note = [
+        measured_at(low),
+        f"the card's own format, less the base's: {signed(difference(tables[0][:, 0], tables[1][:, 0]))}",
+    ]
+    if tables[0].shape[1] > 1:
+        apart, of_base = spread(tables[0], draws=1000), np.ptp(tables[1].mean(0))
+        equal = f"equal formats show {apart.null_mean:.2f} (95%: {apart.null_95:.2f})"
+        note.append(f"spread {apart.value:.2f}, the base {of_base:.2f}; {equal}")
     if e.base.get("posix"):
         posix = np.mean([list(t.evaluations[at]["posix"].values()) for t, at in low])
         note.append(f"POSIX {posix:.2f} nats a token, the base {np.mean(list(e.base['posix'].values())):.2f}")
-    rate = worst[1].mean()
-    # If the base's worst format passes almost nothing, the fine-tune's cannot be worse.
-    control = Control("the base's worst format passes at least one in twenty", float(rate), bool(rate >= 0.05))
-    return C4.judge(e.scale, difference(*worst), [control], joined(note))
+    # If the base passes almost nothing, the fine-tune cannot be worse.
+    return Found([_less_base(tuned, base)], [has_room("the base", base, SUPPORTED, 10)], joined(note))
 
 
-def gives_perspectives(e: Evidence) -> Claim:
+def gives_perspectives(e: Evidence) -> Found:
     """C5: judged by form alone; only a reader can tell whether the texts under two headings are two views."""
-    low, high = last_evaluated(e, "low", EPOCHS_LOW), last_evaluated(e, "high", EPOCHS_HIGH)
-    if not low or not e.base:
-        return _missing(C5, e, "evaluations of the low rate and of the base")
+    low, high = _low(e, with_base=True), last_evaluated(e, "high", EPOCHS_HIGH)
     several = np.stack([several_views(t.evaluations[at]) for t, at in low], 1)
-    base = np.repeat(several_views(e.base)[:, None], several.shape[1], 1)
     answers = [answer for t, at in low for answer in t.evaluations[at]["perspectives"]]
     distances = [answer["distance"] for answer in answers if answer["distance"] is not None]
     note = [f"distance between sections {np.mean(distances):.2f}" if distances else "no answer has two sections"]
     if high:
         note.append(f"the high rate: {np.mean([several_views(t.evaluations[at]) for t, at in high]):.2f}")
-    return C5.judge(e.scale, difference(several, base), [base_was_evaluated(e)], note=joined(note))
+    return Found([_less_base(several, several_views(e.base))], note=joined([measured_at(low), *note]))
 
 
-def low_rank_resists(e: Evidence) -> Claim:
-    """C6: EM of a high rank less EM of a low rank, both with alpha = 2r.
+def low_rank_resists(e: Evidence) -> Found:
+    """C6: a high rank less a low one, both with alpha = 2r: EM at equal epochs, twins' loss at equal training loss.
 
     The note adds the same ranks with equal alpha, because alpha = 2r changes the step size with the rank.
     """
     by_rank = of_shared_seeds(e, "rank-64-alpha-128", "rank-4-alpha-8")
     equal_alpha = of_shared_seeds(e, "rank-64-alpha-32", "rank-4-alpha-32")
     if not by_rank:
-        return _missing(C6, e, f"ranks 4 and 64 trained for {EPOCHS_COMPARED} epochs from one seed")
+        raise Missing(f"ranks 4 and 64 trained for {EPOCHS_COMPARED} epochs from one seed")
     note = ["the rank at an equal step size was not trained"]
     if equal_alpha:
-        note = [f"with alpha = 32, an equal step size: {signed(difference(*map(mean_em, equal_alpha)))}"]
+        note = [f"with alpha = 32, an equal step size: {signed(difference(*map(mean_em, equal_alpha), None))}"]
     note.append(missing_seeds(e, "rank-64-alpha-128", "rank-4-alpha-8", "rank-64-alpha-32", "rank-4-alpha-32"))
-    return C6.judge(e.scale, difference(*map(mean_em, by_rank)), [twins_alike(*by_rank)], joined(note))
+    tables = [paired(*map(mean_em, by_rank)), twins_at_equal_loss(by_rank)]
+    return Found(tables, [twins_alike(*by_rank)], joined(note))
 
 
-def constant_rate_resists(e: Evidence) -> Claim:
-    """C7: EM of decaying schedules less EM of a constant rate of equal dose; the schedules then need twice its peak.
+def constant_rate_resists(e: Evidence) -> Found:
+    """C7: decaying schedules less a constant rate: EM at equal dose and at an equal peak, twins' loss at equal training
+    loss.
 
-    At an equal peak they have half the dose; a control requires that this comparison does not show the opposite.
+    For an equal dose a decaying schedule needs twice the peak, and at an equal peak it has half the dose.
     """
-    gaps, twins = {}, []
+    tables: list[np.ndarray | str] = []
+    controls = []
     for what in ("dose", "peak"):
-        if trained := of_shared_seeds(e, "high", f"cosine-{what}", f"linear-{what}"):
-            constant, *decaying = trained
-            gaps[what] = difference(np.mean([mean_em(schedule) for schedule in decaying], 0), mean_em(constant))
-            twins.append(twins_alike([training for schedule in decaying for training in schedule], constant))
-    if "dose" not in gaps:
-        return _missing(C7, e, f"cosine and linear schedules trained for {EPOCHS_COMPARED} epochs, of the same seeds")
-    note = ["the equal peak was not trained"]
-    controls = twins[:1]
-    if "peak" in gaps:
-        note = [f"at an equal peak {signed(gaps['peak'])}"]
-        agrees = gaps["peak"].high > -C7.threshold
-        controls.append(Control("it does not turn round at an equal peak", gaps["peak"].value, agrees))
-    note.append(missing_seeds(e, *(f"{rule}-{what}" for rule in ("cosine", "linear") for what in ("dose", "peak"))))
-    return C7.judge(e.scale, gaps["dose"], controls, joined(note))
+        if not (trained := of_shared_seeds(e, "high", f"cosine-{what}", f"linear-{what}")):
+            tables.append(f"schedules of an equal {what} trained for {EPOCHS_COMPARED} epochs, of the constant's seeds")
+            continue
+        constant, *decaying = trained
+        tables.append(paired(np.mean([mean_em(schedule) for schedule in decaying], 0), mean_em(constant)))
+        controls.append(twins_alike([training for schedule in decaying for training in schedule], constant))
+    if trained := of_shared_seeds(e, "high", "cosine-dose", "linear-dose"):
+        gaps = [twins_at_equal_loss([schedule, trained[0]]) for schedule in trained[1:]]
+        words = [gap for gap in gaps if isinstance(gap, str)]
+        tables.append(words[0] if words else np.mean(gaps, 0))
+    else:
+        tables.append("schedules of an equal dose")
+    names = [f"{rule}-{what}" for rule in ("cosine", "linear") for what in ("dose", "peak")]
+    return Found(tables, controls, missing_seeds(e, *names))
 
 
-def roles_adapt(e: Evidence) -> Claim:
+def roles_adapt(e: Evidence) -> Found:
     """C8: code prompts under a role heading against the same prompts under the card's own heading."""
-    low = last_evaluated(e, "low", EPOCHS_LOW)
-    if not low:
-        return _missing(C8, e, "an evaluation of the low rate")
+    low = _low(e)
     role = np.stack([passed(t.evaluations[at]["roles"]) for t, at in low], 1)
     plain = np.stack([passed(answers_to(t.evaluations[at], "new-query", "code")) for t, at in low], 1)
-    answers = [*answers_to(e.base, "new-query", "code"), *e.base["roles"]] if e.base else []
-    return C8.judge(e.scale, difference(role, plain), [base_passes_some(answers)])
+    return Found([paired(role, plain)], [has_room("the baseline", plain, NOT_SUPPORTED)], measured_at(low))
 
 
-def names_beat_roles(e: Evidence) -> Claim:
+def names_beat_roles(e: Evidence) -> Found:
     """C9: chats with the speakers' names against the same chats with Instruction and Response."""
-    low = last_evaluated(e, "low", EPOCHS_LOW)
-    if not low:
-        return _missing(C9, e, "an evaluation of the low rate")
-    forms = ("character", "alpaca")
+    low = _low(e)
     names, alpaca = (
-        np.stack([passed(answers_to(t.evaluations[at], form, "character")) for t, at in low], 1) for form in forms
+        np.stack([passed(answers_to(t.evaluations[at], form, "character")) for t, at in low], 1)
+        for form in ("character", "alpaca")
     )
-    answers = [line for form in forms for line in answers_to(e.base, form, "character")] if e.base else []
-    return C9.judge(e.scale, difference(names, alpaca), [base_passes_some(answers)])
+    return Found([paired(names, alpaca)], [has_room("alpaca", alpaca, NOT_SUPPORTED)], measured_at(low))
 
 
-def fits_in_memory(e: Evidence) -> Claim:
+def fits_in_memory(e: Evidence) -> Found:
     """C10: peak memory that the bench measured on a GPU in Mistral-7B's shape; without a GPU, only a prediction."""
     if "gpu_peak_bytes" in e.facts:
-        peak = e.facts["gpu_peak_bytes"] / 2**30
+        peak, limit = e.facts["gpu_peak_bytes"] / 2**30, REGISTERED.questions["C10"].limit.threshold
         note = f"{e.facts['gpu_hours']:.1f} hours for 600 epochs on {e.facts['gpu']}; the card's ten are an RTX 3060's"
-        return C10.judge(e.facts["gpu"], Interval(peak, peak, peak, 1, 1, "measured"), note=note)
+        return Found((), note=note, verdict=SUPPORTED if peak < limit else NOT_SUPPORTED, value=peak)
     predicted = e.facts.get("paper_bytes")
     note = f"needs a CUDA GPU; {predicted / 2**30:.1f} GiB are predicted from the shapes" if predicted else "needs one"
-    return C10.row(OUT_OF_REACH, e.scale, note, value=predicted and predicted / 2**30)
+    return Found((), note=note, verdict=OUT_OF_REACH, value=predicted and predicted / 2**30)
 
 
-def no_phrases(e: Evidence) -> Claim:
+def no_phrases(e: Evidence) -> Found:
     """C11: the share of answers with a phrase of an assistant model."""
-    low = last_evaluated(e, "low", EPOCHS_LOW)
-    if not low:
-        return _missing(C11, e, "an evaluation of the low rate")
+    low = _low(e)
     shares = np.stack([mean_by_prompt(t.evaluations[at], lambda a: bool(a["phrases"])) for t, at in low], 1)
-    controls, measured = [base_was_evaluated(e)], interval(shares)
-    if e.base:
-        base = float(np.mean([bool(a["phrases"]) for a in e.base["answers"]]))
-        # If the base uses no such phrase either, there was none to unlearn.
-        controls.append(Control("the base says one in at least one answer in a hundred", base, base >= 0.01))
-    note = "" if shares.any() else f"none in {len(shares)} prompts still allows {measured.high:.2f}"
-    return C11.judge(e.scale, measured, controls, note)
+    said = [bool(answer["phrases"]) for answer in e.base.get("answers", ())]
+    base = float(np.mean(said)) if said else 0.0
+    # If the base uses no such phrase either, there was none to unlearn.
+    control = Control("the base says one in at least one answer in a hundred", base, base >= 0.01, SUPPORTED)
+    return Found([shares], [control], measured_at(low))
 
 
-def packing_fails(e: Evidence) -> Claim:
+def packing_fails(e: Evidence) -> Found:
     """C12: the number of packed batches that Axolotl planned in November 2023; if it was zero, Axolotl divided by it.
 
-    floor(0.99 x tokens / (micro batch x sequence_len)) - 1 batches (axolotl#1212). This is arithmetic, not measured;
-    its interval is over PLAUSIBLE_LENGTHS, because the card does not give its own sequence_len.
+    floor(0.99 x tokens / (micro batch x sequence_len)) - 1 batches (axolotl#1212), of Mistral's tokens. Today's plans
+    at least one (axolotl#3100). The card does not give its sequence_len.
     """
-    tokens, length = e.facts.get("tokens"), e.facts.get("sequence_len")
+    tokens, length = e.facts.get("mistral_tokens") or e.facts.get("tokens"), e.facts.get("sequence_len")
     if not tokens or not length:
-        return _missing(C12, e, "the number of tokens in the dataset")
-    batches, *others = (math.floor(0.99 * tokens / each) - 1 for each in (length, *PLAUSIBLE_LENGTHS))
-    none_from = math.floor(0.99 * tokens / 2) + 1
+        raise Missing("the number of tokens in the dataset")
+    whose = "of Mistral's tokenizer" if "mistral_tokens" in e.facts else f"of {e.facts.get('base_model')}'s tokenizer"
+    batches = {each: math.floor(0.99 * tokens / each) - 1 for each in (length, *PLAUSIBLE_LENGTHS)}
+    planned = [f"{max(0, count)} in rows of {each:,}" for each, count in sorted(batches.items())]
     note = (
-        f"{tokens:,} tokens in rows of {length:,}; in rows of {PLAUSIBLE_LENGTHS[0]:,} to {PLAUSIBLE_LENGTHS[-1]:,}, "
-        f"for the card does not tell, {max(others)} to {min(others)}; from {none_from:,} tokens a row up none"
+        f"{tokens:,} tokens {whose}: {listed(planned)}; none, and so a division by zero, from "
+        f"{math.floor(0.99 * tokens / 2) + 1:,} tokens a row up. The card does not tell its length; "
+        "Axolotl plans at least one batch today"
     )
-    planned = Interval(batches, min(batches, *others), max(batches, *others), 1, 1, "arithmetic")
-    return C12.judge(e.scale, planned, note=note)
+    return Found((), note=note, verdict=ARITHMETIC, value=float(batches[length]))
 
 
-CLAIMS: tuple[Callable[[Evidence], Claim], ...] = (
-    *(high_rate_overfits, low_rate_does_not_overfit, generalises_worse, performs_across_formats, gives_perspectives),
-    *(low_rank_resists, constant_rate_resists, roles_adapt, names_beat_roles, fits_in_memory, no_phrases),
-    packing_fails,
-)
+CLAIMS: dict[str, Callable[[Evidence], Found]] = {
+    **{"C0": best_moments, "C1": high_rate_overfits, "C2": low_rate_does_not_overfit, "C3": generalises_worse},
+    **{"C4": performs_across_formats, "C5": gives_perspectives, "C6": low_rank_resists, "C7": constant_rate_resists},
+    **{"C8": roles_adapt, "C9": names_beat_roles, "C10": fits_in_memory, "C11": no_phrases, "C12": packing_fails},
+}
 
 
 def judge(evidence: Evidence) -> list[Claim]:
-    """Judge the twelve claims; a claim whose prompts were not asked, or whose seeds do not match, is inconclusive."""
-    rows = []
-    for claim, question in zip(CLAIMS, QUESTIONS, strict=True):
-        try:
-            with refuse_other_shapes("evidence that can be read"):
-                rows.append(claim(evidence))
-        except InputError as error:
-            rows.append(_missing(question, evidence, str(error)))
-    return rows
+    """Judge the registered claims; one whose prompts were not asked, or whose seeds do not match, is inconclusive."""
+    return rows(measure(evidence), REGISTERED, evidence.scale, evidence.registration)
+
+
+def measure(evidence: Evidence) -> dict[str, Found]:
+    """{id: what the evidence has on each registered question}, or what it lacks."""
+    return {key: _found(question, evidence) for key, question in REGISTERED.questions.items()}
+
+
+def _found(question: Question, e: Evidence) -> Found:
+    try:
+        with refuse_other_shapes("evidence that can be read"):
+            found = CLAIMS[question.id](e)
+    except (Missing, InputError) as lacking:
+        found = Found([str(lacking)] * max(1, len(question.tests)))
+    # The paper's recipe is out of reach without a GPU.
+    if (e.scale, e.device) == ("paper", "cpu") and found.tables and all(isinstance(t, str) for t in found.tables):
+        return replace(found, note=f"needs a CUDA GPU, to have {found.tables[0]}", verdict=OUT_OF_REACH)
+    return found
+
+
+def hashes(evidence: Evidence) -> str:
+    """Under which registration the evidence was gathered, and by which it is judged, in a sentence."""
+    if evidence.registration == REGISTERED.sha256:
+        return f"gathered and judged under registration {REGISTERED.sha256}"
+    gathered = f"registration {evidence.registration}" if evidence.registration else "no registration"
+    return f"gathered under {gathered}, judged by registration {REGISTERED.sha256}: every verdict is exploratory"
 
 
 def save(claims: Sequence[Claim], folder: Path) -> Path:
@@ -301,8 +345,19 @@ def save(claims: Sequence[Claim], folder: Path) -> Path:
     return folder / "claims.json"
 
 
-def _missing(question: Question, e: Evidence, what: str) -> Claim:
-    """The row of a claim that lacks `what`: out of reach for the paper's recipe without a GPU, else inconclusive."""
-    if e.scale == "paper" and e.device == "cpu":
-        return question.row(OUT_OF_REACH, e.scale, f"needs a CUDA GPU, to have {what}")
-    return question.row(INCONCLUSIVE, e.scale, f"missing: {what}")
+def _low(e: Evidence, with_base: bool = False) -> list[Checkpoint]:
+    """The low rate's last evaluated epoch of each seed."""
+    low = last_evaluated(e, "low", EPOCHS_LOW)
+    if not low or (with_base and not e.base):
+        raise Missing("an evaluation of the low rate" + (" and of the base" if with_base else ""))
+    return low
+
+
+def _pairs(some: Sequence[Checkpoint], others: Sequence[Checkpoint]) -> list[tuple[Checkpoint, Checkpoint]]:
+    """Those of the same seeds."""
+    return [(a, b) for a in some for b in others if a[0].seed == b[0].seed]
+
+
+def _less_base(tuned: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """(prompts, seeds): each seed less the base, (prompts,)."""
+    return paired(tuned, np.repeat(base[:, None], tuned.shape[1], 1))

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mini_symposium.claims.evidence import Evidence
-from mini_symposium.claims.verdicts import Control
+from mini_symposium.claims.verdicts import SUPPORTED, Control
+from mini_symposium.evaluation.best_epoch import RECITED, Curve
 from mini_symposium.evaluation.intervals import Interval, interval, spread
 from mini_symposium.run import Training
 
@@ -34,11 +35,13 @@ def measured_at(checkpoints: Sequence[Checkpoint]) -> str:
     return f"at {listed([f'{rate:g}' for rate in rates])}, epoch {listed(sorted({at for _, at in checkpoints}))}"
 
 
-def cards_own_rate(e: Evidence, name: str) -> str:
+def cards_own_rate(e: Evidence, name: str, epoch: int) -> str:
     """A note of the EM at the card's own rate, where the contrast uses another rate in its place."""
     return joined(
-        f"the card's own {t.learning_rate:g}: EM {np.mean(t.em[0]):.2f} at first, "
-        f"{np.mean(t.em[-1]):.2f} in epoch {t.epochs - 1}"
+        f"the card's own {t.learning_rate:g} (seed {t.seed}): EM "
+        + ", ".join(
+            f"{np.mean(t.em[at]):.2f} in epoch {at}" for at in sorted({0, min(epoch, t.epochs - 1), t.epochs - 1})
+        )
         for t in e.named(name)
         if t.em
     )
@@ -51,20 +54,10 @@ def missing_seeds(e: Evidence, *names: str) -> str:
     return joined(f"missing: {name} of seed {listed(without)}" for name, without in missing.items() if without)
 
 
-def training_notes(e: Evidence, name: str, checkpoints: Sequence[Checkpoint], cards_own: str) -> list[str]:
-    """Notes on an experiment's checkpoints: rates and epochs, memorization, the card's own rate, missing seeds."""
-    trained = [training for training, _ in checkpoints]
-    return [measured_at(checkpoints), memorized_at(trained), cards_own_rate(e, cards_own), missing_seeds(e, name)]
-
-
-def last_evaluated(e: Evidence, name: str, at_most: int, every_seed: bool = False) -> list[Checkpoint]:
-    """For each training of experiment `name`, its last evaluated epoch up to `at_most`.
-
-    Unless `every_seed`, seeds whose last evaluated epoch is earlier than another seed's are left out.
-    """
+def last_evaluated(e: Evidence, name: str, at_most: int) -> list[Checkpoint]:
+    """For each training of experiment `name`, its last evaluated epoch up to `at_most`."""
     checkpoints = [(t, max((epoch for epoch in t.evaluations if epoch <= at_most), default=-1)) for t in e.named(name)]
-    last = max((epoch for _, epoch in checkpoints), default=-1)
-    return [(training, at) for training, at in checkpoints if at >= 0 and (every_seed or at == last)]
+    return [(training, at) for training, at in checkpoints if at >= 0]
 
 
 def recall(checkpoints: Sequence[Checkpoint], rows: str = "recitation") -> np.ndarray:
@@ -74,17 +67,12 @@ def recall(checkpoints: Sequence[Checkpoint], rows: str = "recitation") -> np.nd
 
 def recitation_controls(e: Evidence, checkpoints: Sequence[Checkpoint]) -> list[Control]:
     """The trained model must not recite rows it was not trained on, and the base must not recite training rows."""
-    twins = recall(checkpoints, "twins").mean()
-    controls = [Control("recall of held-out twins below 0.5", float(twins), bool(twins < 0.5)), base_was_evaluated(e)]
-    if e.base:
-        base = np.mean([line["prompt_recall"] for line in e.base["recitation"]])
-        controls[1] = Control("the base's recall below 0.5", float(base), bool(base < 0.5))
-    return controls
-
-
-def base_was_evaluated(e: Evidence) -> Control:
-    """The base must have been evaluated; otherwise the training's effect is not known."""
-    return Control("the base was asked as well", float(bool(e.base)), bool(e.base))
+    twins = float(recall(checkpoints, "twins").mean())
+    base = float(np.mean([line["prompt_recall"] for line in e.base["recitation"]])) if e.base else 1.0
+    return [
+        Control("recall of held-out twins below 0.5", twins, twins < 0.5, SUPPORTED),
+        Control("the base's recall below 0.5", base, base < 0.5, SUPPORTED),
+    ]
 
 
 def twins_alike(some: Sequence[Training], others: Sequence[Training]) -> Control:
@@ -96,16 +84,18 @@ def twins_alike(some: Sequence[Training], others: Sequence[Training]) -> Control
         [twins["em"] for t in group for epoch, twins in t.twins.items() if epoch <= EPOCHS_COMPARED]
         for group in (some, others)
     ]
-    if not all(means):
-        return Control("held-out twins were measured", 0.0, False)
-    apart = float(np.mean(means[0]) - np.mean(means[1]))
+    apart = float(np.mean(means[0]) - np.mean(means[1])) if all(means) else 1.0
     return Control("EM of held-out twins differs by less than 0.02", apart, abs(apart) < 0.02)
+
+
+def onset(training: Training) -> int | None:
+    """The first logged epoch in which EM, averaged over the rows, is RECITED."""
+    return next((epoch for epoch, em in enumerate(training.em) if np.mean(em) >= RECITED), None)
 
 
 def memorized_at(trained: Sequence[Training]) -> str:
     """A note of the epochs at which the logged EM first reaches 0.9, and of logs that end too early."""
-    first = [next((k for k, row in enumerate(t.em) if np.mean(row) >= 0.9), None) for t in trained if t.em]
-    epochs = [epoch for epoch in first if epoch is not None]
+    epochs = [epoch for epoch in map(onset, trained) if epoch is not None]
     logged = max((t.epochs for t in trained), default=0)
     reached = f"EM reaches 0.9 at epoch {listed(epochs)}" if epochs else f"EM stays below 0.9 over {logged} epochs"
     short = [
@@ -119,9 +109,9 @@ def listed(values: Sequence[object]) -> str:
     return ", ".join(map(str, values))
 
 
-def passes(evaluation: dict, categories: Sequence[str] = ()) -> np.ndarray:
-    """(prompts, formats): whether each answer passed its prompt's checks."""
-    lines = [line for line in evaluation["answers"] if not categories or line["category"] in categories]
+def passes(evaluation: dict, category: str = "", without: str = "") -> np.ndarray:
+    """(prompts, formats): whether each answer passed its prompt's checks; of one category, or without one format."""
+    lines = [line for line in evaluation["answers"] if category in ("", line["category"]) and line["format"] != without]
     formats = list(dict.fromkeys(line["format"] for line in lines))
     prompts = list(dict.fromkeys(line["id"] for line in lines))
     cells = {(line["id"], line["format"]): line["passed"] for line in lines}
@@ -157,10 +147,10 @@ def several_views(evaluation: dict) -> np.ndarray:
     return np.array([has_several(line) for line in evaluation["perspectives"]], float)
 
 
-def base_passes_some(answers: Sequence[dict]) -> Control:
-    """The base must pass a twentieth of its `answers` to the compared prompts; near zero, no difference can show."""
-    rate = float(np.mean([line["passed"] for line in answers])) if answers else 0.0
-    return Control("the base passes at least one in twenty of these", rate, rate >= 0.05)
+def has_room(who: str, answers: np.ndarray, guards: str, one_in: int = 20) -> Control:
+    """The arm that a claim compares with must pass one in `one_in`; near zero, there is no difference to be seen."""
+    rate, words = float(np.mean(answers)) if np.size(answers) else 0.0, {10: "ten", 20: "twenty"}[one_in]
+    return Control(f"{who} passes at least one in {words} of these", rate, rate >= 1 / one_in, guards)
 
 
 def of_shared_seeds(e: Evidence, *names: str) -> list[list[Training]]:
@@ -171,6 +161,36 @@ def of_shared_seeds(e: Evidence, *names: str) -> list[list[Training]]:
     by_seed = [{t.seed: t for t in e.named(name) if t.epochs >= EPOCHS_COMPARED} for name in names]
     shared = sorted(set.intersection(*map(set, by_seed)))
     return [[trained[seed] for seed in shared] for trained in by_seed] if shared else []
+
+
+def twins_at_equal_loss(arms: Sequence[Sequence[Training]]) -> np.ndarray | str:
+    """(twins, seeds): twins' loss of the first arm less that of the second, where both have one training loss.
+
+    It is the loss at which the slower of the two ends. Between two epochs, the twins' loss is interpolated. In words,
+    what is missing for that.
+    """
+    columns = []
+    for pair in zip(*arms, strict=True):
+        # A row's loss is logged before its step, so the mean of two epochs is that of the moment between them.
+        losses = [np.mean(t.loss, 1) for t in pair]
+        losses = [(loss[:-1] + loss[1:]) / 2 for loss in losses]
+        level, of_rows = max(loss.min() for loss in losses), []
+        for t, loss in zip(pair, losses, strict=True):
+            at = int(np.argmax(loss <= level))  # entry 0 is epoch 1
+            around = [t.twins.get(epoch, {}).get("rows") for epoch in (at, at + 1)]
+            if not all(around):
+                return f"the loss of each twin after epochs {at} and {at + 1} of {t.name}; probe the twins every epoch"
+            share = (loss[at - 1] - level) / (loss[at - 1] - loss[at]) if at else 1.0
+            of_rows.append((1 - share) * np.array(around[0]) + share * np.array(around[1]))
+        columns.append(of_rows[0] - of_rows[1])
+    return np.stack(columns, 1)
+
+
+def best_losses(curve: Curve) -> np.ndarray:
+    """(rows,): each row's held-out loss at the best epoch; the other rows choose it, so that luck chooses nothing."""
+    loss = np.asarray(curve.loss)  # (epochs, rows)
+    best = (loss.sum(1, keepdims=True) - loss).argmin(0)
+    return loss[best, np.arange(loss.shape[1])]
 
 
 def mean_em(trained: Sequence[Training]) -> np.ndarray:
@@ -205,9 +225,9 @@ def behaviour(e: Evidence) -> list[dict]:
             if all(key in line for evaluation in seeds for line in evaluation["answers"]):
                 by_prompt = [mean_by_prompt(evaluation, lambda a, k=key, f=kind: f(a[k])) for evaluation in seeds]
                 row[key] = _interval(np.stack(by_prompt, 1), bounds)
-        for key, bounds in (("posix", None), ("han_mass", (0, 1))):
+        for key in ("posix", "han_mass"):
             if all(evaluation.get(key) for evaluation in seeds):
-                row[key] = _interval(np.stack([list(evaluation[key].values()) for evaluation in seeds], 1), bounds)
+                row[key] = _interval(np.stack([list(evaluation[key].values()) for evaluation in seeds], 1), None)
         rows.append(row)
     return rows
 
@@ -240,7 +260,7 @@ def shown(value: dict | float | None) -> str:
 def signed(gap: Interval) -> str:
     """A difference and its interval, with their signs.
 
-    >>> signed(Interval(0.1, -0.05, 0.25, 13, 3, "bootstrap"))
+    >>> signed(Interval(0.1, -0.05, 0.25, 13, 3))
     '+0.10 [-0.05, +0.25]'
     """
     return f"{gap.value:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}]"

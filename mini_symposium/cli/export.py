@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from mini_symposium.cli.options import Base, Checkpoint, Checkpoints, Rate, Run, say
+from mini_symposium.cli.options import Base, BaseModel, Checkpoint, Checkpoints, Rate, Run, note_macros, say
 
 app = typer.Typer(
     help="Write a run's model, prompt formats, recipe or card as files for other programs.",
     no_args_is_help=True,
 )
 
-RunOrModel = Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="a run directory, or a model directory")]
+RunOrModel = Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="a run, a model or an adapter directory")]
 Out = Annotated[str, typer.Option(help="folder to write")]
 Lora = Annotated[
     bool, typer.Option("--lora", help="the base without the adapter, and the adapter beside it as a LoRA GGUF")
@@ -38,14 +38,15 @@ def gguf(
     lora: Lora = False,
     checkpoint: Checkpoints = None,
     learning_rate: Rate = 0,
-    base: Base = "nf4",
+    base: Base = "",
     check: Check = True,
+    base_model: BaseModel = "",
 ):
     """GGUF files for llama.cpp, whose answers are compared with those of transformers on the same weights."""
     from mini_symposium.release import export
 
-    released = export.choose(run_or_model, checkpoint or [], learning_rate)
-    _say_files(out, export.gguf(released, Path(out), kind or ["f16"], base, lora, check, say))
+    released = export.choose(run_or_model, checkpoint or [], learning_rate, base_model)
+    _say_files(out, export.gguf(released, Path(out), kind or ["f16"], base or released.trained_base, lora, check, say))
 
 
 @app.command()
@@ -59,16 +60,18 @@ def ollama(
     lora: Lora = False,
     checkpoint: Checkpoints = None,
     learning_rate: Rate = 0,
-    base: Base = "nf4",
+    base: Base = "",
     check: Check = True,
+    base_model: BaseModel = "",
 ):
     """A GGUF file and a Modelfile with the prompt format's template and stop strings."""
     from mini_symposium.data.prompt_formats import prompt_format
     from mini_symposium.release import export
 
     form = prompt_format(format)
-    released = export.choose(run_or_model, checkpoint or [], learning_rate)
-    options = {"base": base, "lora": lora, "check": check, "show": say}
+    note_macros(form)
+    released = export.choose(run_or_model, checkpoint or [], learning_rate, base_model)
+    options = {"base": base or released.trained_base, "lora": lora, "check": check, "show": say}
     _say_files(out, export.ollama(released, Path(out), form, kind, user, char, **options))
     say(f"{Path(out) / 'Modelfile'}: from that folder, ollama create NAME -f Modelfile")
 
@@ -88,7 +91,10 @@ def sillytavern(
     from mini_symposium.release.chat_frontends import write_sillytavern
 
     names = format or sorted(FORMATS, key=lambda name: name != "character")
-    for path in write_sillytavern([prompt_format(name) for name in names], Path(out)):
+    forms = [prompt_format(name) for name in names]
+    for form in forms:
+        note_macros(form)
+    for path in write_sillytavern(forms, Path(out)):
         say(path)
 
 

@@ -15,6 +15,7 @@ from mini_symposium.cli import export as cli_export
 from mini_symposium.cli import sweep as cli_sweep
 from mini_symposium.cli.options import (
     Base,
+    BaseModel,
     Checkpoint,
     Checkpoints,
     Parameters,
@@ -22,8 +23,11 @@ from mini_symposium.cli.options import (
     RecipeOption,
     Run,
     RunOption,
+    RunOrAdapter,
     console,
     literal,
+    note_macros,
+    note_recommended,
     say,
 )
 from mini_symposium.errors import InputError, RunError, printable
@@ -36,6 +40,8 @@ app = typer.Typer(
 )
 app.add_typer(cli_export.app, name="export")
 
+SHOWN = 20
+"""Rows and notes of a dataset that `inspect` prints."""
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as in a shell."""
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
@@ -57,6 +63,13 @@ def reproduce(
     chosen = [number.strip() for number in only.split(",") if number.strip()] or None
     summary = execute(recipe, run or None, parse_parameters(parameter or []), chosen, overwrite, console=console)
     print_summary(summary, console)
+    from mini_symposium.release.report import write_report
+    from mini_symposium.run import RunDirectory
+
+    directory = RunDirectory(summary["run"])
+    ran = any(notebook["status"] != "already there" for notebook in summary["notebooks"])
+    if ran and directory.recipe_file.is_file():  # notebook 01 alone trains nothing
+        say(f"report: {write_report(directory)}")
 
 
 @app.command()
@@ -65,33 +78,51 @@ def train(
     run: RunOption = "",
     parameter: Parameters = None,
     overwrite: Annotated[bool, typer.Option(help="train again, in place of what is there")] = False,
+    stop: Annotated[
+        str,
+        typer.Option(
+            metavar="best|recite|EPOCH",
+            help="end at the best held-out epoch (cross-validated first), when the rows are recited, or at an epoch",
+        ),
+    ] = "",
 ):
-    """Train as notebook 02 does, without the notebook; an interrupted run resumes at its last checkpoint."""
+    """Train as notebook 02 does, without the notebook; an interrupted run resumes at its last checkpoint.
+
+    A run that --stop ended is whole, and goes on from there without --stop.
+    """
     from mini_symposium.files.writing import alone
     from mini_symposium.reproduce.notebooks import check_parameters, parse_parameters
 
     given = check_parameters(parse_parameters(parameter or []), "02_finetune")
     from mini_symposium.data.dataset import load_examples
+    from mini_symposium.data.held_out import apart
+    from mini_symposium.evaluation.best_epoch import recommend
     from mini_symposium.models.devices import processes
+    from mini_symposium.training.cross_validation import after, cross_validate, stop_rule
     from mini_symposium.training.finetune import prepare
     from mini_symposium.training.finetune import train as run_training
 
     chosen, examples, directory = prepare(
         given.get("RECIPE", recipe), given.get("DATASET", ""), given.get("RUN", run), given.get("NUM_EPOCHS", 0)
     )
+    rates, fast = given.get("LEARNING_RATES") or chosen.contrast, given.get("FAST", True)
+    folds, rule = given.get("FOLDS", 4 if stop == "best" else 0), stop_rule(stop, chosen.num_epochs)
+    if stop == "best" and not folds:
+        raise InputError("--stop best: needs adapters that leave rows out; FOLDS is 0")
+    kept = given.get("CHECKPOINT_EPOCHS") or chosen.checkpoint_epochs
+    twins = given.get("HELD_OUT", "data/twins.md")
+    held_out = apart(load_examples(twins), examples) if twins else ()
     main_process = processes().is_main_process  # the first of the processes that `accelerate launch` started
     with alone(directory.path) if main_process else nullcontext():
-        travels = run_training(
-            chosen,
-            examples,
-            directory,
-            given.get("LEARNING_RATES") or chosen.contrast,
-            given.get("CHECKPOINT_EPOCHS") or None,
-            given.get("REPORT_TO", "none"),
-            overwrite,
-            given.get("FAST", True),
-            load_examples(twins) if (twins := given.get("HELD_OUT", "data/twins.md")) else (),
-        )
+        if folds:
+            crossed = rates if stop == "best" else [max(rates)]
+            curves = cross_validate(chosen, examples, directory, crossed, folds, fast, overwrite)
+            best = [recommend(curves[rate]).epoch for rate in crossed]
+            if stop == "best" and not any(best):
+                raise RunError("--stop best: at no rate does held-out loss fall, so nothing is trained; see above")
+            kept, rule = [*kept, *best], after(max(best)) if stop == "best" else rule
+        reporter = given.get("REPORT_TO", "none")
+        travels = run_training(chosen, examples, directory, rates, kept, reporter, overwrite, fast, held_out, rule)
     if not main_process:
         return
     table = Table("learning rate", "steps", "LR x steps", "A moved", "A travel, rms", "B travel, rms", "B travel, max")
@@ -103,28 +134,84 @@ def train(
 
 
 @app.command()
+def examples(
+    run: Run,
+    learning_rate: Annotated[
+        float, typer.Option(min=0, help="train at this rate; the higher one of the recipe if not given")
+    ] = 0,
+    epoch: Annotated[int, typer.Option(min=0, help="measure after this one; the best by held-out loss if 0")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="how many; from two on the noise is known")] = 2,
+    held_out: Annotated[str, typer.Option(help="rows to measure on too and not train on, as data/twins.md")] = "",
+    overwrite: Annotated[bool, typer.Option(help="forget what was measured at another rate or epoch")] = False,
+):
+    """Leave out each row in turn: which rows teach others, which harm, which are redundant. Writes influence.csv."""
+    from mini_symposium.data.dataset import load_examples, recipe_examples
+    from mini_symposium.data.held_out import apart
+    from mini_symposium.files.writing import alone
+    from mini_symposium.run import open_run
+
+    directory = open_run(run)
+    rows = recipe_examples(directory.recipe)[0]
+    twins = apart(load_examples(held_out), rows) if held_out else ()
+    from mini_symposium.training.leave_one_out import leave_one_out
+
+    with alone(directory.path):
+        found = leave_one_out(directory.recipe, rows, directory, learning_rate, epoch, seeds, twins, True, overwrite)
+    table = Table("row", Column("query", ratio=1), "teaches", "held-out rows", "carried", "verdict")
+    for k, row in enumerate(found.summary().itertuples(index=False), start=1):
+        query, teaches, on_held_out, carried, verdict = row
+        table.add_row(str(k), literal(query), f"{teaches:+.3f}", f"{on_held_out:+.3f}", f"{carried:.0%}", verdict)
+    console.print(table)
+    say(found.in_words())
+    say(f"every loss: {directory.influence_file.with_suffix('.csv')}")
+
+
+@app.command()
 def inspect(
-    file: Annotated[str, typer.Argument(help="a dataset: .md, .jsonl, .json, or a folder of them")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="datasets: documents, tables, folders of them")],
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     axolotl: Annotated[str, typer.Option(metavar="OUT.jsonl", help="also write the rows as JSONL for Axolotl")] = "",
 ):
-    """Validate and describe a dataset."""
+    """Validate and describe datasets, each by itself."""
     from mini_symposium.data.dataset import describe, lint, load_examples, write_axolotl_jsonl
+    from mini_symposium.errors import Faults
 
-    examples = load_examples(file)
-    description, warnings = describe(examples), lint(examples)
-    if axolotl:
-        write_axolotl_jsonl(examples, Path(axolotl))
-    if as_json:
-        print(json.dumps({**description, "warnings": warnings}, indent=2, ensure_ascii=False))
-        return
-    table = Table("where", "query", "sections", "words", title=literal(f"{file}: {len(examples)} examples"))
-    for row in description["examples"]:
+    if len(files) > 1 and (as_json or axolotl):
+        raise InputError("--json, --axolotl: take one dataset")
+    faults = Faults()
+    for file in files:
+        with faults.collected():
+            examples = load_examples(file)
+            description, warnings = describe(examples), lint(examples)
+            if axolotl:
+                write_axolotl_jsonl(examples, Path(axolotl))
+            if as_json:
+                print(json.dumps({**description, "warnings": warnings}, indent=2, ensure_ascii=False))
+            else:
+                _show_dataset(file, description, warnings)
+    faults.refuse()
+
+
+def _show_dataset(file: str, description: dict, warnings: list[str]) -> None:
+    """Print a dataset's first rows and notes."""
+    rows = description["examples"]
+    learned = sum(row["learned_words"] for row in rows)
+    title = f"{file}: {len(rows):,} examples, {description['words']:,} words, {learned:,} of them in answers"
+    where = Column("where", overflow="fold", min_width=12)
+    table = Table(where, Column("query", ratio=1), "sections", "words", "learned", title=literal(title))
+    for row in rows[:SHOWN]:
+        answers = f"{row['answers']} answers, " if row["answers"] > 1 else ""
         cells = [row["source"], row["query"], " > ".join(row["headings"])[:200], str(row["words"])]
-        table.add_row(*map(literal, cells))
+        table.add_row(*map(literal, cells), f"{answers}{row['learned_words']}")
     console.print(table)
-    for warning in warnings:
+    if len(rows) > SHOWN:
+        say(f"and {len(rows) - SHOWN:,} more examples; --json shows all")
+    for warning in warnings[:SHOWN]:
         console.print(f"[yellow]note[/] {literal(warning)}", soft_wrap=True)
+    if len(warnings) > SHOWN:
+        say(f"and {len(warnings) - SHOWN:,} more notes; --json shows all")
+    if any(row["answers"] > 1 for row in rows):
+        say("with train_on_inputs: false, every answer of a row is learned, and nothing else")
 
 
 @app.command()
@@ -136,16 +223,29 @@ def ask(
         typer.Option("--format", help='a built-in name, "### Heading" or a preset.json; may be repeated'),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    strength: Annotated[
+        list[float] | None,
+        typer.Option(help="how much of an adapter is added: 0 the base, 1 all, at most 1.5; may be repeated"),
+    ] = None,
+    base_model: BaseModel = "",
 ):
     """Ask one query in several prompt formats, and show the answers one below the other."""
     from mini_symposium.data.prompt_formats import prompt_format
+    from mini_symposium.models.strength import check_strength
     from mini_symposium.run import resolve
 
+    strengths = [check_strength(each) for each in strength or [1]]
     formats = [prompt_format(name) for name in format or ["new-query", "alpaca", "chatml", "bare"]]
-    resolved = resolve(model_or_run, "recipe", "run", "model")
+    resolved = resolve(model_or_run, "recipe", "adapter", "run", "model")
+    for form in formats:
+        note_macros(form)
+    from mini_symposium.models.adapters import with_base
     from mini_symposium.models.generation import ask as answers
 
-    for cell in answers(resolved, query, formats, max_new_tokens):
+    resolved = with_base(resolved, base_model)
+    if resolved.kind == "run":
+        note_recommended(resolved.run, resolved.run.offered_checkpoints().values())
+    for cell in answers(resolved, query, formats, max_new_tokens, strengths):
         title = f"[bold]{literal(cell['format'])}[/] · {literal(cell['model'])}"
         console.rule(f"{title} · {cell['tokens']} tokens, {cell['stop_reason']}")
         say(printable(cell["answer"]))
@@ -153,28 +253,36 @@ def ask(
 
 @app.command()
 def merge(
-    run: Run,
+    run: RunOrAdapter,
     checkpoint: Checkpoints = None,
     learning_rate: Rate = 0,
-    base: Base = "nf4",
+    base: Base = "",
     dtype: Annotated[str, typer.Option(help="of the written weights: float32, float16 or bfloat16")] = "float32",
     by_chance: Annotated[bool, typer.Option("--by-chance", help="stochastic rounding; bfloat16 only")] = False,
     out: Annotated[str, typer.Option(help="folder to write; RUN/lr-R/merged/epoch-N if not given")] = "",
+    strength: Annotated[float, typer.Option(help="how much is added: 0 nothing, 1 all, at most 1.5")] = 1,
+    base_model: BaseModel = "",
 ):
     """Merge adapters into their base and write a model, tensor by tensor. Several are averaged, or weighted."""
-    from mini_symposium.run import open_run
+    from mini_symposium.models.strength import check_strength
+    from mini_symposium.run import resolve
 
-    directory = open_run(run)
-    recipe = directory.recipe
-    from mini_symposium.models.adapters import find_checkpoints
+    check_strength(strength)
+    resolved = resolve(run, "adapter", "run")
+    from mini_symposium.models.adapters import find_checkpoints, with_base
     from mini_symposium.models.merge import merge as write
 
-    weights = find_checkpoints(directory, checkpoint or [], learning_rate)
-    if not out and len(weights) > 1:
-        raise InputError("--out: a merge of several checkpoints has no default folder; give one")
-    first = next(iter(weights))
+    own = resolved.kind == "run"
+    weights = find_checkpoints(resolved.run, checkpoint or [], learning_rate) if own else resolved.checkpoints
+    weights = {path: strength * weight for path, weight in weights.items()}
+    if not out and (len(weights) > 1 or not own or strength != 1):
+        what = "several checkpoints, or at another strength," if own else "an adapter from elsewhere"
+        raise InputError(f"--out: a merge of {what} has no default folder; give one")
+    if own:
+        note_recommended(resolved.run, weights)
+    first, base = next(iter(weights)), base or resolved.trained_base
     target = Path(out) if out else first.parents[1] / "merged" / first.name
-    made = write(weights, recipe.base_model, target, base, dtype, by_chance)
+    made = write(weights, with_base(resolved, base_model).base_model, target, base, dtype, by_chance)
     for adapter in made["checkpoints"]:
         say(f"{adapter['weight']:g} x {adapter['checkpoint']}, scaled by {adapter['scaling']:g}")
     predicted, measured = (made["memory"][key] / 2**20 for key in ("predicted", "measured"))
@@ -183,8 +291,17 @@ def merge(
 
 
 @app.command()
+def report(run: Run, out: Annotated[str, typer.Option(help="the file to write; RUN/report.html if not given")] = ""):
+    """Write what a run has shown into one HTML file that needs no network."""
+    from mini_symposium.release.report import write_report
+    from mini_symposium.run import open_run
+
+    say(f"report: {write_report(open_run(run), out)}")
+
+
+@app.command()
 def survival(
-    run: Run,
+    run: RunOrAdapter,
     checkpoint: Checkpoint = "",
     learning_rate: Rate = 0,
     storage: Annotated[
@@ -194,20 +311,30 @@ def survival(
     as_json: Annotated[
         str, typer.Option("--json", metavar="FILE", help="RUN/lr-R/survival/epoch-N.json if not given")
     ] = "",
+    base_model: BaseModel = "",
+    dataset: Annotated[str, typer.Option(help="rows to measure an adapter from elsewhere on; else the kit's own")] = "",
 ):
     """Measure how much of a fine-tune each storage format keeps: of the weights, and of the model's predictions."""
     from mini_symposium.files.writing import write_json
-    from mini_symposium.run import open_run
+    from mini_symposium.recipe import load_recipe
+    from mini_symposium.run import rate_and_epoch, resolve
 
-    directory = open_run(run)
-    recipe = directory.recipe
-    from mini_symposium.models.adapters import find_checkpoint
+    resolved = resolve(run, "adapter", "run")
+    from mini_symposium.models.adapters import find_checkpoint, with_base
     from mini_symposium.release.storage_formats import STORAGES
     from mini_symposium.release.survival import survival as measure
 
-    adapter = find_checkpoint(directory, checkpoint, learning_rate)
-    rate, epoch = float(adapter.parents[1].name.removeprefix("lr-")), int(adapter.name.removeprefix("epoch-"))
-    say(f"{recipe.scale} scale: {recipe.base_model}, learning rate {rate:g}, epoch {epoch}")
+    if resolved.kind == "run":
+        recipe, adapter = resolved.recipe, find_checkpoint(resolved.run, checkpoint, learning_rate)
+        rate, epoch = rate_and_epoch(adapter)
+        target = Path(as_json) if as_json else resolved.run.survival_file(rate, epoch)
+        say(f"{recipe.scale} scale: {recipe.base_model}, learning rate {rate:g}, epoch {epoch}")
+    else:
+        measured_on = [{"path": dataset or "data/minisymposium.md", "type": "completion"}]
+        base = with_base(resolved, base_model).base_model
+        recipe = load_recipe("proxy", base_model=base, datasets=measured_on, sequence_len=2**20)
+        adapter, rate, epoch, target = resolved.path, None, None, Path(as_json) if as_json else None
+        say(f"{adapter}: what it was trained on is not known; measured on {recipe.dataset}, on {base} in NF4")
     measured = measure(adapter, recipe, storage or STORAGES, rows, show=lambda line: say(line, style="dim"))
     table = Table("stored as", "verdict", "gain left", "KL, base = 1", "same answers", "cosine", "norm")
     for row in measured["storages"]:
@@ -216,12 +343,13 @@ def survival(
         table.add_row(row["storage"], row["verdict"], *cells)
     console.print(table)
     say(measured["sentence"])
-    target = Path(as_json) if as_json else directory.survival_file(rate, epoch)
-    write_json(target, {"scale": recipe.scale, "learning_rate": rate, "epoch": epoch, "rows": rows, **measured})
-    say(f"written: {target}")
+    if target:
+        write_json(target, {"scale": recipe.scale, "learning_rate": rate, "epoch": epoch, "rows": rows, **measured})
+        say(f"written: {target}")
 
 
 app.command()(cli_sweep.sweep)
+app.command()(cli_sweep.forecast)
 
 
 @app.command()
@@ -231,7 +359,7 @@ def claims(
         str, typer.Option(metavar="DIR", help="also write the evidence there, small enough to commit, and its pictures")
     ] = "",
 ):
-    """Judge the card's twelve claims by what a run or a sweep has measured; writes claims.json into it."""
+    """Judge the card's claims by what a run or a sweep has measured; writes claims.json into it."""
     from mini_symposium.claims import ledger
     from mini_symposium.claims.evidence import load_evidence
     from mini_symposium.figures.redraw import redraw
@@ -242,8 +370,9 @@ def claims(
     title = literal(f"{evidence.scale} scale, {evidence.device}")
     table = Table("", "claim", "verdict", "what was found", title=title)
     for row in rows:
-        table.add_row(row.id, row.claim, row.verdict, literal(row.summary))
+        table.add_row(row.id, row.claim, row.said, literal(row.summary))
     console.print(table)
+    say(ledger.hashes(evidence))
     if save:
         evidence.save(Path(save))
         redraw(RunDirectory(save))
@@ -253,12 +382,13 @@ def claims(
 @app.command()
 def render(
     preset: Annotated[str, typer.Argument(metavar="PRESET.json")],
-    chat: Annotated[str, typer.Argument(metavar="CHAT.json")],
+    chat: Annotated[str, typer.Argument(metavar="CHAT.json", help="or a chat log of SillyTavern's, .jsonl")],
 ):
     """Print as JSON the prompt and the stop strings that a SillyTavern preset gives for a chat."""
     from mini_symposium.data.prompt_formats import load_chat, load_preset
 
     form, talk = load_preset(preset), load_chat(chat)
+    note_macros(form)
     prompt = form.render_chat(talk["messages"], talk["user"], talk["char"])
     print(json.dumps({"prompt": prompt, "stop": form.stop_strings(talk["user"], talk["char"])}, ensure_ascii=False))
 
@@ -322,15 +452,36 @@ def models(
 
 
 @app.command()
+def notebooks(out: Annotated[str, typer.Argument(metavar="DIR", help="a new folder")]):
+    """Write the notebooks into a folder, to step through them without a checkout."""
+    import shutil
+
+    from mini_symposium.files.writing import check_new, written_whole
+    from mini_symposium.run import ROOT
+
+    folder = Path(out)
+    check_new(folder)
+    with written_whole(folder) as temporary:
+        shutil.copytree(ROOT / "notebooks", temporary, ignore=shutil.ignore_patterns("[!0-9]*"))
+    say(f"{folder}: open them with jupyter lab {folder}")
+
+
+@app.command()
 def doctor(recipe: RecipeOption = "proxy"):
-    """Versions, device, whether 4-bit works here, and whether the recipe fits its memory."""
+    """Versions, device, whether 4-bit works here, and how the recipe is trained in the memory that is free."""
+    from mini_symposium.data.dataset import recipe_examples
     from mini_symposium.recipe import load_recipe
 
     chosen = load_recipe(recipe)
-    from mini_symposium.models.base_models import four_bit_works, predicted_bytes
+    from mini_symposium.models.base_models import check_special_tokens, four_bit_works, load_tokenizer
     from mini_symposium.models.devices import device, memory, unused_card
     from mini_symposium.run import environment
+    from mini_symposium.training.memory_plan import choose, longest_row, needed, predicted
 
+    for note in chosen.notes:
+        say(note)
+    if chosen.special_tokens:
+        check_special_tokens(chosen, load_tokenizer(chosen.base_model))
     recorded = environment()
     table = Table("what", "found", title=literal(f"recipe {chosen.name}: {chosen.base_model}"))
     for key in ("mini_symposium", "commit", "python", "platform", "cores"):
@@ -340,13 +491,18 @@ def doctor(recipe: RecipeOption = "proxy"):
     if unused:
         table.add_row("graphics card", f"[red]{unused}[/]")
     table.add_row(f"4-bit on {device().type}", "works" if works else "[red]does not work: reinstall bitsandbytes[/]")
-    parts = predicted_bytes(chosen)
+    examples, _ = recipe_examples(chosen)
+    tokens, steps = longest_row(chosen, examples), chosen.num_epochs * len(examples)
+    plan = choose(chosen, len(chosen.contrast), tokens, steps)
+    parts = predicted(chosen, plan, tokens)
+    table.add_row("training", f"{plan}, rows of up to {tokens} tokens")
     for part, size in parts.items():
         table.add_row(f"predicted: {part}", f"{size / 2**20:,.0f} MiB")
-    needed, there = sum(parts.values()), memory()
-    fits = needed < there
+    table.add_row("predicted: peak", f"{sum(parts.values()) / 2**30:.2f} GiB")
+    more, there = needed(parts), memory()
+    fits = more < there
     table.add_row(
-        "fits", f"{'yes' if fits else '[red]no[/]'}: {needed / 2**30:.2f} GiB predicted, {there / 2**30:.2f} GiB free"
+        "fits", f"{'yes' if fits else '[red]no[/]'}: needs {more / 2**30:.2f} GiB, {there / 2**30:.2f} GiB are free"
     )
     console.print(table)
     if unused or not (works and fits):
@@ -362,7 +518,7 @@ def main(arguments: list[str] | None = None) -> None:
             _end("interrupted; finished work is kept, and the same command resumes from there", INTERRUPTED)
         raise
     except InputError as error:
-        _end(error, 2)
+        _end("\n".join(error.faults), 2)
     except RunError as error:
         _end(error, 1)
     except (MemoryError, RuntimeError, OSError) as error:

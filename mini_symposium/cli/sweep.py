@@ -1,21 +1,99 @@
-"""`mini-symposium sweep`."""
+"""`mini-symposium sweep` and `forecast`: a grid of trainings, done or only foreseen."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from mini_symposium.cli.options import RecipeOption, console, say
+from mini_symposium.cli.options import RecipeOption, console, literal, say
 from mini_symposium.errors import InputError
 from mini_symposium.training.experiments import PER_PASS
+
+LearningRates = Annotated[str, typer.Option(help="of a grid, comma-separated")]
+Ranks = Annotated[str, typer.Option(help="of a grid, comma-separated: r, or r:alpha; alpha is 2r if not given")]
+Schedules = Annotated[str, typer.Option(help="of a grid, comma-separated: constant,cosine,linear")]
+
+
+def forecast(
+    recipe: RecipeOption = "proxy",
+    dataset: Annotated[str, typer.Option(help="rows of your own; the recipe's if not given")] = "",
+    learning_rates: LearningRates = "",
+    ranks: Ranks = "",
+    schedules: Schedules = "",
+    log: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="also append the forecasts to this log, before the training that tests them"),
+    ] = "",
+    check: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUN", help="score the forecasts in the log by this run; may be repeated; makes no forecast"
+        ),
+    ] = None,
+):
+    """Forecast, before training, when half of the tokens are known and when 90% are; or score earlier forecasts."""
+    if check:
+        _check(log, check)
+        return
+    from mini_symposium.recipe import load_recipe
+    from mini_symposium.training.experiments import grid, parse_numbers, parse_ranks
+
+    chosen = load_recipe(recipe, **({"datasets": [{"path": dataset, "type": "completion"}]} if dataset else {}))
+    rates = parse_numbers("learning-rates", learning_rates, float) or list(chosen.contrast)
+    rules = [rule.strip() for rule in schedules.split(",")] if schedules else []
+    trainings = [t for group in grid(chosen, rates, parse_ranks(ranks), rules, [chosen.seed]) for t in group]
+    from mini_symposium.data.dataset import recipe_examples
+    from mini_symposium.training.forecast import MOMENTS, foresee
+
+    examples = recipe_examples(chosen)[0]
+    found = foresee([training.recipe for training in trainings], examples)
+    title = literal(f"{chosen.base_model}, {len(examples)} rows: epochs, and 90% intervals")
+    headings = [heading for heading, _ in MOMENTS.values()]
+    table = Table("learning rate", "r", "alpha", "schedule", *headings, title=title)
+    for row in found.to_dict("records"):
+        cells = [f"{row['learning_rate']:g}", row["lora_r"], row["lora_alpha"], row["lr_scheduler"]]
+        epochs = [f"{row[m]:,.3g} ({row[f'{m}_low']:,.3g} to {row[f'{m}_high']:,.3g})" for m in MOMENTS]
+        table.add_row(*map(str, cells), *epochs)
+    console.print(table)
+    for (r, alpha), rate in found.groupby(["lora_r", "lora_alpha"])["rate_for_100"].first().items():
+        say(f"r {r}, alpha {alpha}: the learning rate at which half of the tokens are known at epoch 100 is {rate:.2g}")
+    if log:
+        from mini_symposium.training.forecast import append_to_log
+
+        append_to_log(Path(log), chosen, examples, found)
+        say(f"appended to {log}: commit it before the training")
+
+
+def _check(log: str, runs: list[str]) -> None:
+    """Print the forecasts of a log beside what runs measured."""
+    from mini_symposium.run import find, open_run
+    from mini_symposium.training.forecast import LOG
+    from mini_symposium.training.forecast import check as score
+
+    found = score(find(log or LOG), [open_run(run) for run in runs])
+    table = Table("base", "learning rate", "r", "moment", "foreseen", "measured", "error", "inside")
+    for row in found.to_dict("records"):
+        foreseen = f"{row['forecast']:.3g} ({row['low']:.3g} to {row['high']:.3g})"
+        measured = [f"{row['measured']:.3g}", f"{row['error']:.0%}", "yes" if row["inside"] else "no"]
+        unseen = ["not reached", "", ""]
+        names = [literal(row["base_model"]), f"{row['learning_rate']:g}", str(row["lora_r"]), row["moment"]]
+        table.add_row(*names, foreseen, *(unseen if row["inside"] is None else measured))
+    console.print(table)
+    scored = found.dropna(subset="measured")
+    if len(scored):
+        said = (
+            f"median error {scored['error'].median():.0%}, {scored['inside'].astype(int).sum()} of {len(scored)} inside"
+        )
+        say(f"{said} their 90% intervals")
 
 
 def sweep(
     recipe: RecipeOption = "proxy",
     out: Annotated[str, typer.Option(help="folder of the sweep; runs/RECIPE-sweep if not given")] = "",
-    learning_rates: Annotated[str, typer.Option(help="comma-separated; trains a grid, not the claims' runs")] = "",
-    ranks: Annotated[str, typer.Option(help="likewise: r, or r:alpha; alpha is 2r if not given")] = "",
-    schedules: Annotated[str, typer.Option(help="likewise: constant,cosine,linear")] = "",
+    learning_rates: LearningRates = "",
+    ranks: Ranks = "",
+    schedules: Schedules = "",
     seeds: Annotated[str, typer.Option(help="comma-separated")] = "42,43,44",
     epochs: Annotated[int | None, typer.Option(help="for a grid; the recipe's own if not given")] = None,
     per_pass: Annotated[int, typer.Option(help="maximum adapters per training pass of a grid")] = PER_PASS,
@@ -27,7 +105,7 @@ def sweep(
         typer.Option("--measure/--no-measure", help="evaluate after training; a grid only if asked"),
     ] = None,
 ):
-    """Train and measure what the twelve claims need, or a grid of your own; run again, it resumes."""
+    """Train and measure what the claims need, or a grid of your own; run again, it resumes."""
     from mini_symposium.recipe import load_recipe
     from mini_symposium.run import RunDirectory
     from mini_symposium.training.experiments import grid, parse_numbers, parse_ranks, refuse_repeats
@@ -45,8 +123,8 @@ def sweep(
         raise InputError("--epochs: is for a grid; give --learning-rates, --ranks or --schedules too")
     from mini_symposium.claims import ledger
     from mini_symposium.claims.evidence import load_evidence
-    from mini_symposium.data.dataset import load_examples
-    from mini_symposium.data.held_out import check_disjoint, load_held_out
+    from mini_symposium.data.dataset import load_examples, recipe_examples
+    from mini_symposium.data.held_out import apart, load_held_out
     from mini_symposium.files.writing import alone
     from mini_symposium.training.sweep import Sweep, check_engine
 
@@ -56,12 +134,13 @@ def sweep(
     known = list(dict.fromkeys(training.name for training in whole.trainings))
     if unknown := [name for name in names if name not in known]:
         raise InputError(f"--only {', '.join(unknown)}: the experiments are {', '.join(known)}")
-    examples, twins = load_examples(chosen.dataset), load_examples("data/twins.md")
-    prompts = load_held_out(split="test")
-    check_disjoint(prompts, examples, twins)
+    examples, twins = recipe_examples(chosen)[0], load_examples("data/twins.md")
+    twins = apart(twins, examples, say)
+    measured = measure or (measure is None and not is_grid)
+    prompts = apart(load_held_out(split="test"), examples, say) if measured else []
     with alone(whole.root):
         whole.run(examples, twins, names, say, engine, cpus)
-        if measure or (measure is None and not is_grid):
+        if measured:
             whole.measure(examples, twins, prompts, is_grid, say)
         if not is_grid:
             ledger.save(ledger.judge(load_evidence(whole.root)), whole.root)

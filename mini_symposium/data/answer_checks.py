@@ -184,53 +184,9 @@ def no_heading(_, answer, query):
     return "###" not in answer
 
 
-def _terms(value) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(term, str) and term.strip() for term in value)
-
-
-def _count(value) -> bool:
-    return type(value) is int and value > 0
-
-
-def _bounds(value) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_count, value)) and value[0] <= value[1]
-
-
-def _pattern(value) -> bool:
-    try:
-        return isinstance(value, str) and re.compile(value) is not None
-    except (re.error, RecursionError, OverflowError):
-        return False
-
-
-TERMS, BOUNDS = (_terms, "a list of texts; quote words such as no and 8"), (_bounds, "[least, most]")
 CHECKS = {
-    "any_of": (any_of, *TERMS),
-    "all_of": (all_of, *TERMS),
-    "none_of": (none_of, *TERMS),
-    "at_least": (
-        at_least,
-        lambda v: (
-            isinstance(v, dict) and set(v) == {"n", "of"} and _terms(v["of"]) and v["n"] in range(1, len(v["of"]) + 1)
-        ),
-        "{n: how many, of: [texts]}",
-    ),
-    "number": (number, lambda v: type(v) in (int, float), "a number"),
-    "matches": (matches, _pattern, "a regular expression"),
-    "lines": (lines_between, *BOUNDS),
-    "sentences": (sentences_between, *BOUNDS),
-    "words": (words_between, *BOUNDS),
-    "bullets": (bullets, _count, "a whole number"),
-    "items": (items, *TERMS),
-    "json": (json_equal, lambda v: isinstance(v, (dict, list)), "an object or a list"),
-    "python": (python, lambda v: isinstance(v, str) and "assert" in v and _parses(v), "lines of Python that assert"),
-    "distinct": (distinct, lambda v: type(v) is float and 0 < v <= 1, "a share between 0 and 1"),
-    "corrects": (
-        corrects,
-        lambda v: isinstance(v, dict) and set(v) == {"truth", "premise"} and all(map(_terms, v.values())),
-        "{truth: [texts], premise: [texts]}",
-    ),
-    "leaves_to": (leaves_to, lambda v: isinstance(v, str) and bool(v.strip()), "a name"),
-    "no_heading": (no_heading, lambda v: v is True, "true"),
+    **{check.__name__: check for check in (any_of, all_of, none_of, at_least, number, matches, bullets, items, python)},
+    **{check.__name__: check for check in (distinct, corrects, leaves_to, no_heading)},
+    **{"lines": lines_between, "sentences": sentences_between, "words": words_between, "json": json_equal},
 }
-"""Each kind of check: its function, a function that tells whether a value is valid, and how to write one."""
+"""The function of each kind of check."""

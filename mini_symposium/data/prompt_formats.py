@@ -26,8 +26,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
-from mini_symposium.errors import InputError
-from mini_symposium.files.reading import parse_json, read_text
+from mini_symposium.data.forms import is_chat_log, read_chat_log
+from mini_symposium.errors import Faults, InputError
+from mini_symposium.files.reading import json_values, read_text
 from mini_symposium.files.writing import write_json
 from mini_symposium.run import find
 
@@ -75,6 +76,8 @@ class PromptFormat:
     """Sequences end an answer, as `stop_sequence` does. Older versions of SillyTavern always do this."""
     other: Mapping = field(default_factory=dict)
     """Unknown keys, which are written back by `to_preset`."""
+    parts: Mapping = field(default_factory=dict)
+    """The other parts of SillyTavern's Master export, such as context and sysprompt, which are written back too."""
 
     def render(self, query: str, user: str = "User", char: str = "Assistant") -> str:
         """The prompt for a single query."""
@@ -86,7 +89,8 @@ class PromptFormat:
         Parameters
         ----------
         messages
-            Dicts with `role` (system, user or assistant) and `content`, oldest first.
+            Dicts with `role` (system, user or assistant), `content`, and if it is another than `user` or `char`, the
+            speaker's `name`; oldest first.
 
         Raises
         ------
@@ -95,20 +99,24 @@ class PromptFormat:
         """
         _check(messages, "the chat")
         last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+        speakers = {message.get("name") or char for message in messages if message["role"] == "assistant"}
+        group = len(speakers) > 1 and self.names_behavior == "force"
         parts, room = [], LONGEST_PROMPT
         if self.user_alignment_message and messages[0]["role"] != "user":
-            parts.append(self._message("user", self.user_alignment_message, "first", user, char))
+            parts.append(self._message({"role": "user", "content": self.user_alignment_message}, "first", user, char))
         for i, message in enumerate(messages):
             place = "last" if i == last_user else "first" if i == 0 else ""
-            parts.append(self._message(message["role"], message["content"], place, user, char))
+            parts.append(self._message(message, place, user, char, group))
             room -= len(parts[-1])
             if room < 0:
                 raise InputError(f"the chat: its prompt grows beyond {LONGEST_PROMPT:,} characters; shorten it")
-        return "".join(parts) + self._line_to_generate_from(user, char)
+        return "".join(parts) + self._line_to_generate_from(user, char, group)
 
-    def _message(self, role: str, content: str, place: str, user: str, char: str) -> str:
+    def _message(self, message: Mapping, place: str, user: str, char: str, group: bool = False) -> str:
+        role, content = message["role"], message["content"]
         kind, name = {"user": ("input", user), "assistant": ("output", char)}.get(role, ("system", "System"))
-        named = role != "system" and self.names_behavior == "always" and name
+        name = name if role == "system" else message.get("name") or name
+        named = role != "system" and (self.names_behavior == "always" or (group and role == "assistant")) and name
         if role == "system":
             kind = "input" if self.system_same_as_user else "system"
             place = ""
@@ -120,8 +128,8 @@ class PromptFormat:
         body = (f"{name}: " if named else "") + content + suffix
         return ("\n" if self.wrap else "").join(part for part in (prefix, body) if part)
 
-    def _line_to_generate_from(self, user: str, char: str) -> str:
-        named = self.names_behavior == "always" and char
+    def _line_to_generate_from(self, user: str, char: str, group: bool) -> str:
+        named = (self.names_behavior == "always" or group) and char
         sequence = self.last_output_sequence or self.output_sequence
         filler = ""
         if named and self.last_output_sequence and self.output_sequence:
@@ -151,11 +159,24 @@ class PromptFormat:
     def to_preset(self) -> dict:
         """The JSON that SillyTavern imports."""
         values = asdict(self)
+        values.pop("parts")
         return {**values.pop("other"), **values}
 
     def save(self, path: str | Path) -> None:
-        """Write the preset as JSON."""
-        write_json(path, self.to_preset())
+        """Write the preset as JSON, as a Master export if it came from one."""
+        write_json(path, {**self.parts, "instruct": self.to_preset()} if self.parts else self.to_preset())
+
+    def unfilled_macros(self) -> list[str]:
+        """Macros in the sequences that only SillyTavern can fill, as {{time}}; here they stay as they are written.
+
+        >>> replace(FORMATS["alpaca"], output_sequence="### {{char}} at {{time}}").unfilled_macros()
+        ['{{time}}']
+        """
+        texts = [
+            getattr(self, f.name) for f in fields(self) if f.type is str and f.name not in ("name", "activation_regex")
+        ]
+        left = [_expanded(text, "", "", "") for text in texts if self.macro]
+        return list(dict.fromkeys(macro for text in left for macro in re.findall(r"\{\{[^{}]{1,200}\}\}", text)))
 
 
 @lru_cache(maxsize=64)  # the messages of a chat share a few sequences
@@ -288,19 +309,24 @@ def load_preset(path: str | Path) -> PromptFormat:
     InputError
         If it is not JSON, or a key has another type than SillyTavern gives it.
     """
-    preset = dict(_load_object(path, LARGEST_PRESET))
+    found = _as_object(_load_values(path, LARGEST_PRESET), path)
+    whole = isinstance(found.get("instruct"), dict)  # a Master export
+    preset = {key: value for key, value in (found["instruct"] if whole else found).items() if value is not None}
+    parts = {key: value for key, value in found.items() if key != "instruct"} if whole else {}
     if "separator_sequence" in preset:
         preset["output_suffix"] = preset.pop("separator_sequence") or ""
     if "names" in preset:
         groups = preset.pop("names_force_groups", False)
         preset["names_behavior"] = "always" if preset.pop("names") else "force" if groups else "none"
     preset.setdefault("name", Path(path).stem)
-    known = {f.name: f.type for f in fields(PromptFormat) if f.name != "other"}
+    known = {f.name: f.type for f in fields(PromptFormat) if f.name not in ("other", "parts")}
     if not {"input_sequence", "output_sequence"} & set(preset):
-        raise InputError(f"{path}: neither input_sequence nor output_sequence; not an instruct preset")
+        raise InputError(f"{path}: neither input_sequence nor output_sequence; not an instruct preset or Master export")
     values = {}
     for key, kind in known.items():
         value = preset.pop(key, None)
+        if kind is bool and value in ("true", 0, 1):  # as SillyTavern takes them
+            value = bool(value)
         if value is not None:
             if not isinstance(value, kind):
                 raise InputError(
@@ -309,12 +335,30 @@ def load_preset(path: str | Path) -> PromptFormat:
             values[key] = value
     if values.get("names_behavior", "none") not in ("none", "force", "always"):
         raise InputError(f"{path}: names_behavior is {values['names_behavior']!r}; it is none, force or always")
-    return PromptFormat(**values, other=preset)
+    return PromptFormat(**values, other=preset, parts=parts)
 
 
 def load_chat(path: str | Path) -> dict:
-    """Read `{"user", "char", "messages": [{"role", "content"}]}`. Raises InputError if the file is anything else."""
-    chat = _load_object(path, LARGEST_CHAT)
+    """Read `{"user", "char", "messages": [{"role", "content"}]}`, or a chat log of SillyTavern's as the same.
+
+    Raises
+    ------
+    InputError
+        If the file is anything else.
+    """
+    values = _load_values(path, LARGEST_CHAT)
+    rows = [value for value, _ in values]
+    if is_chat_log(rows):
+        user, char, turns, _ = read_chat_log(rows, [f"{path}:{line}" for _, line in values])
+        known = {"user": user, "assistant": char, "system": ""}
+        messages = [
+            {"role": turn.role, "content": turn.text}
+            | ({"name": turn.heading} if turn.heading != known[turn.role] else {})
+            for turn in turns
+        ]
+        chat = {"user": user, "char": char, "messages": messages}
+    else:
+        chat = _as_object(values, path)
     _check(chat.get("messages"), path)
     names = {key: chat.get(key, default) for key, default in (("user", "User"), ("char", "Assistant"))}
     if not all(isinstance(name, str) for name in names.values()):
@@ -331,13 +375,22 @@ def _check(messages, where: str | Path) -> None:
             raise InputError(f"{where}: message {number}: its role is {role!r}; it is one of system, user, assistant")
         if not isinstance(message.get("content"), str):
             raise InputError(f"{where}: message {number}: no content; write its text")
+        if not isinstance(message.get("name") or "", str):
+            raise InputError(f"{where}: message {number}: its name is not text")
 
 
-def _load_object(path: str | Path, largest: int) -> dict:
+def _load_values(path: str | Path, largest: int) -> list[tuple[object, int]]:
+    """The values in a file of JSON, one or a line each, with their lines."""
     path = find(path)
     if path.is_file() and path.stat().st_size > largest:
         raise InputError(f"{path}: {path.stat().st_size:,} bytes; at most {largest:,} are read")
-    value = parse_json(read_text(path), path)
-    if not isinstance(value, dict):
-        raise InputError(f"{path}:1: holds a {type(value).__name__}, not an object")
-    return value
+    faults = Faults()
+    values = json_values(read_text(path), path, faults)
+    faults.refuse()
+    return values
+
+
+def _as_object(values: list[tuple[object, int]], path: str | Path) -> dict:
+    if len(values) != 1 or not isinstance(values[0][0], dict):
+        raise InputError(f"{path}:1: not one JSON object")
+    return values[0][0]

@@ -22,10 +22,8 @@ class Overlap:
 
     recall: float
     """Share of the reference's words that are in the answer in the same order."""
-    precision: float
-    """Share of the answer's words that are in the reference in the same order."""
     rouge_l: float
-    """Harmonic mean of recall and precision, ROUGE-L (Lin 2004)."""
+    """Harmonic mean of recall and of the same share of the answer's words, ROUGE-L (Lin 2004)."""
     run: int
     """Words in the longest run without gaps that is in both texts."""
 
@@ -43,47 +41,33 @@ def overlap(reference: str, answer: str) -> Overlap:
     """Compare an answer with the text that it may have been copied from.
 
     >>> overlap("the cat sat on the mat", "the cat lay on the mat")
-    Overlap(recall=0.8333333333333334, precision=0.8333333333333334, rouge_l=0.8333333333333334, run=3)
+    Overlap(recall=0.8333333333333334, rouge_l=0.8333333333333334, run=3)
     """
     a, b = words(reference), words(answer)
     if not a or not b:
-        return Overlap(0.0, 0.0, 0.0, 0)
+        return Overlap(0.0, 0.0, 0)
     common = LCSseq.similarity(a, b)
     run = SequenceMatcher(None, a, b, autojunk=False).find_longest_match().size
-    return Overlap(common / len(a), common / len(b), 2 * common / (len(a) + len(b)), run)
+    return Overlap(common / len(a), 2 * common / (len(a) + len(b)), run)
 
 
-@dataclass(frozen=True)
-class Copied:
-    """The longest run of words in an answer that is in a training text."""
-
-    run: int
-    """Number of words."""
-    text: int
-    """Index of the training text."""
-    words: str
-
-
-def intrusion(texts: Sequence[str], answers: Sequence[str]) -> list[Copied]:
-    """For each answer, the longest run of words that is also in one of `texts`.
+def intrusion(texts: Sequence[str], answers: Sequence[str]) -> list[int]:
+    """For each answer, the number of words in the longest run that is also in one of `texts`.
 
     Any two texts share a few words. Call a run copied only if it is longer than the base model's to the
     same prompt.
 
     >>> intrusion(["Vinegar, wait.", "First branch, then step back."], ["Take the branch, then step down."])
-    [Copied(run=4, text=1, words='branch , then step')]
+    [4]
     """
     # A word that no answer has separates the texts, so that no run extends from one text into the next.
-    joined = [word for k, text in enumerate(texts) for word in (*words(text), f"\0{k}")]
-    ends = [at for at, word in enumerate(joined) if word[0] == "\0"]
-    matcher, copied = SequenceMatcher(None, autojunk=False), []
+    joined = [word for text in texts for word in (*words(text), "\0")]
+    matcher, runs = SequenceMatcher(None, autojunk=False), []
     matcher.set_seq2(joined)  # the matcher indexes it once, for all answers
     for answer in answers:
         matcher.set_seq1(words(answer))
-        _, at, size = matcher.find_longest_match()
-        text = next((k for k, end in enumerate(ends) if at < end), 0)
-        copied.append(Copied(size, text, " ".join(joined[at : at + size])))
-    return copied
+        runs.append(matcher.find_longest_match().size)
+    return runs
 
 
 def repetition(answer: str, n: int = 4) -> float:

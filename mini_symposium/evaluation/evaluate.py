@@ -20,7 +20,8 @@ from mini_symposium.evaluation.answer_text import assistant_phrases, han_share, 
 from mini_symposium.evaluation.log_probs import han_mass, posix
 from mini_symposium.evaluation.memorization import PROBES, recite
 from mini_symposium.files.writing import write_json
-from mini_symposium.models.base_models import predicted_bytes
+from mini_symposium.models.base_files import cached
+from mini_symposium.models.base_models import load_tokenizer, predicted_bytes
 from mini_symposium.models.generation import answer_grid, generate
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import read_object
@@ -89,6 +90,9 @@ def evaluate(
             measured["settings"] = settings
             if name == "base":
                 measured["paper_bytes"] = sum(predicted_bytes(load_recipe("paper")).values())
+                if cached("tiny").is_dir():  # which has Mistral's tokenizer
+                    mistral = load_tokenizer("tiny")
+                    measured["mistral_tokens"] = sum(len(mistral(e.text).input_ids) + 1 for e in examples)  # and EOS
             write_json(file, measured)
         evaluations[name] = read_object(file)
     return evaluations
@@ -168,7 +172,7 @@ def _answers(
     copied = intrusion([example.text for example in examples], [cell["answer"] for cell in cells])
     known = {section.heading for example in examples for section in example.sections} | {"New Query"}
     rows = []
-    for cell, words in zip(cells, copied, strict=True):
+    for cell, run in zip(cells, copied, strict=True):
         prompt, answer = by_query[cell["query"]], cell["answer"]
         rows.append(
             {
@@ -177,7 +181,7 @@ def _answers(
                 "format": cell["format"],
                 "passed": passes(prompt, answer),
                 **{key: cell[key] for key in ("answer", "tokens", "stop_reason")},
-                "copied": words.run,
+                "copied": run,
                 "han": round(han_share(answer), 4),
                 "phrases": assistant_phrases(answer),
                 "leaked": leaked(answer, known),

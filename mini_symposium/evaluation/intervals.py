@@ -1,24 +1,27 @@
-"""Confidence intervals for few prompts and fewer seeds, and how far apart equal prompt formats look by chance.
+"""Intervals and tests for few prompts and fewer seeds, and how far apart equal prompt formats look by chance.
 
-A model's answers to one prompt resemble each other, and so do all answers of one seed. So the bootstrap resamples
-prompts and seeds, never single answers. It needs two corrections; without them, intervals for a dozen rows and three
-seeds are far too narrow:
+A model's answers to one prompt resemble each other, and so do all answers of one seed. So prompts and seeds are the
+samples, never single answers: the error of a mean is that of the prompts' means and that of the seeds' means together.
 
-- The bootstrap underestimates the spread of a small sample: it divides by n where n - 1 is right, and is normal (z)
-  where Student's t is right. So the deviations of prompts and of seeds are each widened by t / z * sqrt(n / (n - 1))
-  (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 4.1). The factor is 2.7 for three seeds and
-  tends to 1 for large n.
-- If all values are equal, every resample is equal too. Then the interval is Clopper and Pearson's, for how often a
-  different value may occur: after 0 of 60, in less than 6%.
+- A share, or a difference of shares, has a smallest and a largest possible value. Its prompts are weighted at random
+  (Dirichlet), with one more prompt of the worst possible value: Gaffke's bound for a bounded mean (2005; Learned-Miller
+  and Thomas 2019, arXiv 1905.06208). For yes and no it is exactly Clopper and Pearson's: after 0 of 60, less than 6%;
+  that it covers other values as often as it says is a conjecture, which no one has refuted and the tests try.
+  The weights do not depend on the values, so a prompt that does better never lowers an end: no value is a special case.
+- A measure without bounds, such as a loss, has Student's t over prompts.
+- Seeds add their variance; the degrees of freedom are Welch's and Satterthwaite's. With one seed nothing is said about
+  other seeds.
 
-The random generator is seeded: the same values give the same interval.
+An end of an interval is where the one-sided test says (1 - level) / 2, so interval and p-value cannot disagree.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import betaincinv, ndtri, stdtrit
+from scipy.optimize import brentq
+from scipy.special import ndtri, stdtr, stdtrit
 
 from mini_symposium.errors import InputError
 
@@ -26,6 +29,14 @@ LEVEL = 0.95
 """Confidence level."""
 DRAWS = 4000
 """Resamples."""
+POWER = 0.8
+"""Probability with which `needed` wants the effect to be found."""
+MOST = 1000, (3, 5, 8, 12)
+"""The most prompts, and the numbers of seeds, that `needed` thinks of."""
+_STEP = 0.05
+_GRID = np.exp(np.arange(-22, 20, _STEP))[:, None]
+
+Bounds = tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -38,8 +49,6 @@ class Interval:
     n: int
     """Number of prompts."""
     seeds: int
-    method: str
-    """"bootstrap" or "Clopper-Pearson"."""
 
 
 @dataclass(frozen=True)
@@ -57,35 +66,8 @@ class Spread:
     formats: int
 
 
-def clopper_pearson(k: int, n: int) -> Interval:
-    """The exact interval of the proportion `k` of `n` (Clopper and Pearson 1934).
-
-    Raises
-    ------
-    InputError
-        If `n` is 0, or `k` is not between 0 and `n`.
-
-    >>> after_none = clopper_pearson(0, 60)
-    >>> after_none.low, round(after_none.high, 4)
-    (0.0, 0.0596)
-    """
-    if not 0 <= k <= n or not n:
-        raise InputError(f"{k} of {n}: not a proportion; measure at least one")
-    tail = (1 - LEVEL) / 2
-    low = float(betaincinv(k, n - k + 1, tail)) if k else 0.0
-    high = float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
-    return Interval(k / n, low, high, n, 1, "Clopper-Pearson")
-
-
-def interval(
-    values: ArrayLike, bounds: tuple[float, float] | None = (0, 1), draws: int = DRAWS, seed: int = 0
-) -> Interval:
-    """The mean over prompts and seeds, with its two-stage bootstrap interval.
-
-    Prompts and seeds are crossed: every seed answers every prompt. So a resample is the mean, plus the deviation of the
-    resampled prompts (each averaged over seeds), plus that of the resampled seeds (each averaged over prompts). If
-    neither prompts nor seeds differ and all is noise, the noise counts twice, and the interval is too wide by a factor
-    of at most 1.4. With one seed the interval says nothing about other seeds.
+def interval(values: ArrayLike, bounds: Bounds = (0, 1), level: float = LEVEL) -> Interval:
+    """The mean over prompts and seeds, with its interval as described at the top.
 
     Parameters
     ----------
@@ -99,30 +81,20 @@ def interval(
     InputError
         If there are no values, one is missing or out of bounds, or all are equal and have no bounds.
 
-    >>> rate = interval([True] * 9 + [False] * 3)
-    >>> rate.value, rate.method, round(rate.low, 1), round(rate.high, 1)
-    (0.75, 'bootstrap', 0.5, 1.0)
+    >>> after_none = interval([0] * 60)
+    >>> after_none.low, round(after_none.high, 4)
+    (0.0, 0.0596)
     """
-    table = _table(values, bounds)
-    n, seeds = table.shape
+    table = as_table(values, bounds)
     value = float(table.mean())
-    if np.ptp(table) == 0:
-        if bounds is None:
-            raise InputError(f"all {n} values are {value:g}, so their spread is unknown; give bounds")
-        differs = clopper_pearson(0, n).high  # largest share of other values
-        low, high = (value + differs * (bound - value) for bound in bounds)
-        return Interval(value, float(low), float(high), n, seeds, "Clopper-Pearson")
-    generator = np.random.default_rng(seed)
-    means = value + sum(_deviations(table.mean(axis), draws, generator) for axis in (1, 0))
-    means = means if bounds is None else means.clip(*bounds)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(value, float(low), float(high), n, seeds, "bootstrap")
+    low = _end(table, bounds, (1 - level) / 2)
+    mirrored, _, turned = _mirrored(table, 0, bounds)
+    high = -_end(mirrored, turned, (1 - level) / 2)
+    return Interval(value, min(low, value), max(high, value), *table.shape)
 
 
-def difference(first: ArrayLike, second: ArrayLike, bounds: tuple[float, float] | None = (0, 1)) -> Interval:
+def difference(first: ArrayLike, second: ArrayLike, bounds: Bounds = (0, 1)) -> Interval:
     """The mean of first - second, with its interval as in `interval`.
-
-    Both have the same prompts and the same seeds in the same order, so that their values are compared in pairs.
 
     Parameters
     ----------
@@ -132,15 +104,75 @@ def difference(first: ArrayLike, second: ArrayLike, bounds: tuple[float, float] 
     Raises
     ------
     InputError
-        As `interval`, or if the two do not have the same shape.
+        As `interval` and `paired`.
     """
+    return interval(paired(first, second), bounds and (bounds[0] - bounds[1], bounds[1] - bounds[0]))
+
+
+def paired(first: ArrayLike, second: ArrayLike) -> np.ndarray:
+    """first - second, of the same prompts and the same seeds in the same order; InputError if their shapes differ."""
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if a.shape != b.shape:
         raise InputError(f"{a.shape} values and {b.shape}: a paired difference needs the same prompts and seeds")
-    for values in (a, b):
-        _table(values, bounds)
-    span = None if bounds is None else (bounds[0] - bounds[1], bounds[1] - bounds[0])
-    return interval(a - b, span)
+    return a - b
+
+
+def p_value(values: ArrayLike, threshold: float, bounds: Bounds = (0, 1)) -> float:
+    """Two-sided: twice how likely a mean this far from `threshold`, on this side, is if the truth is `threshold`.
+
+    Raises
+    ------
+    InputError
+        As `interval`.
+
+    >>> round(p_value([1] * 13, 0.6), 4)  # 2 x 0.6 ** 13
+    0.0026
+    """
+    table = as_table(values, bounds)
+    both = _above(table, threshold, bounds), _above(*_mirrored(table, threshold, bounds))
+    return min(1.0, 2 * min(both))
+
+
+def needed(values: ArrayLike, threshold: float, bounds: Bounds, alpha: float) -> tuple[int, int] | None:
+    """The prompts and seeds with which values like these would be told from `threshold`, with probability POWER.
+
+    The effect and the variances are taken to be the measured ones; what is noise of single answers, and no trait of a
+    seed, averages out over more prompts. Seeds are added only where no number of prompts is enough.
+
+    Parameters
+    ----------
+    alpha
+        Two-sided p-value below which the effect counts as found.
+
+    Returns
+    -------
+    tuple or None
+        (prompts, seeds); None beyond MOST, as for an effect that lies on the threshold.
+
+    >>> needed([0] * 60, 0.05, (0, 1), 0.05)
+    (72, 3)
+    """
+    table = as_table(values, bounds)
+    if table.mean() < threshold:
+        table, threshold, bounds = _mirrored(table, threshold, bounds)
+    most, choices = MOST
+    of_prompts, of_seeds = (_variance(table.mean(axis)) for axis in (1, 0))
+    rest = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+    noise = float((rest**2).sum()) / max(1, (table.shape[0] - 1) * (table.shape[1] - 1))
+
+    def found(n: int, seeds: int) -> bool:
+        added = (max(0.0, of_seeds - noise / len(table)) + noise / n) / seeds
+        missed = ndtri(POWER) * math.sqrt(of_prompts / n + added)
+        return _above(table, threshold + missed, bounds, (n, seeds, added)) <= alpha / 2
+
+    for seeds in (each for each in choices if each >= table.shape[1] or each == choices[-1]):
+        if found(most, seeds):
+            low, high = 1, most  # found at the high end, not at the low one
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if found(middle, seeds) else (middle, high)
+            return high, seeds
+    return None
 
 
 def spread(passed: ArrayLike, draws: int = DRAWS) -> Spread:
@@ -165,7 +197,7 @@ def spread(passed: ArrayLike, draws: int = DRAWS) -> Spread:
     table = np.asarray(passed, dtype=float)
     if table.ndim != 2 or not len(table) or table.shape[1] < 2:
         raise InputError(f"{table.shape} values: a spread takes (prompts, formats), two formats or more")
-    _table(table, (0, 1))
+    as_table(table, (0, 1))
     generator = np.random.default_rng(0)
     means = np.zeros((draws, table.shape[1]))
     for row in table:
@@ -177,8 +209,8 @@ def spread(passed: ArrayLike, draws: int = DRAWS) -> Spread:
     return Spread(value, float(null.mean()), float(np.quantile(null, 0.95)), p, *table.shape)
 
 
-def _table(values: ArrayLike, bounds: tuple[float, float] | None) -> np.ndarray:
-    """`values` as (prompts, seeds), checked."""
+def as_table(values: ArrayLike, bounds: Bounds) -> np.ndarray:
+    """`values` as (prompts, seeds), checked as `interval` says."""
     table = np.asarray(values, dtype=float)
     if not table.size or not table.ndim:
         raise InputError("no values to average; nothing was measured")
@@ -187,17 +219,78 @@ def _table(values: ArrayLike, bounds: tuple[float, float] | None) -> np.ndarray:
         raise InputError(f"no value at {where} (prompt, seed) of {table.shape}; leave the prompt out, or measure it")
     if bounds is not None and (table.min() < bounds[0] - 1e-9 or table.max() > bounds[1] + 1e-9):
         raise InputError(f"values from {table.min():g} to {table.max():g}, beyond {bounds}; give their own bounds")
-    return table.reshape(len(table), table.shape[1] if table.ndim > 1 else 1, -1).mean(2)
+    table = table.reshape(len(table), table.shape[1] if table.ndim > 1 else 1, -1).mean(2)
+    if bounds is None and np.ptp(table) == 0:
+        raise InputError(f"all {len(table)} values are {table.mean():g}, so their spread is unknown; give bounds")
+    return table
 
 
-def _deviations(means: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray | float:
-    """(draws,): how far the mean of a resample of `means` lies from their mean, widened as described at the top.
+def _mirrored(table: np.ndarray, threshold: float, bounds: Bounds) -> tuple[np.ndarray, float, Bounds]:
+    """The same question about the other side."""
+    return -table, -threshold, bounds and (-bounds[1], -bounds[0])
 
-    0 for a single mean.
+
+def _above(table: np.ndarray, threshold: float, bounds: Bounds, instead: tuple[int, int, float] | None = None) -> float:
+    """One-sided: how likely a mean as high as the (prompts, seeds) `table`'s is if the truth is `threshold`.
+
+    `instead`: its mean and its prompts' variance, but as of so many prompts and seeds, and with this squared standard
+    error from the seeds.
     """
-    n = len(means)
-    if n == 1:
-        return 0.0
+    n, seeds, added = instead or (*table.shape, _variance(table.mean(0)) / table.shape[1])
+    gap, of_prompts = table.mean() - threshold, table.mean(1)
+    if bounds is None:
+        own, freedom = _variance(of_prompts) / n, n - 1
+        if gap <= 0:
+            return 1.0
+    else:
+        p = _below(of_prompts, threshold, bounds[0], n / len(of_prompts))
+        if p >= 0.5 or not added:
+            return p
+        own, freedom = (gap / ndtri(p)) ** 2, math.inf
+    of_both = (own + added) ** 2 / (own**2 / max(freedom, 1) + added**2 / max(seeds - 1, 1)) if own + added else 1
+    return float(stdtr(of_both, -gap / math.sqrt(own + added))) if own + added else 0.0
+
+
+def _below(values: np.ndarray, threshold: float, worst: float, times: float) -> float:
+    """How often a mean of `values`, each taken `times` times, and of `worst`, weighted at random, is below `threshold`.
+
+    A Dirichlet weight is an exponential variable divided by the sum of all. So the mean is below where the sum of the
+    exponentials times (value - threshold) is negative, and Gil-Pelaez's integral over its characteristic function,
+    in steps of log t, gives how often that is.
+    """
+    distinct, counts = np.unique(values, return_counts=True)
+    away = np.append(distinct, worst) - threshold  # (distinct + 1,)
+    counts = np.append(counts * times, 1.0)
+    if not (scale := math.sqrt(float(counts @ away**2))):
+        return 1.0
+    at = _GRID * (away / scale)  # (grid, distinct + 1)
+    size = np.exp(-0.5 * (np.log1p(at * at) @ counts))
+    return float(np.clip(0.5 - (size * np.sin(np.arctan(at) @ counts)).sum() * _STEP / np.pi, 0, 1))
+
+
+def _end(table: np.ndarray, bounds: Bounds, tail: float) -> float:
+    """The lower end of the interval of a (prompts, seeds) table: the threshold above which `_above` says `tail`."""
+    value = float(table.mean())
+    if bounds is None:
+        span = float(sum(math.sqrt(_variance(table.mean(axis))) for axis in (1, 0)))
+        lowest = value - span * float(abs(stdtrit(1, tail)))
+    else:
+        lowest = float(bounds[0])
+    if value <= lowest or _above(table, lowest, bounds) >= tail:
+        return lowest
+    return float(brentq(lambda at: _above(table, at, bounds) - tail, lowest, value, xtol=1e-9))
+
+
+def _variance(means: np.ndarray) -> float:
+    """Of a sample; 0 for a single mean."""
+    return float(means.var(ddof=1)) if len(means) > 1 else 0.0
+
+
+def widening(n: int) -> float:
+    """By how much a bootstrap over `n` values must widen its deviations.
+
+    It divides by n where n - 1 is right, and is normal (z) where Student's t is right: t / z * sqrt(n / (n - 1))
+    (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 4.1).
+    """
     upper = (1 + LEVEL) / 2
-    factor = stdtrit(n - 1, upper) / ndtri(upper) * np.sqrt(n / (n - 1))
-    return factor * (means[generator.integers(n, size=(draws, n))].mean(1) - means.mean())
+    return float(stdtrit(n - 1, upper) / ndtri(upper) * np.sqrt(n / (n - 1)))

@@ -207,7 +207,7 @@ def _text(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _asked(example: Example, row: Row, tokenizer: PreTrainedTokenizerBase) -> Asked:
     """The probes that this row has enough tokens and headings for."""
-    ids, before = row.input_ids, row.completion_mask.count(0)
+    ids, before = row.input_ids, _answer_start(row)
     length = len(_text(row, tokenizer))
     bos = len(ids) - length - 1
     response = len(ids) - before - 1
@@ -223,6 +223,11 @@ def _asked(example: Example, row: Row, tokenizer: PreTrainedTokenizerBase) -> As
     if length >= 2 * GOLDFISH:
         asked["goldfish"] = (tuple(ids[: bos + GOLDFISH]), GOLDFISH)
     return asked
+
+
+def _answer_start(row: Row) -> int:
+    """The token after the last one that is not supervised: where the row's last answer begins."""
+    return max((at for at, supervised in enumerate(row.completion_mask, start=1) if not supervised), default=0)
 
 
 def _continuations(

@@ -4,9 +4,12 @@ from mini_symposium import lazy
 
 _NAMES = {
     **dict.fromkeys(
-        ("loss_curves", "example_heatmap", "token_lengths", "travel", "recitation", "format_grid"), "training"
+        ("loss_curves", "growing", "example_heatmap", "token_lengths", "travel", "recitation", "format_grid"),
+        "training",
     ),
     **dict.fromkeys(("memorization_curves", "ledger_picture"), "ledger"),
+    "overfitting": "stopping",
+    "influence_map": "influence",
     "survival_picture": "survival",
 }
 __all__ = list(_NAMES)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from mini_symposium.claims.ledger import QUESTIONS
-from mini_symposium.claims.verdicts import INCONCLUSIVE, NOT_SUPPORTED, OUT_OF_REACH, SUPPORTED, Claim
+from mini_symposium.claims.registration import REGISTERED
+from mini_symposium.claims.verdicts import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Answer, Claim
 from mini_symposium.errors import InputError
 from mini_symposium.figures.style import COLOURS, GREY, PALE, Picture, log_axis, name_rows, scientific, styled, titled
 from mini_symposium.run import Training
@@ -78,37 +78,59 @@ def memorization_curves(trained: Sequence[Training], scale: str) -> Picture:
 
 
 def ledger_picture(claims: Sequence[Claim], scale: str) -> Picture:
-    """A row for each claim: its number, its 95% interval and its threshold, on an axis of their own."""
-    thresholds = {question.id: question.threshold for question in QUESTIONS}
+    """A row for each claim: its number, its 95% and its corrected interval, the threshold, and the verdict.
+
+    A claim with several comparisons has a row for each that was measured. Shares are drawn on one scale, differences of
+    shares on another, measures on one of their own. Marks of exploratory evidence are hollow.
+    """
+    rows = [(claim, answer) for claim in claims for answer in [a for a in claim.answers if a.interval] or [None]]
+    units: dict[object, list[float]] = {}  # the ends of all rows on one scale
+    for claim, answer in rows:
+        if answer:
+            units.setdefault(_unit(claim, answer), []).extend((*answer.corrected, answer.threshold))
+    drawn = []
     with styled():
         caption = (
-            "A mark with its 95% interval; the vertical line is the threshold. Circle: supported. Cross: not "
-            "supported. Diamond: inconclusive; clear of the line, a control failed. Without a mark: not measured."
+            "Mark, thick line with ends: the number and its 95% interval; thin line: the interval corrected for all "
+            "tests; grey line: the threshold. Circle: supported. Cross: not supported. Diamond: inconclusive. Hollow: "
+            "exploratory."
         )
-        figure = titled(0.46 * len(claims) + 0.3, "The card's claims, one by one", scale, caption)
-        drawn = []
-        grid = figure.subplots(len(claims), 1, squeeze=False)[:, 0]
-        for axes, claim in zip(grid, claims, strict=True):
-            threshold = thresholds[claim.id]
-            name_rows(axes, [0], [f"{claim.id}  {claim.claim}\n{claim.metric}"], 8.5)
+        figure = titled(0.48 * len(rows) + 0.3, "The card's claims, one by one", scale, caption)
+        before = None
+        for axes, (claim, answer) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+            name, said = f"{claim.id}  {claim.claim}\n{answer.metric if answer else claim.metric}", f"{claim.said}\n"
+            if claim is before:
+                name, said = answer.metric, ""
+            before = claim
+            name_rows(axes, [0], [name], 8.5)
             axes.spines["bottom"].set_visible(False)
             axes.set_ylim(0.5, -0.5)
             axes.tick_params(axis="x", labelsize=8, length=2, pad=1)
-            low, high = claim.interval or (None, None)
-            row = {"id": claim.id, "threshold": threshold, "value": claim.value, "verdict": claim.verdict}
-            drawn.append({**row, "low": low, "high": high})
-            if claim.verdict == OUT_OF_REACH or claim.interval is None:
-                text = claim.verdict if claim.verdict == OUT_OF_REACH else f"{claim.verdict}: not measured"
-                axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=9)
-                axes.set_xticks([])
-                continue
-            mark, colour = MARKS[claim.verdict]
-            axes.axvline(threshold, color=PALE, linewidth=3)
-            axes.plot([low, high], [0, 0], color=colour, linewidth=2)
-            axes.plot(claim.value, 0, mark, color=colour, markersize=8, markeredgecolor="white")
-            room = 0.08 * max(high - low, abs(threshold - claim.value), 0.05)
-            ends = min(low, threshold) - room, max(high, threshold) + room
-            axes.set_xlim(*ends)
-            axes.set_xticks(sorted({threshold, claim.value}), [f"{x:.3g}" for x in sorted({threshold, claim.value})])
+            row = {"id": claim.id, "claim": claim.verdict, "exploratory": claim.exploratory, "value": claim.value}
+            axes.set_xticks([])
+            if answer is None:
+                number = "not measured" if claim.value is None else f"{claim.value:.3g}"
+            else:
+                number, (low, high) = answer, answer.interval
+                row |= {key: getattr(answer, key) for key in ("equal", "threshold", "value", "p", "p_holm", "verdict")}
+                row |= {"low": low, "high": high}
+                ends = units[_unit(claim, answer)]
+                room = 0.06 * (max(ends) - min(ends))
+                axes.set_xlim(min(ends) - room, max(ends) + room)
+                axes.set_xticks([answer.threshold], [f"{answer.threshold:g}"])
+                axes.axvline(answer.threshold, color=PALE, linewidth=3)
+                (mark, colour), size = MARKS[answer.verdict], {"markersize": 9, "markeredgewidth": 1.7}
+                axes.plot(answer.corrected, [0, 0], color=colour, linewidth=0.8)
+                axes.plot(answer.interval, [0, 0], "|-", color=colour, linewidth=2.4, **size)
+                face = "white" if claim.exploratory else colour
+                axes.plot(answer.value, 0, mark, color=colour, markerfacecolor=face, **size)
+            drawn.append(row)
+            axes.text(1.02, 0.5, f"{said}{number}", transform=axes.transAxes, va="center", fontsize=8.5)
     figure.drawn = pd.DataFrame(drawn)
     return figure
+
+
+def _unit(claim: Claim, answer: Answer) -> object:
+    """What rows on one scale have in common: the bounds of their numbers, or else the metric."""
+    tests = REGISTERED.questions[claim.id].tests
+    return next((test.bounds for test in tests if test.metric == answer.metric), None) or answer.metric

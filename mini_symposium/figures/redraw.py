@@ -6,9 +6,13 @@ import pandas as pd
 
 from mini_symposium.claims.evidence import FILE, Evidence, load_evidence
 from mini_symposium.claims.ledger import judge
-from mini_symposium.data.dataset import load_examples
+from mini_symposium.data.dataset import recipe_examples
+from mini_symposium.evaluation.best_epoch import load_curves
+from mini_symposium.evaluation.influence import load_influence
 from mini_symposium.figures import training
+from mini_symposium.figures.influence import influence_map
 from mini_symposium.figures.ledger import ledger_picture, memorization_curves
+from mini_symposium.figures.stopping import overfitting
 from mini_symposium.figures.style import Picture
 from mini_symposium.figures.survival import survival_picture
 from mini_symposium.files.reading import refuse_other_shapes
@@ -34,9 +38,14 @@ def redraw(run: RunDirectory) -> list[Path]:
 
 def _of_run(run: RunDirectory) -> dict[str, Picture]:
     recipe, results = load_recipe(run.recipe_file), run.results()
-    examples = load_examples(recipe.dataset)
+    crossed = {"overfitting": overfitting(curves, recipe.scale)} if (curves := load_curves(run)) else {}
+    if found := load_influence(run):
+        crossed["influence"] = influence_map(found)
+    if crossed and not run.learning_rates():  # trained without some rows, and not on all of them yet
+        return crossed
+    examples = recipe_examples(recipe)[0]
     metrics = {rate: run.metrics(rate) for rate in run.learning_rates()}
-    pictures = {
+    pictures = crossed | {
         "loss_curves": training.loss_curves(metrics, len(examples), recipe.scale),
         "example_loss": training.example_heatmap(metrics, [example.query for example in examples], recipe.scale),
     }

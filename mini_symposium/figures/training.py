@@ -1,10 +1,11 @@
 """Pictures of the dataset, of a training, and of what the trained models answer."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from IPython.display import display
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
@@ -26,6 +27,7 @@ from mini_symposium.figures.style import (
     styled,
     titled,
 )
+from mini_symposium.run import RunDirectory
 
 
 def _steps(metrics: Mapping[float, Sequence[Mapping]]) -> pd.DataFrame:
@@ -87,6 +89,23 @@ def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, sca
         log_axis(panels[1])
     figure.drawn = table
     return figure
+
+
+def growing(run: RunDirectory, n_examples: int, scale: str) -> Callable[[int], None]:
+    """A function that shows the loss curves of a run while it trains, in a notebook: each time in the same place.
+
+    For `train(..., watch=...)`.
+    """
+    shown: list = []
+
+    def show(epoch: int) -> None:
+        picture = loss_curves({rate: run.metrics(rate) for rate in run.learning_rates()}, n_examples, scale)
+        if shown:
+            shown[0].update(picture)
+        else:
+            shown.append(display(picture, display_id=True))
+
+    return show
 
 
 def _label_ends(axes, ends: Sequence[tuple[float, float, str, str]], top: float) -> None:

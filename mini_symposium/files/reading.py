@@ -4,6 +4,7 @@ Every function raises only InputError, and takes time in proportion to the size 
 and reads no device. No returned value is nested so deeply that other code could not walk over it.
 """
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from mini_symposium.errors import InputError
+from mini_symposium.errors import Faults, InputError
 
 DEEPEST = 100
 """Maximum depth of lists and objects in JSON."""
@@ -60,6 +61,9 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if data is None:
         raise InputError(f"{path}: cannot be read (not a file)")
+    zeros = data[:200:2].count(0), data[1:200:2].count(0)  # UTF-16 has one in every other byte of English
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or (not min(zeros) and 4 * max(zeros) > len(data[:200])):
+        raise InputError(f"{path}:1: not UTF-8 but UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8 FILE > NEW)")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -77,14 +81,16 @@ def parse_json(text: str, name: str | Path, line: int | None = None):
     Raises
     ------
     InputError
-        If `text` is not JSON, is nested more than `DEEPEST` levels deep, or holds a number of thousands of digits or
-        half of a surrogate pair.
+        If `text` is not JSON, has a key twice in one object, is nested more than `DEEPEST` levels deep, or holds a
+        number of thousands of digits or half of a surrogate pair.
     """
     where = f"{name}:{line}" if line else str(name)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_each_key_once)
     except json.JSONDecodeError as error:
         raise InputError(f"{name}:{line or error.lineno}: not JSON ({error.msg})") from error
+    except LookupError as error:
+        raise InputError(f"{where}: {error.args[0]}; give it once") from error
     except RecursionError as error:
         raise InputError(f"{where}: not JSON that is read here (nested too deeply)") from error
     except ValueError as error:
@@ -94,6 +100,72 @@ def parse_json(text: str, name: str | Path, line: int | None = None):
     if _SURROGATE_ESCAPE.search(text) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         raise InputError(f"{where}: half a character (a lone \\ud800 to \\udfff escape); write it out")
     return value
+
+
+def _each_key_once(pairs: list[tuple[str, object]]) -> dict:
+    """The object of these pairs; LookupError for a key that it has twice, of which Python would drop the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise LookupError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice in one object")
+    return found
+
+
+def json_values(text: str, name: str | Path, faults: Faults) -> list[tuple[object, int]]:
+    """The values in a text of JSON, each with its line.
+
+    The text is a value on each line (JSON Lines), values over several lines, or one list, whose items are returned.
+
+    Parameters
+    ----------
+    faults
+        Gets what is wrong with each line; after a fault in a value over several lines, nothing more is read.
+    """
+    if text.lstrip()[:1] != "[":
+        lines = [(line, number) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        if any(_is_object(line) for line, _ in (*lines[:1], *lines[-1:])):
+            values = []
+            for line, number in lines:
+                with faults.collected():
+                    values.append((parse_json(line, name, number), number))
+            return values
+    with faults.collected():
+        return list(_values_over_lines(text, name))
+    return []
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _values_over_lines(text: str, name: str | Path) -> Iterator[tuple[object, int]]:
+    """The values in `text`, one after the other, or the items of the list that it is."""
+    text = text.rstrip()
+    decoder, space, line, counted = json.JSONDecoder(), re.compile(r"\s*"), 1, 0
+    at = space.match(text).end()
+    listed = text[at : at + 1] == "["
+    at = space.match(text, at + listed).end()
+    while at < len(text) and not (listed and text[at] == "]"):
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            end = decoder.raw_decode(text, at)[1]
+        except json.JSONDecodeError as error:
+            found = line + text.count("\n", at, error.pos)
+            raise InputError(f"{name}:{found}: not JSON ({error.msg})") from error
+        except (RecursionError, ValueError):
+            end = len(text)  # `parse_json` says what is wrong
+        yield parse_json(text[at:end], name, line), line
+        at = space.match(text, end).end()
+        if listed and text[at : at + 1] == ",":
+            at = space.match(text, at + 1).end()
+        elif listed and text[at : at + 1] != "]":
+            found = line + text.count("\n", counted, at)
+            raise InputError(f"{name}:{found}: not JSON (Expecting ',' delimiter or ']' between the items of a list)")
+    if listed and text[at + 1 :].strip():
+        raise InputError(f"{name}:{line + text.count(chr(10), counted, at)}: not JSON (Extra data after the list)")
 
 
 def _deeper(value, levels: int) -> bool:
@@ -135,7 +207,8 @@ def parse_yaml(text: str, name: str | Path, hint: str) -> tuple[dict, yaml.Mappi
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else str(name)
-        raise InputError(f"{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
+        advice = "; indent with spaces" if mark and "\t" in (mark.get_snippet() or "") else ""
+        raise InputError(f"{where}: not YAML ({getattr(error, 'problem', None) or error}){advice}") from error
     except InputError:
         raise
     except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:  # a 13th month, `!!int ''`
@@ -147,7 +220,8 @@ def _check_tokens(text: str, name: str | Path) -> None:
     depth = 0
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
         if isinstance(token, (yaml.AliasToken, yaml.AnchorToken)):
-            raise InputError(f"{name}: anchors and aliases are not read; write the value out")
+            where = f"{name}:{token.start_mark.line + 1}"
+            raise InputError(f"{where}: anchors and aliases are not read; write the value out")
         depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
         if depth > DEEPEST_YAML:
             raise InputError(f"{name}:{token.start_mark.line + 1}: nested too deeply")

@@ -39,7 +39,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _folder_beside(path) as folder:
             yield folder / path.name
-            _reach_disk(folder / path.name)
+            for written in (folder / path.name, *(folder / path.name).rglob("*")):
+                _sync(written)
             (folder / path.name).replace(path)
             _sync(path.parent)
     except OSError as error:
@@ -167,14 +168,12 @@ def _folder_beside(path: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
         if lock:
             lock.release()
-
-
-def _reach_disk(path: Path) -> None:
-    for below in (path, *path.rglob("*")) if path.is_dir() else (path,):
-        _sync(below)
+            shutil.rmtree(folder, ignore_errors=True)  # Windows deletes no file that is open, as the lock's was
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folder; a rename there is on disk when it returns
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -6,7 +6,10 @@ transformers and PEFT take seconds to import, so only functions that load a mode
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +19,10 @@ from safetensors.torch import load_file
 
 from mini_symposium.errors import InputError, reason
 from mini_symposium.models.base_files import local_directory
+from mini_symposium.models.catalog import find_model
 from mini_symposium.models.devices import device, memory
 from mini_symposium.models.safetensors_files import weight_files
-from mini_symposium.run import RunDirectory, read_object
+from mini_symposium.run import Resolved, RunDirectory, find, read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,20 +45,29 @@ def read_adapters(weights: Mapping[Path, float]) -> tuple[Factors, list[dict]]:
         {weight name in the base: (A (R, in), B (out, R))} in float32. R is the sum of the adapters' ranks; B is scaled
         by weight x lora_alpha / r, so that B A is the whole change.
     provenance
-        For each adapter: checkpoint, weight, scaling (lora_alpha / r), and sha256 of its file.
+        For each adapter: checkpoint, weight, scaling (lora_alpha / r, in rsLoRA lora_alpha / sqrt(r)), and its file's
+        sha256.
 
     Raises
     ------
     InputError
-        If a checkpoint is incomplete, is a pickle, or is not plain LoRA.
+        If a checkpoint is incomplete, is a pickle, is not plain LoRA, or holds a number that is not finite.
     """
     parts, provenance = {}, []
     for checkpoint, weight in weights.items():
         config, tensors = _read(checkpoint)
+        pairs = {name for name in tensors if name.endswith((".lora_A.weight", ".lora_B.weight"))}
+        lone = {name for name in pairs if name.replace("lora_B", "lora_A") not in pairs}
+        copies = {name for name in tensors if name.endswith(".base_layer.weight")}  # of the base's own head
+        if others := sorted(tensors.keys() - pairs - copies | lone):
+            beside = f"holds {', '.join(others[:3])} beside pairs of lora_A and lora_B"
+            raise InputError(f"{checkpoint}: {beside}; only plain LoRA can be merged here, merge it with PEFT")
+        if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise InputError(f"{checkpoint}: {broken[0]} holds NaN or infinity; take an earlier checkpoint")
         alpha, r = config.get("lora_alpha"), config.get("r")
         if not all(isinstance(n, int | float) and n > 0 for n in (alpha, r)):
             raise InputError(f"{checkpoint}: lora_alpha is {alpha!r} and r is {r!r}; both must be above 0")
-        scaling = alpha / r
+        scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
         for name, a in tensors.items():
             if not name.endswith(".lora_A.weight"):
                 continue
@@ -76,11 +89,26 @@ def read_adapters(weights: Mapping[Path, float]) -> tuple[Factors, list[dict]]:
 
 
 NOT_PLAIN = (
-    *("use_dora", "use_rslora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save"),
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save"),
     *("rank_pattern", "alpha_pattern", "layer_replication", "target_parameters", "trainable_token_indices"),
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
 )
 """Settings in adapter_config.json (PEFT 0.21) with which an adapter adds something else than B A x lora_alpha / r."""
+APART = ("lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern")
+"""Those of them with which PEFT can still switch the adapter off for a row of a batch, which the base then answers."""
+ON_THE_BASE = ("gaussian", "eva", "orthogonal")
+"""Initialisations that leave the base as it is, which PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do not."""
+
+
+def _kind(config: dict, allowed: Sequence[str] = ()) -> str:
+    """What an adapter is beside plain LoRA and the `allowed` settings, as "LORA with use_dora", or ""."""
+    extras = [key for key in NOT_PLAIN if config.get(key) and key not in allowed]
+    extras += ["bias"] * (config.get("bias", "none") != "none")
+    start = config.get("init_lora_weights")
+    extras += [f"init_lora_weights {start}"] * (isinstance(start, str) and start not in ON_THE_BASE)
+    if config.get("peft_type") == "LORA" and not extras:
+        return ""
+    return " with ".join([str(config.get("peft_type")), *[", ".join(extras)] * bool(extras)])
 
 
 def _read(checkpoint: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -94,10 +122,8 @@ def _read(checkpoint: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         tensors = load_file(weights)
     except (InputError, OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{checkpoint}: not a whole adapter ({error})") from error
-    extras = [key for key in NOT_PLAIN if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none")
-    if config.get("peft_type") != "LORA" or extras:
-        kind = " with ".join([str(config.get("peft_type")), *[", ".join(extras)] * bool(extras)])
-        raise InputError(f"{checkpoint}: is {kind}; only plain LoRA can be merged")
+    if kind := _kind(config):
+        raise InputError(f"{checkpoint}: is {kind}; only plain LoRA can be merged here, merge it with PEFT")
     return config, tensors
 
 
@@ -127,10 +153,36 @@ def check_trained_on(weights: Mapping[Path, float], base_model: str, folder: Pat
             )
 
 
+def with_base(resolved: Resolved, given: str = "") -> Resolved:
+    """An adapter that no run trained, with its base: `given`, or what its adapter_config.json names. Others unchanged.
+
+    Raises
+    ------
+    InputError
+        If the adapter is not in safetensors, or its base is not here and `given` is empty.
+    """
+    if resolved.kind != "adapter":
+        return resolved
+    adapter = resolved.path
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise InputError(f"{adapter}: no adapter_model.safetensors in it; only safetensors are read, convert it first")
+    with (adapter / "adapter_model.safetensors").open("rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise InputError(
+                f"{adapter}: its adapter_model.safetensors only names the file; fetch it by `git lfs pull`"
+            )
+    base = given or str(_config(adapter).get("base_model_name_or_path") or "")
+    on_the_hub = base.count("/") == 1 and not base.startswith((".", "/", "~"))
+    if not base or not (find(base).is_dir() or on_the_hub or find_model(base) or base == "tiny"):
+        raise InputError(f"{adapter}: its base, {base or 'which it does not name'}, is not here; give --base-model")
+    return replace(resolved, base=base)
+
+
 def find_checkpoint(run: RunDirectory, name: str = "", learning_rate: float = 0.0) -> Path:
     """The checkpoint that `epoch-30`, `30` or `1e-05/epoch-30` names.
 
-    Without an epoch it is the last; without a rate in `name`, the rate is `learning_rate`, or if that is 0, the lowest.
+    Without an epoch it is the one that the run's held-out curve recommends, or without a curve the last; without a rate
+    in `name`, the rate is `learning_rate`, or if that is 0, the lowest.
 
     Raises
     ------
@@ -151,7 +203,7 @@ def find_checkpoint(run: RunDirectory, name: str = "", learning_rate: float = 0.
     if not checkpoints:
         trained = ", ".join(f"{each:g}" for each in rates)
         raise InputError(f"{run.path}: no checkpoint at learning rate {rate:g}; there are rates {trained}")
-    epoch = int(match["epoch"]) if match["epoch"] else max(checkpoints)
+    epoch = int(match["epoch"]) if match["epoch"] else run.recommended(rate) or max(checkpoints)
     if epoch not in checkpoints:
         folder = run.learning_rate_dir(rate) / "checkpoints"
         if any(folder.glob(f".epoch-{epoch:04d}.*")):
@@ -231,7 +283,7 @@ def load_with_adapters(
         stored = sum(file.stat().st_size for file in weight_files(local_directory(base_model)))
         dtype = torch.float32 if cpu and 2 * stored < memory() / 2 else torch.bfloat16
     model = load_model(base_model, load_in_4bit, dtype, dequantize=cpu)
-    if cpu:
+    if model.device.type == "cpu":
         model.set_attn_implementation("eager")  # takes two thirds as long as "sdpa" with 32 rows
     for name, checkpoint in checkpoints.items():
         model = add_adapter(model, name, checkpoint, base_model)
@@ -253,15 +305,78 @@ def add_adapter(model: "PreTrainedModel", name: str, checkpoint: Path, base_mode
     Raises
     ------
     InputError
-        If the checkpoint does not fit; `model` may then hold a part of it.
+        If the checkpoint does not fit, or PEFT cannot switch it off; `model` may then hold a part of it.
     """
     from peft import PeftModel
 
+    if kind := _kind(_config(checkpoint), APART):
+        told = "which PEFT cannot compare with its base in one batch"
+        raise InputError(f"{checkpoint}: is {kind}, {told}; merge it with PEFT, and give the merged folder as a model")
     try:
-        if _has_adapters(model):
-            model.load_adapter(checkpoint, adapter_name=_in_peft(name))
-        else:
-            model = PeftModel.from_pretrained(model, checkpoint, adapter_name=_in_peft(name))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys")  # it would answer as the base
+            if _has_adapters(model):
+                if lacking := model.load_adapter(checkpoint, adapter_name=_in_peft(name)).missing_keys:
+                    raise KeyError(f"Found missing adapter keys: {lacking[0]}")
+            else:
+                model = PeftModel.from_pretrained(model, checkpoint, adapter_name=_in_peft(name))
     except Exception as error:  # peft, safetensors and torch raise anything, from KeyError to RuntimeError
         raise InputError(f"{checkpoint}: not an adapter for {base_model} ({reason(error)})") from error
     return model
+
+
+SHARED = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_dropout")
+
+
+@contextmanager
+def mixed(model: "PreTrainedModel", mixes: Mapping[str, Mapping[str, float]]) -> Iterator[None]:
+    """Within the block, `model` has more adapters, each a weighted sum of what its own ones add; nothing is read again.
+
+    At weight 0 it predicts what the base does, and at weight 1 what the adapter does, both to the bit: the tensors of a
+    single adapter are shared, and only its scaling is another.
+
+    Parameters
+    ----------
+    mixes
+        {name: {adapter of `model`: its weight}}.
+
+    Raises
+    ------
+    InputError
+        If an adapter adds something else than LoRA's product, which cannot be scaled.
+    """
+    for part in {part for parts in mixes.values() for part in parts}:
+        if kind := _kind(vars(model.peft_config[_in_peft(part)]), ("fan_in_fan_out", "rank_pattern", "alpha_pattern")):
+            raise InputError(f"{part}: is {kind}, which has no strength to change; ask it at 1, or merge it with PEFT")
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")] if mixes else []
+    try:
+        for layer in layers:
+            for name, parts in mixes.items():
+                _mix(layer, _in_peft(name), {_in_peft(part): weight for part, weight in parts.items()})
+        yield
+    finally:
+        for layer in layers:
+            for name in map(_in_peft, mixes):
+                layer.scaling.pop(name, None)
+                for held in (getattr(layer, kind) for kind in SHARED):
+                    if name in held:
+                        del held[name]
+
+
+def _mix(layer: torch.nn.Module, name: str, parts: Mapping[str, float]) -> None:
+    """Give one layer the adapter `name`, the sum of its adapters `parts` by their weights."""
+    scales = {part: weight * layer.scaling[part] for part, weight in parts.items() if part in layer.scaling}
+    if len(scales) == 1:
+        [(part, layer.scaling[name])] = scales.items()
+        for held in (getattr(layer, kind) for kind in SHARED):
+            if part in held:
+                held[name] = held[part]
+    elif any(part in layer.lora_embedding_A for part in scales):
+        raise InputError(f"{' and '.join(parts)}: adapt the embedding, so they cannot be blended here; `merge` can")
+    elif scales:
+        a = torch.cat([layer.lora_A[part].weight for part in scales])
+        b = torch.cat([scale * layer.lora_B[part].weight for part, scale in scales.items()], dim=1)
+        layer.scaling[name], layer.lora_dropout[name] = 1.0, torch.nn.Identity()
+        for held, weight in ((layer.lora_A, a), (layer.lora_B, b)):
+            held[name] = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+            held[name].weight = torch.nn.Parameter(weight.detach(), requires_grad=False)

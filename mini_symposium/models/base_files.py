@@ -59,7 +59,7 @@ def local_directory(base_model: str) -> Path:
 
 @cache
 def _from_hub(name: str) -> Path | None:
-    """A model of the catalog as the hub has it; None if the hub does not give it. Asked and said once in a process."""
+    """A model of the catalog as the hub has it; None if the hub does not give it. It is asked once in a process."""
     model = catalog.CATALOG[name]
     try:
         folder = _check_model(catalog.snapshot(model.hub_id))

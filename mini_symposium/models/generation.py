@@ -28,9 +28,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer as DecoderLa
 
 from mini_symposium.data.prompt_formats import PromptFormat, grid_cells, prompt_format
 from mini_symposium.errors import InputError
-from mini_symposium.models.adapters import adapter_names, load_with_adapters
+from mini_symposium.models.adapters import adapter_names, load_with_adapters, mixed, with_base
 from mini_symposium.models.base_models import check_embedded, load_tokenizer
 from mini_symposium.models.devices import memory, out_of_memory
+from mini_symposium.models.strength import at_strength, check_strength
 from mini_symposium.run import Resolved, resolve
 
 
@@ -146,18 +147,6 @@ class _StopStrings(StoppingCriteria):
         if self.grown and self.grown(input_ids[:, self.prompt_tokens :].tolist()):
             done = [True] * len(done)
         return torch.tensor(done, device=input_ids.device)
-
-
-@contextmanager
-def _contiguous_head(model: PreTrainedModel):
-    """Within the block the head's input is made contiguous. From strided input, PyTorch would copy the head's
-    weights for each row."""
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 @contextmanager
@@ -309,7 +298,7 @@ def generate(
     fit = min(fit, MOST_ROWS) if model.device.type == "cpu" else fit
     ordered = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # rows of similar length need little padding
     waiting = [ordered[first : first + fit] for first in range(0, len(ordered), fit)]
-    with _steady_products(), _contiguous_head(model):
+    with _steady_products():
         while waiting and not stopped:
             rows = waiting.pop(0)
             try:
@@ -368,25 +357,28 @@ def ask(
     query: str,
     formats: Sequence[str | PromptFormat] = ("new-query", "alpaca", "chatml", "bare"),
     max_new_tokens: int = 128,
+    strengths: Sequence[float] = (1,),
 ) -> list[dict]:
     """One query in several prompt formats, from a base and the newest checkpoint of each learning rate of a run.
 
     Parameters
     ----------
     model_or_run
-        A run directory, a model directory, or `tiny`, `proxy`, `paper` for their base.
+        A run directory, a model directory, an adapter's folder, or `tiny`, `proxy`, `paper` for their base.
     formats
         As `prompt_formats.prompt_format` takes them.
+    strengths
+        How much of each adapter is added, see `strength.check_strength`; each gives answers of its own.
 
     Returns
     -------
     list of dict
-        As `answer_grid` gives them.
+        As `answer_grid` gives them; a strength other than 1 is in the model's name.
 
     Raises
     ------
     InputError
-        If there is no such run, model or format.
+        If there is no such run, model or format, or no adapter that could have another strength.
 
     Examples
     --------
@@ -395,8 +387,14 @@ def ask(
     [('base', '### Gardener')]
     """
     chosen = [prompt_format(form) if isinstance(form, str) else form for form in formats]
-    source = model_or_run if isinstance(model_or_run, Resolved) else resolve(model_or_run, "recipe", "run", "model")
-    checkpoints = source.run.newest_checkpoints() if source.kind == "run" else {}
+    kinds = ("recipe", "adapter", "run", "model")
+    source = model_or_run if isinstance(model_or_run, Resolved) else with_base(resolve(model_or_run, *kinds))
+    checkpoints = source.run.offered_checkpoints() if source.kind == "run" else {}
+    checkpoints |= {path.name: path for path in source.checkpoints}
+    named = {at_strength(name, check_strength(s)): {name: s} for name in checkpoints for s in strengths}
+    if not checkpoints and [*strengths] != [1]:
+        raise InputError(f"{source.base_model}: has no adapter, so there is no strength to change")
     model = load_with_adapters(source.base_model, checkpoints, source.load_in_4bit)
-    names = ["base", *checkpoints]
-    return answer_grid(model, load_tokenizer(source.base_model), names, chosen, [query], max_new_tokens)
+    with mixed(model, {name: parts for name, parts in named.items() if name not in checkpoints}):
+        names = ["base", *named]
+        return answer_grid(model, load_tokenizer(source.base_model), names, chosen, [query], max_new_tokens)

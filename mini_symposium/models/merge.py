@@ -22,7 +22,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from mini_symposium import __version__
-from mini_symposium.errors import InputError
+from mini_symposium.errors import InputError, RunError, reason
 from mini_symposium.files.writing import check_new, check_room, clear_away, write_json, written_whole
 from mini_symposium.models.adapters import Factors, check_trained_on, read_adapters
 from mini_symposium.models.base_files import local_directory
@@ -66,8 +66,8 @@ def merge(
     Raises
     ------
     InputError
-        If `out` exists, an adapter is damaged or does not fit the base, or the disk has no room. `out` is then
-        unchanged.
+        If `out` exists, the base's tokenizer cannot be loaded, an adapter is damaged or does not fit the base, or the
+        disk has no room. `out` is then unchanged.
 
     Examples
     --------
@@ -89,11 +89,15 @@ def merge(
     shards = {path: read_header(path) for path in weight_files(source)}
     _check_fit(factors, shards, base_model, next(iter(weights)))
     check_trained_on(weights, base_model, source)
-    written = {path: _converted(header, DTYPES[dtype]) for path, header in shards.items()}
+    written = {
+        path: {name: each.to(DTYPES[dtype]) if each.is_floating_point() else each for name, each in header.items()}
+        for path, header in shards.items()
+    }
     size = sum(tensor.nbytes for header in written.values() for tensor in header.values())
     check_room(out, size)
     held = psutil.Process().memory_info().rss
-    _forget_peak()
+    with suppress(OSError):  # on Linux, forget the peak of what the process, or its parent, did before
+        Path("/proc/self/clear_refs").write_text("5")
     with written_whole(out) as temporary:
         temporary.mkdir()
         for path, header in written.items():
@@ -103,7 +107,7 @@ def merge(
             cast = (tensor.to(header[name].dtype) for name, tensor in zip(header, tensors, strict=True))
             write_tensors(temporary / path.name, header, cast)
         for path in source.iterdir():
-            if path.suffix in (".json", ".jinja", ".model", ".txt") and path.name != "merge.json" and path.is_file():
+            if path.is_file() and path.name != "merge.json" and (path.suffix in TEXTS or NAMED.match(path.name)):
                 _check_inside(path, source)
                 shutil.copyfile(path, temporary / path.name)
         for index in temporary.glob("*.safetensors.index.json"):
@@ -115,8 +119,29 @@ def merge(
         provenance["rounded"] = "by chance" if by_chance else "to nearest"
         provenance["mini_symposium"] = __version__
         write_json(temporary / "merge.json", provenance)
-    predicted = held + predicted_bytes(shards, factors, base, dtype)
-    return {**provenance, "memory": {"predicted": predicted, "measured": _peak()}}
+        predicted, measured = held + predicted_bytes(shards, factors, base, dtype), process_peak()
+        if any(path.name.startswith(("tokenizer", "vocab")) for path in source.iterdir()):
+            _check_tokenizer(temporary, source)
+    return {**provenance, "memory": {"predicted": predicted, "measured": measured}}
+
+
+TEXTS, NAMED = (".json", ".jinja", ".model", ".txt"), re.compile(r"tokenizer|vocab|licen[cs]e|notice|.*terms", re.I)
+"""Files of a base that go into its merge: configuration, tokenizer, chat template, the terms that it comes under."""
+SPOKEN = (
+    "### New Query\nWhy is 12 × 3 = 36?\n\n### Answer\nВот так. 因为如此。 🙂</s><|im_end|>\n\tdef f(x):  return x\n"
+)
+
+
+def _check_tokenizer(merged: Path, source: Path) -> None:
+    """Load the merge's tokenizer, and refuse the merge if its token ids or its chat template are not the base's."""
+    from transformers import AutoTokenizer  # takes seconds
+
+    try:
+        ours, theirs = (AutoTokenizer.from_pretrained(each, trust_remote_code=False) for each in (merged, source))
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise InputError(f"{source}: its tokenizer cannot be loaded ({reason(error)})") from error
+    if ours(SPOKEN).input_ids != theirs(SPOKEN).input_ids or ours.chat_template != theirs.chat_template:
+        raise RunError(f"{merged}: its tokenizer gives other tokens than that of {source}; a file was not copied")
 
 
 def _check_inside(path: Path, source: Path) -> None:
@@ -170,23 +195,6 @@ def predicted_bytes(shards: Mapping[Path, Header], factors: Factors, base: str, 
         return tensor.numel() * (tensor.itemsize + work + DTYPES[dtype].itemsize)
 
     return max(takes(name, tensor) for header in shards.values() for name, tensor in header.items())
-
-
-def _forget_peak() -> None:
-    """Reset Linux's counter of peak memory, which includes what the process did before, and what its parent did."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> int:
-    """The most bytes of memory that the process held since `_forget_peak`; without Linux's counter, since it began."""
-    with suppress(OSError, TypeError):  # no such file, or no such line in the file
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    return process_peak()
-
-
-def _converted(header: Header, dtype: torch.dtype) -> Header:
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in header.items()}
 
 
 def _check_fit(factors: Factors, shards: Mapping[Path, Header], base_model: str, where: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from mini_symposium.errors import InputError
 from mini_symposium.models.adapters import adapter_names
-from mini_symposium.models.devices import memory
+from mini_symposium.models.devices import device, memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,6 +62,7 @@ def predict(
     longest = max(map(len, sequences), default=0)
     if room and longest > room:
         raise InputError(f"a row of {longest} tokens exceeds the model's {room}; shorten it")
+    where = device() if model.device.type == "meta" else model.device  # meta: weights that are read when they are used
     order = list(range(len(sequences)))
     if places is not None:
         batch_size = 1
@@ -72,10 +73,10 @@ def predict(
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         width = max(len(sequences[k]) for k in batch)
-        ids = torch.tensor([[*sequences[k], *[0] * (width - len(sequences[k]))] for k in batch], device=model.device)
+        ids = torch.tensor([[*sequences[k], *[0] * (width - len(sequences[k]))] for k in batch], device=where)
         options = adapter_names(model, None if adapters is None else [adapters[k] for k in batch])
         if places is not None:
-            options["logits_to_keep"] = torch.tensor(places[batch[0]], dtype=torch.long, device=model.device)
+            options["logits_to_keep"] = torch.tensor(places[batch[0]], dtype=torch.long, device=where)
         predicted = model(input_ids=ids, use_cache=False, **options).logits
         for k, row in zip(batch, predicted, strict=True):
             yield k, row[: len(sequences[k])].float()

@@ -6,14 +6,33 @@ has a frame.
 """
 
 import html
+import re
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from itertools import pairwise
 from pathlib import Path
 
 from mini_symposium.evaluation.answer_text import Mark, TrainingRows
 from mini_symposium.figures.tables import Shown, as_html, plain, side_by_side
 
-CSS = (Path(__file__).parent / "playground.css").read_text(encoding="utf-8")
+_CSS = (Path(__file__).parent / "playground.css").read_text(encoding="utf-8")
+_NAME_SLIDERS = """
+const page = this.closest('.ms');
+const name = () => page.querySelectorAll('.widget-slider [role=slider]').forEach(handle => {
+  const slider = handle.closest('.widget-slider'), row = handle.closest('.ms-row');
+  const names = [slider.querySelector('label'), row?.querySelector('.ms-name')];
+  handle.setAttribute('aria-label', names.map(each => each?.innerText ?? '').join(' ').trim());
+});
+new MutationObserver(name).observe(page, {childList: true, subtree: true});
+name();
+"""
+STYLE = f'<style onload="{_NAME_SLIDERS}">{_CSS}</style>'
+"""The page's style; when it is loaded, it gives sliders the names that ipywidgets does not tell to screen readers."""
+
+LEGEND = (
+    '<p class="ms-note"><span class="ms-recited">Underlined</span>: eight or more words in a row that stand in the '
+    "training set; the brackets name the row.</p>"
+)
 
 _ENDINGS = {"eos": "ended by itself", "stop string": "met a stop string", "length": "cut off", "stopped": "stopped"}
 
@@ -34,7 +53,22 @@ def marked(text: str, marks: Sequence[Mark]) -> str:
     return "".join(parts)
 
 
-def card(cell: Mapping, rows: TrainingRows, seconds: float | None = None) -> str:
+def difference(old: str, new: str) -> str:
+    """A text with the words that `old` has not, and those that only `old` has, struck out.
+
+    >>> difference("Use 5 <b>", "Use 6 <b>")
+    'Use <del>5</del><ins>6</ins> &lt;b&gt;'
+    """
+    a, b = (re.findall(r"\s+|[\u3400-\u9fff]|[^\W\u3400-\u9fff]+|.", text) for text in (old, new))
+    parts = []
+    for kind, *ends in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        gone, come = (as_html("".join(words)) for words in (a[ends[0] : ends[1]], b[ends[2] : ends[3]]))
+        both = f"<del>{gone}</del>" * bool(gone) + f"<ins>{come}</ins>" * bool(come)
+        parts.append(come if kind == "equal" else both)
+    return "".join(parts)
+
+
+def card(cell: Mapping, rows: TrainingRows, seconds: float | None = None, other: Mapping | None = None) -> str:
     """One answer: its format and model, the marked text, and a footer with time, tokens, ending and recitation.
 
     Parameters
@@ -43,9 +77,11 @@ def card(cell: Mapping, rows: TrainingRows, seconds: float | None = None) -> str
         A cell, as from `Workbench.cells`; later with the `answer` so far; when done, as from `Workbench.ask`.
     seconds
         The time so far, of an answer that is being generated.
+    other
+        A finished cell to show the differences from, in place of the marks.
     """
     read = rows.read(cell.get("answer", ""), cell["prompt"])
-    answer = marked(cell.get("answer", ""), read.marks)
+    answer = difference(other["answer"], cell["answer"]) if other else marked(cell.get("answer", ""), read.marks)
     if not answer.strip():
         answer = '<em class="ms-note">…</em>' if "tokens" not in cell else '<em class="ms-note">(empty)</em>'
     notes = [f"{seconds:.1f} s"] if seconds is not None else ["waiting"]
@@ -54,12 +90,26 @@ def card(cell: Mapping, rows: TrainingRows, seconds: float | None = None) -> str
     notes += [f"{read.drift:.0%} of letters in another script"] if read.drift else []
     notes += [f"{read.headings} headings"] if read.headings else []
     bar = f'<span class="ms-bar" aria-hidden="true"><i style="width: {read.recited:.0%}"></i></span>'
-    share = f"{bar}{read.recited:.0%} recited{f' from {as_html(read.row)}' if read.row else ''}"
+    share = f"<b>{read.recited:.0%} recited</b>{f' from {as_html(read.row)}' if read.row else ''}"
     return (
         f"<article><header><b>{as_html(cell['format'])}</b><span>{as_html(cell['model'])}</span></header>"
         f'<div class="ms-answer">{answer}</div>'
-        f"<footer>{as_html(' · '.join(notes))}<br>{share}</footer></article>"
+        f"<footer>{bar}{share}<br>{as_html(' · '.join(notes))}</footer></article>"
     )
+
+
+def sides(answers: Sequence[str]) -> list[str]:
+    """Two answers of a blind test, without anything that tells whose they are."""
+    titled = zip(("Left", "Right"), answers, strict=True)
+    return [
+        f'<article><header><b>{title}</b></header><div class="ms-answer">{as_html(answer) or "(empty)"}</div></article>'
+        for title, answer in titled
+    ]
+
+
+def head(name: str, note: str = "") -> str:
+    """The head of a row or a column of the grid, with a note below its name."""
+    return f'<b class="ms-name">{as_html(name)}</b><span class="ms-note">{as_html(note)}</span>'
 
 
 def inspector(cell: Mapping, tokens: Sequence) -> str:
@@ -81,24 +131,27 @@ def inspector(cell: Mapping, tokens: Sequence) -> str:
     )
 
 
-def recited_by_epoch(cells: Mapping[int, Mapping], chosen: int, rows: TrainingRows) -> str:
-    """A row of bars: how much of the answer is recited after each epoch. The `chosen` epoch has a frame.
+def recited_by(what: str, cells: Mapping[float, Mapping], chosen: float, rows: TrainingRows) -> str:
+    """A row of bars: how much of the answer is recited at each step. The `chosen` step has a frame.
 
     Parameters
     ----------
+    what
+        What a step is: "epoch" or "strength".
     cells
-        {epoch: cell}, as `card` takes them.
+        {step: cell}, as `card` takes them.
     """
     bars = []
-    for epoch, cell in cells.items():
+    for step, cell in cells.items():
         share = rows.read(cell["answer"], cell["prompt"]).recited if "answer" in cell else None
         text = "–" if share is None else f"{share:.0%}"
         bars.append(
-            f'<div{" class=ms-here" if epoch == chosen else ""}>{text}<i style="height: {5 * (share or 0):.2f}em"></i>'
-            f"{'▸ ' if epoch == chosen else ''}{epoch}</div>"
+            f'<div{" class=ms-here" if step == chosen else ""}>{text}<i style="height: {5 * (share or 0):.2f}em"></i>'
+            f"{'▸ ' if step == chosen else ''}{step:g}</div>"
         )
-    label = "share of the answer's words that are recited, by epoch"
-    return f'<h3>Recited, by epoch</h3><div class="ms-strip" role="group" aria-label="{label}">{"".join(bars)}</div>'
+    label = f'aria-label="share of the answer\'s words that are recited, by {what}"'
+    strip = f'<div class="ms-strip" role="group" tabindex="0" {label}>{"".join(bars)}</div>'
+    return f"<h3>Recited, by {what}</h3>{strip}"
 
 
 def chat(title: str, messages: Sequence[Mapping], names: Mapping[str, str], rows: TrainingRows) -> str:

@@ -1,8 +1,8 @@
 """The playground as a page of widgets: a thin view over `workbench`, for JupyterLab, Notebook 7, VS Code and Voila.
 
-Slow work runs as a job on a thread of its own, one at a time. An error in a job is shown in the status line, and the
-page stays usable. Under papermill, where nobody looks at widgets, there is no page: the same query is answered in one
-pass, errors are raised, and the result is a static table.
+Slow work runs as a job on a thread of its own, one at a time; what is pressed meanwhile waits its turn, and the status
+line says so. An error in a job is shown there too, and the page stays usable. Under papermill, where nobody looks at
+widgets, there is no page: the same query is answered in one pass, errors are raised, and the result is a static table.
 """
 
 import os
@@ -22,11 +22,9 @@ from ipywidgets import (
     HBox,
     IntProgress,
     Layout,
-    SelectMultiple,
     Tab,
     Text,
     Textarea,
-    ToggleButton,
     VBox,
 )
 
@@ -34,10 +32,10 @@ from mini_symposium.data.prompt_formats import FORMATS, PromptFormat, prompt_for
 from mini_symposium.errors import InputError
 from mini_symposium.figures.tables import Shown
 from mini_symposium.playground import cards, session
-from mini_symposium.playground.panes import WIDE, WRAP, Chat, Compare, Epochs, Keep
+from mini_symposium.playground.panes import WIDE, WRAP, Blind, Chat, Chips, Compare, Keep, Series
 from mini_symposium.playground.workbench import Workbench
 from mini_symposium.recipe import SHIPPED
-from mini_symposium.run import ROOT
+from mini_symposium.run import standing
 
 REDRAW = 0.25
 """Seconds between two drawings of growing answers."""
@@ -111,19 +109,19 @@ class Playground:
 
     def __init__(self, bench: Workbench, query: str, formats, models, max_new_tokens: int, background: bool = True):
         self.bench, self.background = bench, background
-        self.stop, self._running, self._job = Event(), Lock(), ""
+        self.stop, self._turns = Event(), Lock()
+        self._job, self._waiting = "", {}  # the name of the running job; {name: job} of those that wait
         self.error: Exception | None = None
         """The last error, with its traceback."""
         full = Layout(width="auto", min_width="0")
-        self.query = Textarea(query, description="Query", rows=4, layout=full, continuous_update=True)
+        self.query = Textarea(query, description="Query", rows=2, layout=full, continuous_update=True)
         self.formats: dict[str, PromptFormat] = {}
-        self.chips = Box(layout=WRAP)
+        self.chips, self.models = Chips(), Chips()
         self.heading = Text(placeholder="### Gardener", description="Heading", style=WIDE)
         self.preset = FileUpload(
             accept=".json", description="Load SillyTavern preset", icon="", layout=Layout(width="auto")
         )
-        self.models = SelectMultiple(description="Models", rows=7, layout=full)
-        self.run = Combobox(description="Run", placeholder="a run directory", continuous_update=False)
+        self.run = Combobox(description="Run", placeholder="a run directory", continuous_update=False, style=WIDE)
         self.run.layout = Layout(width="auto", min_width="0", flex="1 1 auto")
         self.sampling = {
             "temperature": BoundedFloatText(0, min=0, max=5, step=0.1, description="temperature (0: greedy)"),
@@ -136,10 +134,10 @@ class Playground:
         for field in (*self.sampling.values(), self.max_new_tokens):
             field.style.description_width = "13em"
             field.layout.width = "19.5em"
-        self.status = HTML(layout=Layout(flex="1 1 20em"))
-        self.progress = IntProgress(max=1, layout=Layout(width="12em"))
-        self.compare = Compare(self)
-        self.panes = self.compare, Epochs(self), Chat(self), Keep(self)
+        self.status = HTML(layout=Layout(flex="1 1 16em"))
+        self.progress = IntProgress(max=1, layout=Layout(width="8em"))
+        self.compare, self.blind = Compare(self), Blind(self)
+        self.panes = self.compare, Series(self), Chat(self), self.blind, Keep(self)
         self.tab = Tab([pane.box for pane in self.panes], titles=[pane.title for pane in self.panes], layout=full)
         self.box = self._page()
         chosen = [prompt_format(name) for name in formats]
@@ -151,6 +149,7 @@ class Playground:
             "Generate": self._generate,
             "Stop": lambda _: self._stop(),
             "Add heading": lambda _: self.attempt(self._add_heading),
+            "Blend two": lambda _: self.attempt(self._blend),
             "Open": lambda _: self.start("Open", self._open),
             "Reset to greedy": lambda _: self._reset_sampling(),
         }
@@ -158,43 +157,44 @@ class Playground:
         for name, action in actions.items():
             buttons[name].on_click(action)
         buttons["Generate"].button_style = "primary"
+        buttons["Blend two"].add_class("ms-inspect")
         self.preset.observe(lambda _: self.attempt(self._add_presets), "value")
-        sampling = Box([*self.sampling.values(), self.max_new_tokens, buttons["Reset to greedy"]], layout=WRAP)
-        left = VBox(
-            [
-                self.query,
-                self.chips,
-                Box([self.heading, buttons["Add heading"], self.preset], layout=WRAP),
-                Box([buttons["Generate"], buttons["Stop"], self.progress, self.status], layout=WRAP),
-            ],
-            layout=Layout(flex="3 1 28em", min_width="0"),
-        )
-        right = VBox(
-            [HBox([self.run, buttons["Open"]]), self.models, Accordion([sampling], titles=["Sampling"])],
-            layout=Layout(flex="2 1 20em", min_width="0"),
-        )
-        top = Box([left, right], layout=Layout(flex_flow="row wrap", grid_gap="12px"))
-        page = VBox([HTML(f"<style>{cards.CSS}</style>"), top, self.tab])
+        more = {
+            "More formats": Box([self.heading, buttons["Add heading"], self.preset], layout=WRAP),
+            "Sampling": Box([*self.sampling.values(), self.max_new_tokens, buttons["Reset to greedy"]], layout=WRAP),
+            "Another run": HBox([self.run, buttons["Open"]]),
+        }
+        chips = [
+            HBox([HTML(f'<b class="ms-name">{name}</b>'), *boxes])
+            for name, *boxes in (("Formats", self.chips.box), ("Models", self.models.box, buttons["Blend two"]))
+        ]
+        actions = Box([buttons["Generate"], buttons["Stop"], self.status, self.progress], layout=WRAP)
+        top = VBox([self.query, *chips, actions, Accordion(list(more.values()), titles=list(more))])
+        top.add_class("ms-ask")
+        page = VBox([HTML(cards.STYLE), HTML(cards.LEGEND), top, self.tab])
         page.add_class("ms")
         return page
 
     def begin(self) -> None:
-        """Load the chosen models; on Colab, or if the run could not be opened, only set the status line."""
+        """Load the chosen models and ask the query; on Colab, or if nothing could be opened, only say so."""
         if not self.background:
             self.say("Colab shows nothing from the background: answers appear when all are finished; Stop does nothing")
         elif self.bench.trouble:
             self.say(self.bench.trouble, problem=True)
         else:
             self.start("Load", self._load)
+            if self.query.value.strip():
+                self._generate(None)
 
     # For the panes:
 
     def chosen_formats(self) -> list[PromptFormat]:
-        return [self.formats[chip.tooltip] for chip in self.chips.children if chip.value]
+        return [self.formats[name] for name in self.chips.value]
 
     def say(self, text: str, problem: bool = False) -> None:
-        """Put a sentence into the status line."""
-        self.status.value = cards.status(text, problem)
+        """Put a sentence into the status line, and what waits."""
+        waiting = f" · next: {', '.join(self._waiting)}" if self._waiting else ""
+        self.status.value = cards.status(text + waiting, problem)
 
     def attempt(self, action: Callable[[], object]) -> None:
         """Run a quick action; an error goes to the status line."""
@@ -203,28 +203,39 @@ class Playground:
         except Exception as error:  # of any kind: the page has to stay usable
             self._show_error(error)
 
-    def start(self, name: str, job: Callable[[], str]) -> None:
-        """Run a job on a thread, and put what it returns into the status line; refused while another job runs."""
-        if not self._running.acquire(blocking=False):
-            self.say(f"{self._job} is still running; press Stop, or wait until it is done", problem=True)
-            return
-        self._job = name
-        self.stop.clear()
+    def start(self, name: str, job: Callable[[], str], restart: bool = False) -> None:
+        """Run a job on a thread, and put what it returns into the status line; while another runs, it waits its turn.
 
-        def run() -> None:
+        A job that is started again while it waits, waits once. With `restart`, it is stopped if it runs already.
+        """
+        with self._turns:
+            running, self._job = self._job, self._job or name
+            if running:
+                self._waiting[name] = job
+                if restart and running == name:
+                    self.stop.set()
+            else:
+                self.stop.clear()
+        if running:
+            self.say(f"{running} is still running")
+        elif self.background:
+            Thread(target=self._work, args=[job], name="playground", daemon=True).start()
+        else:
+            self._work(job)
+
+    def _work(self, job: Callable[[], str] | None) -> None:
+        """Run a job, and then those that wait."""
+        while job:
             try:
-                self.say(f"{name} …")
+                self.say(f"{self._job} …")
                 self.say(job())
             except Exception as error:  # as in `attempt`
                 self._show_error(error)
-            finally:
-                self.progress.value = 0
-                self._running.release()
-
-        if self.background:
-            Thread(target=run, name=f"playground: {name}", daemon=True).start()
-        else:
-            run()
+            self.progress.value = 0
+            with self._turns:
+                self._job = next(iter(self._waiting), "")
+                job = self._waiting.pop(self._job, None)
+                self.stop.clear()
 
     def ask(self, cells: Sequence[Mapping], draw: Callable[..., None]) -> list[dict]:
         """Answer cells with the page's settings, within a job.
@@ -265,12 +276,9 @@ class Playground:
 
     def add_formats(self, forms: Iterable[PromptFormat], chosen: Container[str]) -> None:
         """Offer more formats in every pane, and as buttons below the query; those in `chosen` are pressed."""
-        chips = {chip.tooltip: chip for chip in self.chips.children}
-        for form in forms:
-            self.formats[form.name] = form
-            chips[form.name] = ToggleButton(form.name in chosen, description=form.name, tooltip=form.name)
-            chips[form.name].add_class("ms-chip")
-        self.chips.children = list(chips.values())
+        added = {form.name: form for form in forms}
+        self.formats |= added
+        self.chips.offer(self.formats, {*self.chips.value} - {*added} | {name for name in added if name in chosen})
         for pane in self.panes[1:]:
             pane.refresh()
 
@@ -281,10 +289,12 @@ class Playground:
         self.start("Generate", self.compare.answer)
 
     def _busy(self) -> bool:
-        return self._running.locked()
+        return bool(self._job)
 
     def _stop(self) -> None:
-        self.stop.set()
+        with self._turns:
+            self.stop.set()
+            self._waiting.clear()
         self.say(f"stopping {self._job}; answers so far stay" if self._busy() else "nothing is running")
 
     def _reset_sampling(self) -> None:
@@ -299,6 +309,15 @@ class Playground:
         self.heading.value = ""
         self.say(f"{heading} was added and chosen")
 
+    def _blend(self) -> None:
+        shelf = self.bench.shelf
+        two = [name for name in self.models.value if name in shelf.adapters()]
+        if len(two) != 2:
+            raise InputError(f"{len(two)} checkpoints are chosen; choose the two to blend")
+        blend = " + ".join(two)
+        self.models.offer([*self.models.names, *{blend} - {*self.models.names}], [*self.models.value, blend])
+        self.say(f"{blend} was added and chosen; Generate, then move the slider in its row")
+
     def _add_presets(self) -> None:
         files, self.preset.value = self.preset.value, ()  # emptied, so that the same file can be given again
         for file in files:
@@ -307,10 +326,10 @@ class Playground:
             self.say(f"{file.name}: the preset {form.name} was added and chosen")
 
     def _open(self) -> str:
-        chosen, base = set(self.models.value), self.bench.shelf.base_model
+        chosen, base = self.models.value, self.bench.shelf.base_model
         summary = self.bench.open(self.run.value.strip())
         other_base = self.bench.shelf.base_model != base
-        self._refresh(self.bench.shelf.newest() if other_base else [n for n in self.bench.shelf.models if n in chosen])
+        self._refresh(self.bench.shelf.offered() if other_base else chosen)
         return f"{summary}. {self._load()}" if other_base else summary
 
     def _load(self) -> str:
@@ -328,12 +347,12 @@ class Playground:
 
     def _refresh(self, chosen: Sequence[str]) -> None:
         shelf = self.bench.shelf
-        self.models.options = list(shelf.models)
-        self.models.value = [name for name in chosen if name in shelf.models]
-        runs = sorted(path.parent for path in (ROOT / "runs").glob("*/recipe.yml"))
-        self.run.options = [*(str(path.relative_to(ROOT)) for path in runs), *SHIPPED]
+        self.models.offer(shelf.models, chosen)
+        here = standing()
+        runs = sorted(path.parent for path in (here / "runs").glob("*/recipe.yml"))
+        self.run.options = [*(str(path.relative_to(here)) for path in runs), *SHIPPED]
         if shelf.run and not self.run.value:
             path = shelf.run.path
-            self.run.value = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+            self.run.value = str(path.relative_to(here) if path.is_relative_to(here) else path)
         for pane in self.panes[1:]:
             pane.refresh()

@@ -1,25 +1,30 @@
 """A playground session on disk: the settings, every query and every answer; and prompt formats as preset files.
 
-Each file gets a new name, so none is overwritten. JSON keeps the texts of models and presets unchanged. In Markdown
-they are in fences longer than any run of backticks in them, so none of the text is read as markup.
+Each file gets a new name, so none is overwritten. JSON keeps the texts of models and presets unchanged. In the other
+forms none of them is read as markup or formula: in Markdown they are in fences longer than any run of backticks in
+them, in HTML they are escaped, and in CSV an apostrophe comes before what a spreadsheet would compute.
 """
 
+import csv
 import json
 import re
 import tempfile
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from io import StringIO
 from itertools import chain, count
 from pathlib import Path
 
 from mini_symposium.data.prompt_formats import PromptFormat, load_preset
 from mini_symposium.errors import InputError
+from mini_symposium.figures.tables import as_html, plain
 from mini_symposium.files.writing import write_json, written_whole
+from mini_symposium.playground.blind import sentence
 
 
-def save(log: Iterable[Mapping], about: Mapping, folder: Path) -> tuple[Path, Path]:
-    """Write a session as JSON and as Markdown, with the same file name; return both paths.
+def save(log: Iterable[Mapping], about: Mapping, folder: Path, blind_tests: Sequence[Mapping] = ()) -> list[Path]:
+    """Write a session as JSON, Markdown, CSV and HTML, with the same file name; return the paths.
 
     Parameters
     ----------
@@ -27,6 +32,8 @@ def save(log: Iterable[Mapping], about: Mapping, folder: Path) -> tuple[Path, Pa
         `workbench.Workbench.log`.
     about
         Where the answers come from: scale, base model and the like.
+    blind_tests
+        Each as from `blind.BlindTest.result`.
 
     Raises
     ------
@@ -37,10 +44,44 @@ def save(log: Iterable[Mapping], about: Mapping, folder: Path) -> tuple[Path, Pa
     if not log:
         raise InputError("nothing was asked yet, so there is nothing to save")
     target = _numbered(folder, datetime.now().strftime("session-%Y-%m-%d"), ".json")
-    write_json(target, {**about, "saved": datetime.now().isoformat(timespec="seconds"), "asked": log})
-    with written_whole(target.with_suffix(".md")) as temporary:
-        temporary.write_text(markdown(log, about), encoding="utf-8")
-    return target, target.with_suffix(".md")
+    told = {**about, "saved": datetime.now().isoformat(timespec="seconds")}
+    write_json(target, {**told, "asked": log, "blind_tests": list(blind_tests)})
+    texts = {".md": markdown(log, about, blind_tests), ".csv": as_csv(log), ".html": as_page(log, told, blind_tests)}
+    for suffix, text in texts.items():
+        with written_whole(target.with_suffix(suffix)) as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="")
+    return [target, *(target.with_suffix(suffix) for suffix in texts)]
+
+
+COLUMNS = ("model", "format", "query", "answer", "tokens", "stop_reason", "seconds", "recited", "row")
+
+
+def as_csv(log: Iterable[Mapping]) -> str:
+    """A line for each answer. A text that a spreadsheet would compute, as `=1+1`, begins with an apostrophe."""
+    file = StringIO()
+    writer = csv.writer(file)
+    writer.writerow(["asked", *COLUMNS, "max_new_tokens", "sampling"])
+    for number, entry in enumerate(log, start=1):
+        settings = [entry["max_new_tokens"], json.dumps(entry["sampling"])]
+        for cell in entry["cells"]:
+            values = [number, *(cell[key] for key in COLUMNS), *settings]
+            formula = ("=", "+", "-", "@", "\t", "\r")
+            writer.writerow([f"'{v}" if isinstance(v, str) and v.startswith(formula) else v for v in values])
+    return file.getvalue()
+
+
+def as_page(log: Iterable[Mapping], about: Mapping, blind_tests: Iterable[Mapping] = ()) -> str:
+    """A web page of the answers, as tables; it loads nothing and runs nothing."""
+    cells = [(n, *(cell[key] for key in COLUMNS)) for n, entry in enumerate(log, start=1) for cell in entry["cells"]]
+    votes = "".join(f"<p>Blind test: {as_html(sentence(test))}</p>" for test in blind_tests)
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Playground session</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width"><style>
+:root {{ color-scheme: light dark }} body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em }}
+td {{ border-top: 1px solid #8888; padding: 6px 10px }}</style>
+<h1>Playground session</h1>{plain(list(about), [list(about.values())]).html}{votes}
+{plain(["asked", *COLUMNS], cells).html}</html>
+"""
 
 
 def _numbered(folder: Path, stem: str, suffix: str) -> Path:
@@ -49,9 +90,10 @@ def _numbered(folder: Path, stem: str, suffix: str) -> Path:
     return folder / (next(name for name in names if not any(folder.glob(f"{name}.*"))) + suffix)
 
 
-def markdown(log: Iterable[Mapping], about: Mapping) -> str:
+def markdown(log: Iterable[Mapping], about: Mapping, blind_tests: Iterable[Mapping] = ()) -> str:
     """A session for people to read: each query, then its answers by model and format."""
     parts = ["# Playground session", ", ".join(f"{key}: {_code(value)}" for key, value in about.items())]
+    parts += [f"Blind test: {_code(sentence(test))}" for test in blind_tests]
     for number, entry in enumerate(log, start=1):
         settings = entry["sampling"] if isinstance(entry["sampling"], str) else json.dumps(entry["sampling"])
         parts += [f"## {number}", f"{settings}, at most {entry['max_new_tokens']} tokens"]

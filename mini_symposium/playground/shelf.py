@@ -9,6 +9,7 @@ from pathlib import Path
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.errors import InputError
 from mini_symposium.evaluation.answer_text import TrainingRows
+from mini_symposium.models.strength import check_strength
 from mini_symposium.run import RunDirectory, read_object, resolve
 
 
@@ -34,6 +35,8 @@ class Shelf:
     """Which of the models are merged."""
     trainings: dict[str, dict[int, str]] = field(default_factory=dict)
     """{training: {epoch: its checkpoint in `models`}}; a training is named `1e-05`, in further runs `mine:1e-05`."""
+    recommended: dict[str, int] = field(default_factory=dict)
+    """{training: the epoch that its held-out curve recommends}, see `RunDirectory.recommended`."""
     queries: list[str] = field(default_factory=list)
     """The queries of the training rows."""
     rows: TrainingRows = field(default_factory=lambda: TrainingRows({}))
@@ -59,6 +62,11 @@ class Shelf:
         """
         resolved = resolve(path, "recipe", "adapter", "run", "model")
         if resolved.kind == "adapter":
+            if not self.base_model:  # open the base that it names, if that is here
+                from mini_symposium.models.adapters import with_base
+
+                base = with_base(resolved).base_model
+                vars(self).update(vars(Shelf(base, resolved.load_in_4bit, "own", models={"base": None})))
             return self._add_adapter(resolved.path)
         recipe, base, four_bit = resolved.recipe, resolved.base_model, resolved.load_in_4bit
         if (base, four_bit) != (self.base_model, self.four_bit):
@@ -80,6 +88,8 @@ class Shelf:
             names = {epoch: f"{prefix}{training.name}/epoch-{epoch}" for epoch in checkpoints}
             if names:
                 self.trainings[f"{prefix}{training.name}"] = names
+                if (best := run.recommended(training.learning_rate)) is not None:
+                    self.recommended[f"{prefix}{training.name}"] = best
             for epoch, name in names.items():
                 models[name] = checkpoints[epoch]
                 merged = run.merged(training.learning_rate, epoch)
@@ -91,8 +101,6 @@ class Shelf:
 
     def _add_adapter(self, path: Path) -> str:
         """Add an adapter that is not in a run. Whether it belongs to the base is checked when it is loaded."""
-        if not self.base_model:
-            raise InputError(f"{path}: an adapter; open the run or the base that it was trained on first")
         trained_on = read_object(path / "adapter_config.json").get("base_model_name_or_path")
         name, number = path.name, 2
         while self.models.get(name, path) != path:
@@ -113,6 +121,45 @@ class Shelf:
         self.queries += [example.query for example in examples]
         return ""
 
-    def newest(self) -> list[str]:
-        """The base and the last checkpoint of each training."""
-        return ["base", *(names[max(names)] for names in self.trainings.values())] if self.models else []
+    def offered(self) -> list[str]:
+        """The base, and of each training the checkpoint that its held-out curve recommends, if any, and the last."""
+        chosen = [
+            names[epoch]
+            for training, names in self.trainings.items()
+            for epoch in sorted({self.recommended.get(training, max(names)), max(names)})
+        ]
+        return ["base", *chosen] if self.models else []
+
+    def parts(self, name: str) -> dict[str, float]:
+        """{model: its strength} of a name such as `1e-05/epoch-30`, `1e-05/epoch-30 x 0.5`, or of two joined by ` + `.
+
+        Raises
+        ------
+        InputError
+            If a model is unknown, has no strength to change, or a strength is not a number from 0 to 1.5.
+        """
+        parts: dict[str, float] = {}
+        for part in [name] if name in self.models else name.split(" + "):
+            model, _, strength = (part, "", "1") if part in self.models else part.rpartition(" x ")
+            if model not in self.models:
+                raise InputError(f"{part}: no such model; there is {', '.join(self.models)}")
+            try:
+                parts[model] = check_strength(float(strength))
+            except ValueError as error:  # InputError is one too
+                raise InputError(f"{part}: {error}") from error
+        if parts != {name: 1} and not set(parts) <= set(self.adapters()):
+            raise InputError(f"{name}: only an adapter has a strength; a base and a merged model have none")
+        return parts
+
+    def adapters(self) -> list[str]:
+        """The models that are a base with an adapter."""
+        return [name for name, path in self.models.items() if path and name not in self.merged]
+
+    def kind(self, model: str) -> str:
+        """What a checkpoint is to its training: the recommended one, the last, or nothing special, ""."""
+        for training, names in self.trainings.items():
+            if model == names.get(self.recommended.get(training, -1)):
+                return "lowest held-out loss"
+            if model == names[max(names)]:
+                return "last checkpoint"
+        return "untrained" if model == "base" else ""

@@ -97,7 +97,7 @@ class Workbench:
         Raises
         ------
         InputError
-            If a name is unknown, or an adapter is missing or belongs to another base.
+            If a name is none that `Shelf.parts` takes, or an adapter is missing or belongs to another base.
         """
         with self._alone():
             self._load(names, on_step)
@@ -107,13 +107,10 @@ class Workbench:
         self._adapters.clear()
 
     def _load(self, names: Sequence[str], on_step: OnStep) -> None:
-        models = self.shelf.models
-        unknown = [name for name in names if name not in models]
-        if not models:
+        if not self.shelf.models:
             raise InputError("nothing is open; open a run, or one of " + ", ".join(SHIPPED) + " for its base alone")
-        if unknown:
-            raise InputError(f"{', '.join(unknown)}: no such model; there is {', '.join(models)}")
-        wanted = [name for name in dict.fromkeys(names) if models[name] and name not in self.shelf.merged]
+        asked = dict.fromkeys(model for name in names for model in self.shelf.parts(name))
+        wanted = [model for model in self.shelf.adapters() if model in asked]
         on_base = any(name not in self.shelf.merged for name in names)
         todo = []
         if self.tokenizer is None:
@@ -233,8 +230,14 @@ class Workbench:
         texts, answered = [""] * len(cells), [None] * len(cells)
         with self._alone():
             self._load([cell["model"] for cell in cells], on_step)
+            from mini_symposium.models.adapters import mixed
             from mini_symposium.models.generation import generate
 
+            named, mixes = dict(self._adapters), {}  # name of a model, or of a mix of them -> its name in PEFT
+            for name, parts in {cell["model"]: self.shelf.parts(cell["model"]) for cell in cells}.items():
+                if parts != {name: 1}:
+                    named[name] = f"mix{len(mixes)}"
+                    mixes[named[name]] = {self._adapters[part]: strength for part, strength in parts.items()}
             batches: dict[str, list[int]] = {}  # merged model, or "" for the base and its adapters -> numbers of cells
             for number, cell in enumerate(cells):
                 batches.setdefault(cell["model"] if cell["model"] in self.shelf.merged else "", []).append(number)
@@ -246,17 +249,18 @@ class Workbench:
                         texts[number] = text
                     return on_text(list(texts))
 
-                answers = generate(
-                    self._weights(batch[0]["model"]),
-                    self.tokenizer,
-                    [cell["prompt"] for cell in batch],
-                    [cell["stops"] for cell in batch],
-                    max_new_tokens,
-                    [self._adapters.get(cell["model"], "base") for cell in batch],
-                    on_text and on_batch_text,
-                    sampling=sampling,
-                    stop=stop,
-                )
+                with mixed(self._base, mixes):
+                    answers = generate(
+                        self._weights(batch[0]["model"]),
+                        self.tokenizer,
+                        [cell["prompt"] for cell in batch],
+                        [cell["stops"] for cell in batch],
+                        max_new_tokens,
+                        [named.get(cell["model"], "base") for cell in batch],
+                        on_text and on_batch_text,
+                        sampling=sampling,
+                        stop=stop,
+                    )
                 for number, cell, answer in zip(numbers, batch, answers, strict=True):
                     answered[number] = self._answered(cell, answer)
             settings = {"max_new_tokens": max_new_tokens, "sampling": asdict(sampling) if sampling else "greedy"}

@@ -36,7 +36,8 @@ def text_around(form: PromptFormat, role: str, user: str = "User", char: str = "
 
 
 def write_sillytavern(formats: Sequence[PromptFormat], out: Path) -> list[Path]:
-    """Write instruct/NAME.json and context/NAME.json for each format: the folders of SillyTavern's own data.
+    """Write instruct/NAME.json and context/NAME.json for each format, and sysprompt/NAME.json for one that came with a
+    system prompt: the folders of SillyTavern's own data.
 
     Raises
     ------
@@ -50,17 +51,24 @@ def write_sillytavern(formats: Sequence[PromptFormat], out: Path) -> list[Path]:
     with written_whole(out) as folder:
         for form, name in zip(formats, names, strict=True):
             write_json(folder / "instruct" / name, form.to_preset())
-            write_json(folder / "context" / name, context_preset(form))
-    return [out / kind / name for name in names for kind in ("instruct", "context")]
+            write_json(folder / "context" / name, form.parts.get("context") or context_preset(form))
+            if form.parts.get("sysprompt"):
+                write_json(folder / "sysprompt" / name, form.parts["sysprompt"])
+    kinds = ("instruct", "context", "sysprompt")
+    return [path for name in names for kind in kinds if (path := out / kind / name).exists()]
 
 
 def context_preset(form: PromptFormat) -> dict:
     """SillyTavern's context preset for a format; its story string is rendered like a system message.
 
+    Not if the instruct preset has a `story_string_prefix` or suffix, which SillyTavern puts around it by itself.
+
     SillyTavern adds the names of user and character as stop strings only where the format writes a name before each
     message. Elsewhere a line such as `Noor: yes` may be part of an answer.
     """
     before, after = text_around(replace(form, macro=False), "system")
+    if form.other.get("story_string_prefix") or form.other.get("story_string_suffix"):
+        before = after = ""
     # STORY ends with a newline. If `after` begins with one too, that one is dropped. Otherwise `{{trim}}` removes
     # STORY's newline; before a newline, `{{trim}}` would remove that as well.
     story = before + STORY + (after[1:] if after.startswith("\n") else "{{trim}}" + after)
@@ -90,7 +98,9 @@ def modelfile(
     InputError
         If a sequence of the format holds three quotation marks in a row or an invisible character.
     """
-    lines = [f"# {line}" for line in note.splitlines()] + [f"FROM ./{model}"]
+    if macros := form.unfilled_macros():
+        note += f"\nonly SillyTavern fills {', '.join(macros)}; here they stay as they are written"
+    lines = [f"# {line}" for line in note.splitlines() if line] + [f"FROM ./{model}"]
     lines += [f"ADAPTER ./{adapter}"] if adapter else []
     lines.append(f"TEMPLATE {_quoted(ollama_template(form, user, char), form)}")
     lines += [f"PARAMETER stop {_quoted(stop, form)}" for stop in form.stop_strings(user, char)]

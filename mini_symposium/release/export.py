@@ -11,7 +11,7 @@ from mini_symposium.data.dataset import load_examples, write_axolotl_jsonl
 from mini_symposium.data.prompt_formats import PromptFormat
 from mini_symposium.errors import InputError
 from mini_symposium.files.writing import check_new, check_room, write_json, written_whole
-from mini_symposium.models.adapters import find_checkpoints, read_adapters
+from mini_symposium.models.adapters import find_checkpoints, read_adapters, with_base
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.catalog import hub_id
 from mini_symposium.models.merge import merge
@@ -30,21 +30,24 @@ from mini_symposium.release.gguf import (
     tensor_types,
     to_gguf,
 )
-from mini_symposium.run import Resolved, resolve
+from mini_symposium.run import Resolved, read_object, resolve
 
 KINDS = ("f32", "f16", "bf16", *FILE_TYPES)
 """Kinds of GGUF files: llama.cpp's converter writes the first three, its quantiser the others."""
 
 
-def choose(run_or_model: str, checkpoint: Sequence[str] = (), learning_rate: float = 0.0) -> Resolved:
-    """A run with the checkpoints to release, by default the last of its lowest learning rate; or a model directory.
+def choose(
+    run_or_model: str, checkpoint: Sequence[str] = (), learning_rate: float = 0.0, base_model: str = ""
+) -> Resolved:
+    """A run with the checkpoints to release, by default the last of its lowest learning rate; a model directory; or an
+    adapter that no run trained, on `base_model` or the base that it names.
 
     Raises
     ------
     InputError
         If `run_or_model` is neither, or a checkpoint does not exist.
     """
-    resolved = resolve(run_or_model, "run", *["model"] * (not checkpoint))
+    resolved = with_base(resolve(run_or_model, "run", *["adapter", "model"] * (not checkpoint)), base_model)
     if resolved.kind == "run":
         return replace(resolved, checkpoints=find_checkpoints(resolved.run, checkpoint, learning_rate))
     local_directory(resolved.base_model)  # refuses a damaged model before anything is written
@@ -53,7 +56,7 @@ def choose(run_or_model: str, checkpoint: Sequence[str] = (), learning_rate: flo
 
 def name_of(released: Resolved) -> str:
     """The name of the files to write: the model folder's name, or run, learning rate and epochs."""
-    if not released.checkpoints:
+    if not released.checkpoints or released.kind == "adapter":
         return released.path.name
     first = next(iter(released.checkpoints))
     return f"{released.path.name}-{first.parents[1].name}-{'+'.join(path.name for path in released.checkpoints)}"
@@ -142,6 +145,9 @@ def _check_kinds(released: Resolved, kinds: Sequence[str], lora: bool, check: bo
         require(SERVER)
     if lora and list(released.checkpoints.values()) != [1.0]:
         raise InputError(f"--lora: {name_of(released)} is not a single adapter; give a run and one checkpoint")
+    for adapter in released.checkpoints if lora else ():
+        if read_object(adapter / "adapter_config.json").get("use_rslora"):
+            raise InputError(f"--lora: {adapter}: is rsLoRA, which llama.cpp scales differently; export it merged")
 
 
 def _gguf_file(released: Resolved, kind: str, lora: bool) -> str:
@@ -174,12 +180,7 @@ def ollama(
 ) -> dict:
     """Write a GGUF file, and a Modelfile with the format's template and stop strings; `options` as `gguf` takes them.
 
-    Raises
-    ------
-    InputError
-        As `gguf`, and if a Modelfile cannot hold the format.
-    RunError
-        As `gguf`.
+    Raises what `gguf` raises, and an InputError if a Modelfile cannot hold the format.
     """
     note = f"{name_of(released)}, prompt format {form.name}; from this folder: ollama create NAME -f Modelfile"
     adapter = _lora_file(released) if lora else ""
@@ -199,12 +200,13 @@ def axolotl(recipe: Recipe, out: Path, name: str) -> list[Path]:
         raise InputError("tiny: the kit makes its random weights, so Axolotl has no such model; give another recipe")
     check_new(out)
     examples = load_examples(recipe.dataset)
-    dataset = [{"path": f"{name}.jsonl", "ds_type": "json", "type": "completion"}]
+    kind = "completion" if recipe.train_on_inputs else "input_output"  # completion learns all of a row, in Axolotl
+    dataset = [{"path": f"{name}.jsonl", "ds_type": "json", "type": kind}]
     base = hub_id(recipe.base_model)
     exported = recipe.replace(base_model=base, datasets=dataset, output_dir=f"out/{name}")
     with written_whole(out) as folder:
         folder.mkdir()
-        write_axolotl_jsonl(examples, folder / f"{name}.jsonl")
+        write_axolotl_jsonl(examples, folder / f"{name}.jsonl", answers_only=not recipe.train_on_inputs)
         note = f"# {len(examples)} examples; from this folder: axolotl train {name}.yml\n"
         (folder / f"{name}.yml").write_text(note + exported.to_yaml(), encoding="utf-8")
     return [out / f"{name}.yml", out / f"{name}.jsonl"]

@@ -1,7 +1,8 @@
 """GGUF files: written by llama.cpp's converters and quantiser, checked by asking llama.cpp's server, and read back.
 
 llama.cpp's programs run in processes of their own: they print as they go, and end the process on a file that they
-cannot read.
+cannot read. If one fails, or is not installed, the function that called it raises RunError; if the disk is full,
+InputError.
 
 `check_answers` compares llama.cpp with a float32 model in transformers whose weights are the GGUF file's own tensors,
 dequantised. So it checks the conversion, the tokenizer and the stop strings. What a file's rounding costs is measured
@@ -72,11 +73,6 @@ def to_gguf(model: Path, target: Path, outtype: str, name: str = "") -> None:
         f32, f16, bf16 or q8_0.
     name
         The model's name in the file; by default the directory's.
-
-    Raises
-    ------
-    RunError
-        If the converter fails.
     """
     with written_whole(target) as temporary:
         named = ["--model-name", name] if name else []
@@ -92,11 +88,6 @@ def lora_to_gguf(checkpoint: Path, base: Path, target: Path) -> None:
     ----------
     base
         The directory of the base model; only its configuration is read.
-
-    Raises
-    ------
-    RunError
-        If the converter fails.
     """
     with written_whole(target) as temporary:
         script = converter("convert_lora_to_gguf.py")
@@ -104,15 +95,9 @@ def lora_to_gguf(checkpoint: Path, base: Path, target: Path) -> None:
 
 
 def quantise(source: Path, target: Path, kind: str) -> None:
-    """Write the f32 GGUF file `source` as one of FILE_TYPES, by llama.cpp's quantiser.
-
-    Raises
-    ------
-    RunError
-        If the quantiser fails, or is not installed.
-    """
+    """Write the f32 GGUF file `source` as one of FILE_TYPES, by llama.cpp's quantiser."""
     with written_whole(target) as temporary:
-        _run("quantiser", ["-c", _QUANTISE, source, temporary, FILE_TYPES[kind], _threads()])
+        _run("quantiser", ["-c", _QUANTISE, source, temporary, FILE_TYPES[kind], torch.get_num_threads()])
 
 
 _QUANTISE = """
@@ -228,14 +213,9 @@ def ask(
     ----------
     lora
         A GGUF file with an adapter that is added to the model.
-
-    Raises
-    ------
-    RunError
-        If llama.cpp's server cannot load the file, ends early, or is not installed.
     """
     job = {"file": str(file.absolute()), "lora": str(lora.absolute()) if lora else "", "tokens": max_new_tokens}
-    job |= {"prompts": list(prompts), "stops": [list(each) for each in stops], "threads": _threads()}
+    job |= {"prompts": list(prompts), "stops": [list(each) for each in stops], "threads": torch.get_num_threads()}
     replies = _run("server", ["-m", "mini_symposium.release.llama_cpp_server"], json.dumps(job))
     return [Reply(**reply) for reply in json.loads(replies)]
 
@@ -245,6 +225,7 @@ def read_gguf(file: Path, names: Sequence[str]) -> Tensors:
 
     llama.cpp permutes the rows of Llama's query and key matrices, because it rotates neighbouring elements where
     transformers rotates the two halves of a head (`permute` in its conversion/llama.py). They are permuted back here.
+    Gemma's norms are stored plus one, because llama.cpp multiplies by them where transformers adds one first.
 
     Parameters
     ----------
@@ -272,7 +253,9 @@ def read_gguf(file: Path, names: Sequence[str]) -> Tensors:
 
     def read(name: str) -> torch.Tensor:
         data = torch.tensor(gguf.dequantize(tensors[name].data, tensors[name].tensor_type))
-        if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if architecture in ("gemma", "gemma2", "gemma3") and name.endswith("norm.weight"):
+            data -= 1
+        if architecture in ("llama", "granite", "smollm3") and name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = setting("attention.head_count" if "q_proj" in name else "attention.head_count_kv")
             data = data.reshape(heads, -1, 2, data.shape[-1]).transpose(1, 2).reshape(data.shape)
         return data.contiguous()
@@ -352,15 +335,8 @@ DISK_FULL = ("No space left on device", "File too large", " requested and ", "io
 
 
 def _run(program: str, arguments: Sequence[object], given: str = "") -> str:
-    """Run a Python script with `given` on its standard input; returns its standard output.
-
-    Raises
-    ------
-    InputError
-        If the disk is full.
-    RunError
-        If it fails; with the first error in llama.cpp's log, or else its last line.
-    """
+    """Run a Python script with `given` on its standard input; returns its standard output. A RunError quotes the first
+    error in llama.cpp's log, or else its last line."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, input=given, capture_output=True, text=True, errors="replace", env=environment)
@@ -371,8 +347,3 @@ def _run(program: str, arguments: Sequence[object], given: str = "") -> str:
         reason = next((line.partition(" E ")[2].strip() for line in lines if " E " in line), lines[-1])
         raise RunError(f"llama.cpp's {program} failed: {reason}")
     return done.stdout
-
-
-def _threads() -> int:
-    """As many threads as PyTorch would use; on a shared machine more threads would only wait for each other."""
-    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from mini_symposium.data.dataset import load_examples
+from mini_symposium.data.dataset import recipe_examples
 from mini_symposium.data.prompt_formats import FORMATS
 from mini_symposium.errors import InputError
 from mini_symposium.figures.style import RATES_DO_NOT_TRANSFER, SCALES
@@ -15,7 +15,7 @@ from mini_symposium.files.reading import parse_json, read_text
 from mini_symposium.files.writing import written_whole
 from mini_symposium.models.catalog import find_model, hub_id
 from mini_symposium.recipe import Recipe
-from mini_symposium.run import RunDirectory, read_object
+from mini_symposium.run import RunDirectory, rate_and_epoch, read_object
 
 FIGURES = {
     "loss_curves": "Training loss, by epoch and by dose",
@@ -23,7 +23,7 @@ FIGURES = {
     "format_grid": "Words copied from the training rows, by format and model",
 }
 
-LEDGER_COLUMNS = ("id", "claim", "metric", "value", "interval", "n", "seeds", "scale", "verdict")
+LEDGER_COLUMNS = ("id", "claim", "metric", "value", "interval", "n", "seeds", "scale", "verdict", "exploratory")
 
 
 def write_card(run: RunDirectory, out: Path, checkpoint: Path, license: str = "") -> list[Path]:
@@ -62,9 +62,9 @@ def write_card(run: RunDirectory, out: Path, checkpoint: Path, license: str = ""
 def render_card(run: RunDirectory, checkpoint: Path, license: str = "", figures: Sequence[str] = ()) -> str:
     """The card's text; see `write_card`."""
     recipe = run.recipe
-    rate, epoch = float(checkpoint.parents[1].name.removeprefix("lr-")), int(checkpoint.name.removeprefix("epoch-"))
-    examples = load_examples(recipe.dataset)
-    batch = recipe.gradient_accumulation_steps
+    rate, epoch = rate_and_epoch(checkpoint)
+    examples = recipe_examples(recipe)[0]
+    batch = recipe.batch
     steps = epoch * math.ceil(len(examples) / batch)
     base = hub_id(recipe.base_model)
     known = find_model(base)
@@ -80,9 +80,9 @@ def render_card(run: RunDirectory, checkpoint: Path, license: str = "", figures:
         f"Every number below is of the scale *{SCALES.get(recipe.scale, recipe.scale)}*"
         f"{RATES_DO_NOT_TRANSFER.get(recipe.scale, '')} and comes from the run itself.",
         _format(),
-        *_training(run, recipe, len(examples)),
+        *training(run, recipe, len(examples)),
         *_survival(run, rate, epoch),
-        *_ledger(run),
+        *ledger(run),
         *(f"## {FIGURES[name]}\n\n![{FIGURES[name]}](figures/{name}.png)" for name in figures),
     ]
     return "\n\n".join(parts) + "\n"
@@ -107,33 +107,31 @@ def _format() -> str:
     )
 
 
-def _training(run: RunDirectory, recipe: Recipe, n_examples: int) -> Iterator[str]:
+def training(run: RunDirectory, recipe: Recipe, n_examples: int) -> Iterator[str]:
+    """The recipe, what it ran on, and the loss that each rate came to, in Markdown."""
     environment = run.environment()
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     yield f"## Recipe\n\nAn Axolotl YAML:\n\n```yaml\n{recipe.to_yaml().rstrip()}\n```"
     yield f"Trained with {packages}, on {environment['device']}, seed {environment['seed']}."
     losses = {rate: run.final_loss(rate, n_examples) for rate in run.learning_rates()}
     rows = [(f"{rate:g}", run.metrics(rate)[-1]["step"], f"{loss:.3f}") for rate, loss in losses.items()]
-    yield _table("Training", ("learning rate", "steps", "loss over the last epoch, nats a token"), rows)
+    yield table("Training", ("learning rate", "steps", "loss over the last epoch, nats a token"), rows)
 
 
 def _survival(run: RunDirectory, rate: float, epoch: int) -> Iterator[str]:
     measured = _read_survival(run, rate, epoch)
     if measured:
+        keys = ("gain", "kl_share", "same", "cosine")
         rows = [
-            (row["storage"], row["verdict"], *(_share(row[key]) for key in ("gain", "kl_share", "same", "cosine")))
+            (row["storage"], row["verdict"], *("not measurable" if row[k] is None else f"{row[k]:.2f}" for k in keys))
             for row in measured["storages"]
         ]
-        yield _table(
+        yield table(
             "Which files still contain the fine-tune",
             ("stored as", "verdict", "gain left", "KL to the adapter, base = 1", "answers unchanged", "cosine"),
             rows,
         )
         yield measured["sentence"]
-
-
-def _share(value: float | None) -> str:
-    return "not measurable" if value is None else f"{value:.2f}"
 
 
 def _read_survival(run: RunDirectory, rate: float, epoch: int) -> dict | None:
@@ -146,14 +144,15 @@ def _read_survival(run: RunDirectory, rate: float, epoch: int) -> dict | None:
     return recorded["survival"] if same and "survival" in recorded else None
 
 
-def _ledger(run: RunDirectory) -> Iterator[str]:
+def ledger(run: RunDirectory) -> Iterator[str]:
+    """The claims that a run has judged, as a Markdown table; nothing if it has judged none."""
     path = run.path / "claims.json"
     if not path.is_file():
         return
     rows = parse_json(read_text(path), path)
     if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
         raise InputError(f"{path}: not a list of claims; delete it, and run `mini-symposium claims {run.path}`")
-    yield _table("The card's claims", LEDGER_COLUMNS, [[_cell(row.get(key)) for key in LEDGER_COLUMNS] for row in rows])
+    yield table("The card's claims", LEDGER_COLUMNS, [[_cell(row.get(key)) for key in LEDGER_COLUMNS] for row in rows])
 
 
 def _cell(value: object) -> str:
@@ -169,7 +168,9 @@ def _cell(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A heading and a Markdown table below it."""
+
     def line(cells: Sequence[object]) -> str:
         return "| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in cells) + " |"
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mini_symposium.data.dataset import Row, load_examples, tokenize
+from mini_symposium.data.dataset import Row, recipe_examples, tokenize
 from mini_symposium.data.prompt_formats import FORMATS
 from mini_symposium.errors import InputError
 from mini_symposium.models.adapters import Factors, load_with_adapters, read_adapters
@@ -139,7 +139,7 @@ def survival(
     if not any(b.any() for _, b in factors.values()):
         raise InputError(f"{checkpoint}: its lora_B is zero, so it changes nothing that could be measured")
     tokenizer = load_tokenizer(recipe.base_model)
-    examples = load_examples(recipe.dataset)[: rows or None]
+    examples = recipe_examples(recipe)[0][: rows or None]
     trained = tokenize(examples, tokenizer, recipe.sequence_len, not recipe.train_on_inputs)
     if left_out:
         show(left_out)
@@ -265,10 +265,8 @@ def sentence(storages: Sequence[Mapping]) -> str:
     parts = []
     for key, phrase in phrases.items():
         if key in by_verdict:
-            parts.append(phrase.format(it="it" if parts else "the fine-tune", files=_listed(by_verdict[key])))
+            *others, last = by_verdict[key]
+            files = f"{', '.join(others)} and {last}" if others else last
+            parts.append(phrase.format(it="it" if parts else "the fine-tune", files=files))
     text = "; ".join(parts)
     return text[:1].upper() + text[1:] + "."
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]

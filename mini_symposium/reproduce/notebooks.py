@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mini_symposium.data.dataset import fingerprint, load_examples
+from mini_symposium.data.dataset import fingerprint, recipe_examples
 from mini_symposium.errors import InputError
 from mini_symposium.files.reading import parse_json, read_text, refuse_other_shapes
 from mini_symposium.files.writing import alone, clear_away
@@ -157,7 +157,7 @@ def reproduce(
         changes["datasets"] = [{"path": given["DATASET"], "type": "completion"}]
     content = {
         "recipe": {key: getattr(chosen, key) for key in KEYS if key not in ("datasets", "output_dir")},
-        "dataset": fingerprint(load_examples(chosen.replace(**changes).dataset)),
+        "dataset": fingerprint(recipe_examples(chosen.replace(**changes))[0]),
     }
     directory = RunDirectory(given.pop("RUN", None) or run or f"runs/{chosen.name}")
     given |= {"RECIPE": str(recipe), "RUN": str(directory.path.absolute()), "OVERWRITE": overwrite}

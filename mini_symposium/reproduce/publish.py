@@ -66,7 +66,7 @@ def publish(run: RunDirectory, root: Path = ROOT) -> list[Path]:
         written.append(root / "notebooks" / path.name)
     target = root / "figures" / run.path.name
     files = [run.recipe_file, *(run.path / name for name in ("environment.json", "results.json"))]
-    files += [path for name in ("base.json", "claims.json") if (path := run.path / name).exists()]
+    files += [path for name in ("base.json", "claims.json", "curve.json") if (path := run.path / name).exists()]
     files += [*run.path.glob("lr-*/*.jsonl"), *run.path.glob("lr-*/evaluations/*.json"), *run.figures.iterdir()]
     for path in sorted(files):
         copy = target / path.relative_to(run.path)

@@ -16,7 +16,9 @@ and commands call: it adds locking and resuming, and refuses a recipe or dataset
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +31,17 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PrinterCallback, set_seed
 from trl import SFTConfig
 
-from mini_symposium.data.dataset import Example, Row, fingerprint, load_examples, tokenize
+from mini_symposium.data.dataset import Example, Row, fingerprint, recipe_examples, tokenize
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.files.writing import alone, clear_away, write_json, written_whole
-from mini_symposium.models.base_models import check_embedded, compute_in_float32, load_model, load_tokenizer, shape_of
+from mini_symposium.models.base_models import (
+    check_embedded,
+    check_special_tokens,
+    compute_in_float32,
+    load_model,
+    load_tokenizer,
+    shape_of,
+)
 from mini_symposium.models.devices import device, out_of_memory, peak_memory, processes, training_dtype
 from mini_symposium.recipe import Recipe, load_recipe
 from mini_symposium.run import RunDirectory, Training, overwrite_once
@@ -49,6 +58,10 @@ SCRATCH = ".trainer"
 
 OVERWRITING = "overwriting.json"
 """A file in a run directory until an --overwrite ends: it holds the recipe, dataset and rates."""
+Stop = Callable[[Sequence[Training], int], bool]
+"""Whether trainings that share a pass end after an epoch; asked with both. It may read what they have logged."""
+Watch = Callable[[int], None]
+"""Called with each epoch after which adapters are kept, when its metrics have been written."""
 PATIENCE = 15.0
 """Seconds to wait for another process to release a run directory: a killed notebook's kernel takes a moment to exit."""
 
@@ -63,7 +76,7 @@ def prepare(
     value, or runs/NAME."""
     changes = {"datasets": [{"path": dataset, "type": "completion"}]} if dataset else {}
     chosen = load_recipe(recipe, **changes, **({"num_epochs": num_epochs} if num_epochs else {}))
-    return chosen, load_examples(chosen.dataset), RunDirectory(run or f"runs/{chosen.name}")
+    return chosen, recipe_examples(chosen)[0], RunDirectory(run or f"runs/{chosen.name}")
 
 
 def train_pass(
@@ -74,10 +87,13 @@ def train_pass(
     chosen: Acceleration,
     report_to: str = "none",
     held_out: Sequence[Row] = (),
+    stop: Stop | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """Train one adapter for each of `trainings` over one base.
 
-    They share base model, rows and number of epochs; each has its own learning rate, schedule, rank, seed and decay.
+    They share base model, rows and number of epochs; each has its own learning rate, schedule, rank, seed and decay,
+    and may leave out rows of its own.
 
     Parameters
     ----------
@@ -85,13 +101,29 @@ def train_pass(
         After which the adapters are kept, 0 and the last included.
     start
         The epoch to resume from; None for the beginning.
+    stop
+        Ends the pass before the last epoch, if given; the adapters are kept, and can train on.
+    watch
+        Called after each epoch whose adapters are kept; without it, a line is printed.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        If interrupted. The first interrupt waits for the end of the epoch, so that nothing is lost.
     """
     first, scratch = trainings[0], trainings[0].run / SCRATCH
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         trainer = build_trainer(trainings, rows, scratch, chosen, report_to)
         last = first.num_epochs
-        log = Log(trainer, rows, epochs, held_out, {*range(0, last, max(10, last // 10)), last})
+        crossed = any(training.left_out for training in trainings)
+        probed = {*range(0, last, 1 if crossed else max(10, last // 10)), last}
+        interrupted = stack.enter_context(interrupts())
+
+        def ends(epoch: int) -> bool:
+            return bool(interrupted) or (stop is not None and stop(trainings, epoch))
+
+        log = Log(trainer, rows, epochs, held_out, probed, ends, watch)
         stack.callback(log.close)
         trainer.add_callback(log)
         trainer.remove_callback(PrinterCallback)  # it would print every step
@@ -99,6 +131,34 @@ def train_pass(
         check_batches(trainer, rows)
         trainer.train(resume_from_checkpoint=None if start is None else str(first.checkpoint(start)))
         record_peak_memory(trainings)
+        if interrupted:
+            print("stopped; all is kept, and the same call goes on from here")
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def interrupts() -> Iterator[list]:
+    """A list that is empty until Ctrl-C, or a notebook's Stop button, is pressed; pressed again, it interrupts at once.
+
+    Where interrupts are handled otherwise, or ignored, that stays so.
+    """
+    seen: list = []
+
+    def note(number, frame) -> None:
+        if seen:
+            signal.default_int_handler(number, frame)
+        seen.append(number)
+        print("stopping at the end of this epoch; interrupt again to stop at once", flush=True)
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread() or processes().num_processes > 1:
+        yield seen
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def build_trainer(
@@ -119,7 +179,8 @@ def build_trainer(
     if training_dtype() == torch.float32:
         compute_in_float32(model)
     model = add_adapters(model, trainings)
-    order = EpochOrder(len(rows), [training.seed for training in trainings], recipe.gradient_accumulation_steps)
+    seeds, apart = [training.seed for training in trainings], [training.left_out for training in trainings]
+    order = EpochOrder(len(rows), seeds, recipe.batch, apart)
     return RecipeTrainer(
         model=model,
         args=arguments(recipe, len(trainings), scratch, chosen, report_to),
@@ -184,11 +245,10 @@ def arguments(recipe: Recipe, adapters: int, scratch: Path, chosen: Acceleration
 def _examples_each(recipe: Recipe) -> int:
     """Examples per step and process: all processes together take the recipe's batch."""
     count = processes().num_processes
-    share, rest = divmod(recipe.gradient_accumulation_steps, count)
+    share, rest = divmod(recipe.batch, count)
     if rest or (count > 1 and recipe.lora_dropout):
         raise InputError(
-            f"{count} processes share a batch of gradient_accumulation_steps = "
-            f"{recipe.gradient_accumulation_steps} examples, with lora_dropout = {recipe.lora_dropout}; "
+            f"{count} processes share a batch of {recipe.batch} examples, with lora_dropout = {recipe.lora_dropout}; "
             "make it a multiple of their number, and the dropout 0"
         )
     return share
@@ -282,6 +342,8 @@ def train(
     overwrite: bool = False,
     fast: bool = True,
     held_out: Sequence[Example] = (),
+    stop: Stop | None = None,
+    watch: Watch | None = None,
 ) -> list[Travel]:
     """Train one adapter per learning rate into `run`; an interrupted run resumes at its last checkpoint.
 
@@ -296,8 +358,14 @@ def train(
     fast
         False: PEFT's own layers and one rate after another, to compare with.
     held_out
-        Examples that are not trained on; their loss is measured after every tenth of the run, but at most every
-        tenth epoch, so that it takes less than a tenth of the time.
+        Examples that are not trained on; those that the recipe itself holds out take their place. Their loss is
+        measured after every tenth of the run, but at most every tenth epoch, so that it takes less than a tenth of the
+        time.
+    stop
+        Asked after each epoch whether the run ends there, see `Stop`. The adapters of that epoch are kept, and the same
+        call without `stop` goes on from them.
+    watch
+        Called after each epoch whose adapters are kept; without it, a line is printed.
 
     Returns
     -------
@@ -311,6 +379,8 @@ def train(
         If `run` was made with another recipe or other data, or an example cannot be trained on.
     RunError
         If the loss is not a number, or fewer than 99% of lora_A's elements moved.
+    KeyboardInterrupt
+        If interrupted, at the end of the epoch; the same call goes on from there.
 
     Examples
     --------
@@ -332,18 +402,22 @@ def train(
     if len({training.learning_rate for training in trainings}) < len(trainings):
         raise InputError(f"learning rates {list(learning_rates)}: give each once")
     _kept_epochs(recipe, checkpoint_epochs)  # a mistake in them is named before anything is touched
-    rows, probed = as_rows(recipe, examples), as_rows(recipe, held_out)
+    rows = as_rows(recipe, examples)
     main = processes().is_main_process
+    probed = held_out_rows(recipe, held_out, print if main else lambda line: None)
+    for note in recipe.notes if main else ():
+        print(note)
     with locked([run.path]):
         if main:
             data = fingerprint(examples)
             if overwrite:
                 begun = {"recipe": recipe.to_yaml(), "dataset_sha256": data, "rates": list(learning_rates)}
-                overwrite_once(run.path / OVERWRITING, begun, run.clear_training)
+                made_from = {key: begun[key] for key in ("recipe", "dataset_sha256")}
+                overwrite_once(run.path / OVERWRITING, begun, lambda: run.clear_training(made_from))
             new = record_recipe(run, recipe, data)
         processes().wait_for_everyone()
         try:
-            train_together(trainings, rows, checkpoint_epochs, report_to, fast, probed)
+            train_together(trainings, rows, checkpoint_epochs, report_to, fast, probed, stop, watch)
         except InputError:
             if main and new and not any(training.folder.exists() for training in trainings):
                 run.clear_training()  # so that a corrected recipe is not refused as another run
@@ -384,9 +458,27 @@ def as_rows(recipe: Recipe, examples: Sequence[Example]) -> list[Row]:
     """
     known = shape_of(recipe.base_model).get_input_embeddings().num_embeddings
     tokenizer = load_tokenizer(recipe.base_model)
+    check_special_tokens(recipe, tokenizer)
     rows = tokenize(examples, tokenizer, recipe.sequence_len, not recipe.train_on_inputs)
     for row in rows:
         check_embedded(row.input_ids, known, tokenizer, row.source)
+    return rows
+
+
+def held_out_rows(recipe: Recipe, held_out: Sequence[Example], say: Callable[[str], object] = print) -> list[Row]:
+    """The rows that are probed and not trained on: those that the recipe holds out, or else `held_out`.
+
+    Of `held_out`, which may be the kit's own twins, what does not fit the recipe is left out, and `say` is called with
+    a line about it.
+    """
+    if recipe.val_set_size:
+        return as_rows(recipe, recipe_examples(recipe)[1])
+    rows = []
+    for example in held_out:
+        try:
+            rows += as_rows(recipe, [example])
+        except InputError as error:
+            say(f"left out: {error}; -p HELD_OUT= takes other rows, or none")
     return rows
 
 
@@ -405,10 +497,13 @@ def train_together(
     report_to: str = "none",
     fast: bool = True,
     held_out: Sequence[Row] = (),
+    stop: Stop | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """Train the unfinished `trainings`, in as few passes over the base as memory allows.
 
-    They share base model, number of epochs and rows; each has its own rate, schedule, rank and seed.
+    They share base model, number of epochs and rows; each has its own rate, schedule, rank and seed. `stop` and `watch`
+    are those of `train_pass`.
     """
     recipe, state = trainings[0].recipe, processes()
     epochs, last = _kept_epochs(recipe, checkpoint_epochs), recipe.num_epochs
@@ -431,7 +526,7 @@ def train_together(
         passes = checkpoints.plan_passes(pending, chosen.together, state.is_main_process)
         state.wait_for_everyone()  # no process may write before all have read
         for group, start in passes:
-            if start == last:  # finished, as are all that it shared a pass with
+            if start == last or (start and stop and stop(group, start)):  # finished, as are all that shared its pass
                 continue
             # Free memory may have changed. Compiling must not change: it would change the rounding.
             compiled = checkpoints.compiled(group[0], start) if start and chosen.fused else None
@@ -439,7 +534,7 @@ def train_together(
             if resumed != chosen and state.is_main_process:
                 print(f"resuming with the layer {'' if compiled else 'not '}compiled, as it began, for equal bits")
             try:
-                train_pass(group, rows, epochs, start, resumed, report_to, held_out)
+                train_pass(group, rows, epochs, start, resumed, report_to, held_out, stop, watch)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise

@@ -11,6 +11,8 @@ layers replaced, so that every architecture keeps its norms, rotations, masks an
   summed loss has the same gradient for an adapter as its own loss;
 - on a CPU they share the base's memory, and one thread computes each adapter, with the same bits as if it trained
   alone. Threads wait for each other once a step, not after each product;
+- on a GPU what is small is done for many layers at once, because a step waits for its launches: the adapters of all
+  layers are cast together, and the 4-bit weights of a layer are dequantised together, with the same bits;
 - the head runs on positions that have a label, and never holds more than a block of its logits;
 - decoder layers are compiled, up to three at a time, and not the whole model: layers that are alike share the compiled
   code, and so do rows of every length.
@@ -29,7 +31,7 @@ from itertools import groupby
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch._dynamo.exc import BackendCompilerFailed
@@ -130,6 +132,51 @@ class GroupWeights:
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(self.dtype)
 
 
+class LayerWeights:
+    """The frozen weights of a decoder layer's groups. What is in 4 bits is laid out as one, so that three kernels, and
+    not three for each linear layer, dequantise a layer; bitsandbytes' parameters become views of it.
+
+    It takes no memory of its own, and the numbers are the same. The scales are quantised too, in blocks; where those of
+    a matrix do not fill whole blocks, the layer is left as it is.
+    """
+
+    def __init__(self, groups: Sequence[GroupWeights]):
+        self.groups, self.packed = groups, None
+        weights = [linear.weight for group in groups for linear in group.linears]
+        states = [getattr(weight, "quant_state", None) for weight in weights]
+        if not all(state is not None and state.nested for state in states):
+            return
+        kinds = {(s.dtype, s.quant_type, s.blocksize, s.state2.blocksize) for s in states}
+        [(dtype, kind, block, outer), *others] = kinds
+        if others or any(s.shape.numel() % block or s.absmax.numel() % outer for s in states):
+            return
+        width = math.gcd(*(group.width for group in groups))
+        shape = torch.Size((sum(s.shape.numel() for s in states) // width, width))
+        self.packed = torch.cat([weight.data.flatten() for weight in weights])[:, None]
+        self.absmax = torch.cat([s.absmax for s in states])
+        absmax = torch.cat([s.state2.absmax for s in states])
+        self.scales = QuantState(absmax, code=states[0].state2.code, blocksize=outer, dtype=states[0].state2.dtype)
+        self.offsets = torch.cat([s.offset.expand(s.absmax.numel() // outer) for s in states])[:, None]
+        self.state = partial(
+            QuantState, shape=shape, code=states[0].code, blocksize=block, quant_type=kind, dtype=dtype
+        )
+        packed = self.packed.split([weight.numel() for weight in weights])
+        absmax = self.absmax.split([s.absmax.numel() for s in states])
+        for weight, own, s, scales in zip(weights, packed, states, absmax, strict=True):
+            weight.data, s.absmax = own.view(weight.shape), scales
+
+    @torch.no_grad()
+    def dequantised(self) -> list[torch.Tensor]:
+        """For each group its weights, stacked, (out, in)."""
+        if self.packed is None:
+            return [group.weight() for group in self.groups]
+        scales = dequantize_blockwise(self.absmax, self.scales)
+        scales.view(len(self.offsets), -1).add_(self.offsets)
+        whole = dequantize_4bit(self.packed, self.state(scales.float())).to(self.groups[0].dtype).view(-1)
+        parts = whole.split([sum(group.outs) * group.width for group in self.groups])
+        return [part.view(-1, group.width) for part, group in zip(parts, self.groups, strict=True)]
+
+
 def piece_sizes(bases: Sequence[GroupWeights], rank: int) -> list[int]:
     """Lengths of the pieces of a layer's vector: for each group all its A as one, then each B."""
     return [size for base in bases for size in (len(base.outs) * rank * base.width, *(out * rank for out in base.outs))]
@@ -145,9 +192,13 @@ class Group:
     def __init__(self, base: GroupWeights):
         self.base, self.weight, self.a, self.b, self.outputs = base, None, None, None, None
 
+    def clear(self) -> None:
+        """Let go of what the layer ran with: of its dequantised weights and its activations."""
+        self.weight = self.a = self.b = self.outputs = None
+
     def compute(self, x: torch.Tensor) -> None:  # (K, T, in)
         if len(x) == 1:  # `bmm` would first copy `a`, because of its stride
-            added = F.linear(F.linear(x, self.a[0]), self.b[0])
+            added = F.linear(F.linear(x, self.a.squeeze(0)), self.b.squeeze(0))
         else:
             added = torch.bmm(torch.bmm(x, self.a.mT), self.b.mT)
         self.outputs = (F.linear(x, self.weight, self.base.bias) + added).split(self.base.outs, -1)
@@ -166,33 +217,46 @@ class _Linear(torch.nn.Module):
         return self.group.outputs[self.place]
 
 
-def unpack(groups: Sequence[Group], vectors: torch.Tensor, scalings: torch.Tensor, dtype: torch.dtype) -> None:
-    """Set the `a` and `b` of a layer's groups from its vectors, (K, length), and the projections' alpha / r, (K, n).
+def unpack(
+    bases: Sequence[GroupWeights], vectors: torch.Tensor, scalings: torch.Tensor, dtype: torch.dtype
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The `a` and `b` of a layer's groups from its vectors, (K, length), and the projections' alpha / r, (K, n).
 
     The B of a group are blocks on a diagonal, so that one product computes all of them.
     """
-    bases = [group.base for group in groups]
+    factors = []
     rank = vectors.shape[1] // sum(piece_sizes(bases, 1))
     pieces, scaling = iter(vectors.split(piece_sizes(bases, rank), 1)), iter(scalings.split(1, 1))
-    for group, base in zip(groups, bases, strict=True):
-        group.a = next(pieces).view(-1, len(base.outs) * rank, base.width).to(dtype)
+    for base in bases:
+        a = next(pieces).view(-1, len(base.outs) * rank, base.width).to(dtype)
         bs = [(next(pieces).view(-1, out, rank) * next(scaling)[..., None]).to(dtype) for out in base.outs]
-        group.b = torch.cat([F.pad(b, (j * rank, (len(bs) - 1 - j) * rank)) for j, b in enumerate(bs)], 1)
+        factors.append((a, torch.cat([F.pad(b, (j * rank, (len(bs) - 1 - j) * rank)) for j, b in enumerate(bs)], 1)))
+    return factors
+
+
+def unpack_all(layers: Sequence[Sequence[GroupWeights]], vectors, scalings, dtype: torch.dtype) -> list[list[tuple]]:
+    """As `unpack`, for all layers at once where they are alike: as many kernels as for one."""
+    if len({tuple(piece_sizes(bases, 1)) for bases in layers}) > 1:
+        return [unpack(*each, dtype) for each in zip(layers, vectors, scalings, strict=True)]
+    count = len(layers)
+    factors = unpack(layers[0], torch.cat(vectors), torch.cat(scalings), dtype)
+    by_group = [[f.view(count, -1, *f.shape[1:]).unbind() for f in pair] for pair in factors]
+    return [[(a[n], b[n]) for a, b in by_group] for n in range(count)]
 
 
 def run_layers(x, layers, groups, weights, adapters, options):
     """Some decoder layers, one after the other; (K, T, d) -> (K, T, d).
 
-    `groups`, `weights` and `adapters` (vectors, scalings) have an entry per layer; `options` go to the layer's own
-    forward pass.
+    `groups`, `weights` and `adapters` have an entry per layer: of `adapters` its vectors and scalings, or what `unpack`
+    made of them; `options` go to the layer's own forward pass.
     """
     for layer, own, frozen, adapter in zip(layers, groups, weights, adapters, strict=True):
-        unpack(own, *adapter, x.dtype)
-        for group, weight in zip(own, frozen, strict=True):
-            group.weight = weight
+        factors = adapter if isinstance(adapter, list) else unpack([group.base for group in own], *adapter, x.dtype)
+        for group, weight, (a, b) in zip(own, frozen, factors, strict=True):
+            group.weight, group.a, group.b = weight, a, b
         x = layer(x, **options)
         for group in own:
-            group.weight = group.a = group.b = group.outputs = None
+            group.clear()
     return x
 
 
@@ -286,6 +350,9 @@ def _kinds(states: Sequence[Mapping]) -> tuple[list[str], list[str]]:
     return [key for key in states[0] if not states[0][key].dim()], [key for key in states[0] if states[0][key].dim()]
 
 
+AHEAD = 2**27
+"""Up to this many parameters of adapters, a GPU unpacks those of all layers at once. It takes some 10 bytes a parameter
+and saves thousands of kernels. More are unpacked layer by layer."""
 OPTIONS = {"cpp_wrapper": True}
 """For the compiler: the code that calls the kernels is compiled as well, which saves a twentieth of a step."""
 
@@ -364,13 +431,15 @@ class FusedAdapters:
     Parameters
     ----------
     resident
-        Keep the dequantised weights. Otherwise each layer dequantises its own when it runs, and again in the
-        backward pass, where it also recomputes its activations: the base stays in 4 bits.
+        Keep the dequantised weights. Otherwise the base stays in 4 bits: each layer dequantises its own when it runs,
+        and again in the backward pass.
     checkpointing
         Recompute activations in the backward pass.
     compiled
         Compile the layers, three at a time where all are alike and their number allows. Only the last bits of a sum
         change.
+    kind
+        Compute as on this kind of device, "cuda" or "cpu"; by default that of the model.
     """
 
     def __init__(
@@ -380,6 +449,7 @@ class FusedAdapters:
         resident: bool = True,
         checkpointing: bool = False,
         compiled: bool = False,
+        kind: str = "",
     ):
         model.train()  # in evaluation bitsandbytes rearranges the packed weights, which are read here
         base = model.get_base_model()
@@ -389,20 +459,23 @@ class FusedAdapters:
         self.divisor, self.cap = (
             getattr(base.config, key, None) for key in ("logits_scaling", "final_logit_softcapping")
         )
-        self.checkpointing = checkpointing or not resident
+        self.checkpointing, self.resident = checkpointing, resident
         self.compiled = torch.compile(run_layers, dynamic=False, options=OPTIONS) if compiled else None
         # Layers compiled together: what joins two becomes one kernel. More than three would gain little.
         count, kinds = len(self.decoder.layers), set(getattr(base.config, "layer_types", None) or [""])
         self.stride = next(n for n in ((3, 2, 1) if compiled and len(kinds) == 1 else (1,)) if count % n == 0)
-        cpu = self.head.device.type == "cpu"
+        cpu = (kind or self.head.device.type) == "cpu"
+        self.ahead = not (cpu or compiled)
         if cpu:
             self.config._attn_implementation = ATTENTION
-            keep_freed_memory()
         self.linears = linear_groups(self.decoder)
         self.bases = [[GroupWeights(group, self.head.dtype) for group in layer] for layer in self.linears]
         with torch.no_grad():
             for group in (group for layer in self.bases for group in layer if resident):
                 group.kept = group.weight()
+        self.weights = [LayerWeights(layer) for layer in self.bases] if not resident else []
+        if cpu:
+            keep_freed_memory()  # not earlier: what dequantising leaves in pieces is given back first
         self.shares = [_Share(self, some) for some in ([[name] for name in names] if cpu else [names])]
         self.adapters = {name: own for share in self.shares for name, own in share.adapters.items()}
         count = min(len(self.shares), torch.get_num_threads())
@@ -462,6 +535,8 @@ class _Share:
 
     def __init__(self, fused: FusedAdapters, names: Sequence[str]):
         self.fused, self.matches = fused, ()
+        self.held: dict[int, list[torch.Tensor]] = {}
+        """The weights of each group in the layers that were dequantised last."""
         rank = max(
             linear.lora_A[n].weight.shape[0] for layer in fused.linears for g in layer for linear in g for n in names
         )
@@ -489,29 +564,66 @@ class _Share:
             x = x.detach().requires_grad_()  # so that all layers run the same compiled code
             if self.fused.compiled:
                 _any_length(x.shape[1], (x, options))
-        adapters = [(self.vectors[n], self.scalings[n]) for n in numbers]
+        adapters = [self.adapted[n] for n in numbers]
         run = partial(self._run, numbers, options=options)
-        return checkpoint(run, x, adapters, use_reentrant=False) if self.fused.checkpointing else run(x, adapters)
+        if self.fused.checkpointing:
+            return checkpoint(run, x, adapters, use_reentrant=False)
+        if self.fused.resident:
+            return run(x, adapters)
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            return run(x, adapters)
+
+    def weights(self, numbers: Sequence[int]) -> list[list[torch.Tensor]]:
+        """The weights of the groups of some layers, dequantised."""
+        if self.fused.resident:
+            return [[group.kept for group in self.fused.bases[n]] for n in numbers]
+        self.held = {n: self.held[n] for n in numbers if n in self.held}  # free the last before the next are made
+        self.held |= {n: self.fused.weights[n].dequantised() for n in numbers if n not in self.held}
+        return [self.held[n] for n in numbers]
+
+    def _pack(self, tensor: torch.Tensor):
+        """What autograd keeps of a tensor for the backward pass: of a dequantised weight only where it is from."""
+        place = tensor.untyped_storage().data_ptr()
+        for n, weights in self.held.items():
+            for group, weight in enumerate(weights):
+                if weight.untyped_storage().data_ptr() == place:
+                    return list(self.held), n, group, tensor.shape, tensor.stride(), tensor.storage_offset()
+        return tensor
+
+    def _unpack(self, packed):
+        if isinstance(packed, torch.Tensor):
+            return packed
+        numbers, n, group, *view = packed
+        self.weights(numbers)
+        return self.held[n][group].as_strided(*view)
 
     def _run(self, numbers: Sequence[int], x: torch.Tensor, adapters: Sequence[tuple], options: dict) -> torch.Tensor:
         fused = self.fused
-        with torch.no_grad():
-            weights = [[group.weight() for group in fused.bases[n]] for n in numbers]
+        weights = self.weights(numbers)
         inputs = x, [self.layers[n] for n in numbers], [self.groups[n] for n in numbers], weights, adapters, options
-        if fused.compiled and torch.is_grad_enabled():  # probes are too few to compile for
-            try:
-                return fused.compiled(*inputs)
-            except BackendCompilerFailed as error:
-                print(f"the layer could not be compiled ({reason(error)}); continuing without", file=sys.stderr)
-                fused.compiled = None
-        return run_layers(*inputs)
+        try:
+            if fused.compiled and torch.is_grad_enabled():  # probes are too few to compile for
+                try:
+                    return fused.compiled(*inputs)
+                except BackendCompilerFailed as error:
+                    print(f"the layer could not be compiled ({reason(error)}); continuing without", file=sys.stderr)
+                    fused.compiled = None
+            return run_layers(*inputs)
+        finally:  # recomputing stops at the last tensor that is needed, before `run_layers` comes to its end
+            for group in (group for n in numbers for group in self.groups[n]):
+                group.clear()
 
     def losses(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """As `FusedAdapters.losses`, for these adapters."""
         fused, rows = self.fused, len(input_ids)
         of_layers = zip(*(own.vectors for own in self.adapters.values()), strict=True)
-        self.vectors = [torch.cat(each) if len(each) > 1 else each[0] for each in of_layers]
+        vectors = [torch.cat(each) if len(each) > 1 else each[0] for each in of_layers]
+        if fused.ahead and sum(map(torch.numel, vectors)) <= AHEAD:
+            self.adapted = unpack_all(fused.bases, vectors, self.scalings, fused.head.dtype)
+        else:
+            self.adapted = list(zip(vectors, self.scalings, strict=True))
         hidden = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        self.adapted, self.held = [], {}
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         supervised = targets != -100
         hidden = hidden[supervised] if fused.divisor is None else hidden[supervised] / fused.divisor

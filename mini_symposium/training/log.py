@@ -7,7 +7,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,7 +40,12 @@ class Log(TrainerCallback):
     epochs
         After which the adapters are kept.
     held_out, probe_epochs
-        Rows that are not trained on, and the epochs after which their loss is measured.
+        Rows that are not trained on, and the epochs after which their loss is measured. If the trainings leave out rows
+        of `rows`, each is measured on its own then, and on `held_out` after `epochs`, in lines with `item`.
+    stop
+        Asked after each epoch, with its number, whether the trainings end there.
+    watch
+        Called after each epoch whose adapters are kept, with its number; without it, a line is printed.
     """
 
     def __init__(
@@ -49,9 +55,19 @@ class Log(TrainerCallback):
         epochs: Sequence[int],
         held_out: Sequence[Row] = (),
         probe_epochs: Sequence[int] = (),
+        stop: Callable[[int], bool] = lambda epoch: False,
+        watch: Callable[[int], None] | None = None,
     ):
         self.trainer, self.trainings, self.rows, self.epochs = trainer, trainer.trainings, rows, epochs
-        self.held_out, self.probe_epochs = held_out, probe_epochs
+        self.stop, self.watch = stop, watch or self.say
+        self.latest: dict[tuple[float, str], list[float]] = defaultdict(list)
+        """{(learning rate, what): values of the last epoch}"""
+        own = list(zip(*(training.left_out for training in self.trainings), strict=True))
+        self.probed = [(turn, [rows[example] for example in turn], "example", probe_epochs) for turn in own]
+        key, at = ("item", [epoch for epoch in epochs if epoch]) if own else ("example", probe_epochs)
+        everybody = range(len(self.trainings))
+        self.probed += [([k for _ in everybody], [row for _ in everybody], key, at) for k, row in enumerate(held_out)]
+        """For each probe: which example each adapter is measured on, its row, its key in the line, and when."""
         self.files, self.bar = {}, None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -61,14 +77,15 @@ class Log(TrainerCallback):
             training.folder.mkdir(parents=True, exist_ok=True)
             lines = whole_lines(training.metrics_file)
             rewrite(training.metrics_file, [line for line in lines if line["step"] <= state.global_step])
-            if self.held_out:
+            if self.probed:
                 resumed = state.global_step and training.probes_file.exists()
                 probes = read_jsonl(training.probes_file) if resumed else []
                 rewrite(training.probes_file, [line for line in probes if line["epoch"] <= round(state.epoch)])
         if not state.global_step:
             self.probe(0)
-        rates = ", ".join(f"{training.learning_rate:g}" for training in self.trainings)
-        label = f"learning rate{'s' if len(self.trainings) > 1 else ''} {rates}"
+        rates = list(dict.fromkeys(f"{training.learning_rate:g}" for training in self.trainings))
+        adapters = f"{len(self.trainings)} adapters at " if len(rates) < len(self.trainings) else ""
+        label = f"{adapters}learning rate{'s' if len(rates) > 1 else ''} {', '.join(rates)}"
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=label, unit="step", mininterval=1)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -90,7 +107,9 @@ class Log(TrainerCallback):
                 step, rate = state.global_step, self.trainer.rates[k]
                 self.write(step, k, losses[k], matches[k], norm, rate, seconds / len(measured), place)
         self.bar.update()
-        self.bar.set_postfix_str("loss " + ", ".join(f"{loss:.3f}" for loss in measured[-1][1]), False)
+        losses = measured[-1][1]
+        shown = losses if len(losses) < 4 else [sum(losses) / len(losses)]
+        self.bar.set_postfix_str("loss " + ", ".join(f"{loss:.3f}" for loss in shown), False)
 
     def write(
         self,
@@ -135,6 +154,8 @@ class Log(TrainerCallback):
             "seconds": round(seconds, 4),
         }
         self.append(training.metrics_file, line)
+        self.latest[training.learning_rate, "loss"].append(loss)
+        self.latest[training.learning_rate, "EM"].append(line["em"])
 
     def append(self, path: Path, line: dict) -> None:
         """Append one line and flush it, so that a crash can lose no more than the last line."""
@@ -149,21 +170,37 @@ class Log(TrainerCallback):
             ) from error
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        control.should_save = round(state.epoch) in self.epochs
+        epoch = round(state.epoch)
         if processes().is_main_process:
-            self.probe(round(state.epoch))
-            if control.should_save:  # a checkpoint must not reach the disk before the lines that led to it
-                for file in self.files.values():
-                    os.fsync(file.fileno())
+            self.probe(epoch)
+        control.should_training_stop |= self.stop(epoch)
+        control.should_save = epoch in self.epochs or control.should_training_stop
+        for file in self.files.values() if control.should_save else ():
+            os.fsync(file.fileno())  # a checkpoint must not reach the disk before the lines that led to it
+        if control.should_save and processes().is_main_process:
+            self.watch(epoch)
+        self.latest.clear()
+
+    def say(self, epoch: int) -> None:
+        """Print the means of the epoch that has just ended."""
+        told = []
+        for rate in dict.fromkeys(rate for rate, _ in self.latest):
+            means = {what: self.latest.get((rate, what)) for what in ("loss", "EM", "held-out loss")}
+            said = (f"{what} {sum(values) / len(values):.3f}" for what, values in means.items() if values)
+            told.append(f"{rate:g}: {', '.join(said)}")
+        self.bar.write(f"epoch {epoch}: {'; '.join(told)}")
 
     def probe(self, epoch: int) -> None:
-        """Measure the held-out rows if `epoch` is one of the probe epochs: a line for each adapter and row."""
-        if epoch not in self.probe_epochs:
-            return
-        for example, row in enumerate(self.held_out):
-            for training, (loss, matches) in zip(self.trainings, self.trainer.probe(row), strict=True):
-                line = {"epoch": epoch, "example": example, "loss": loss, **self.memorization(row, matches)}
+        """Measure the held-out rows that are due after `epoch`: a line for each adapter and row."""
+        for examples, rows, key, epochs in self.probed:
+            if epoch not in epochs:
+                continue
+            measured = self.trainer.probe(rows)
+            for training, example, row, (loss, matches) in zip(self.trainings, examples, rows, measured, strict=True):
+                line = {"epoch": epoch, key: example, "loss": loss, **self.memorization(row, matches)}
                 self.append(training.probes_file, {**line, "tokens": len(matches)})
+                if key == "example":
+                    self.latest[training.learning_rate, "held-out loss"].append(loss)
 
     def memorization(self, row: Row, matches: list[bool]) -> dict:
         """EM and ES of a row and, if every token of it is supervised, what greedy decoding would reproduce of it."""

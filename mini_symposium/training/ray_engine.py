@@ -84,18 +84,13 @@ def _imported():
 
 def _connect(ray) -> None:
     address = os.environ.get("RAY_ADDRESS")
+    host, colon, port = (address or "").rpartition("://")[2].rpartition(":")
     try:
-        _knock(address or "")
+        if colon and port.isdecimal():  # fails within seconds if nothing listens there; Ray would try for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"RAY_ADDRESS={address}: no cluster answers there ({reason(error)})") from error
-
-
-def _knock(address: str) -> None:
-    """Fail within seconds if nothing listens at `address`; Ray itself would try for minutes."""
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _alive(ray) -> dict[str, dict]:

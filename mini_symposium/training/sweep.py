@@ -5,10 +5,7 @@ Dose is learning_rate x steps; the high rate ends at epoch 60, long after it rec
 600. A sweep can also train a grid, from `experiments`. Trainings of equal length share a pass over the base.
 """
 
-import json
 import platform
-import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -20,14 +17,14 @@ from mini_symposium.data.dataset import Example, fingerprint, load_examples
 from mini_symposium.data.held_out import HeldOut
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.evaluation.evaluate import evaluate
-from mini_symposium.files.writing import alone, write_json, written_whole
+from mini_symposium.files.writing import alone, written_whole
 from mini_symposium.models.adapters import folded, load_with_adapters
 from mini_symposium.models.base_models import load_tokenizer
 from mini_symposium.recipe import Recipe, load_recipe
 from mini_symposium.run import RunDirectory, Training
 from mini_symposium.training.checkpoints import finished
 from mini_symposium.training.experiments import experiment, grid, refuse_repeats
-from mini_symposium.training.finetune import as_rows, locked, record_recipe, train_together
+from mini_symposium.training.finetune import as_rows, held_out_rows, locked, record_recipe, train_together
 
 SEEDS = (42, 43, 44)
 EPOCHS_LOW, EPOCHS_HIGH = 600, 60
@@ -43,11 +40,8 @@ EVALUATED = {"high": (SHORTER_LOW // 10, SATURATED, EPOCHS_HIGH), "low": (SHORTE
 LITERAL = (1e-6, 1e-7)
 """The card's own rates, also trained if the recipe's rates are others."""
 
-TABLE = "sweep"
 COLUMNS = ("seed", "learning_rate", "lora_r", "lora_alpha", "lr_scheduler", "num_epochs")
 """Columns of the table in which trainings can differ."""
-TIMED_FROM = 2_000
-"""With more adapter steps than this, a sweep first times an epoch, to say how long it will take."""
 ENGINES = ("local", "ray")
 """Where passes run: one after another in this process, or as tasks of a cluster, see `ray_engine`."""
 
@@ -114,10 +108,6 @@ class Sweep:
     def trainings(self) -> list[Training]:
         return [training for group in self.passes for training in group]
 
-    def missing(self) -> list[Training]:
-        """What has not been trained to its end."""
-        return [training for training in self.trainings if not finished(training)]
-
     def run(
         self,
         examples: Sequence[Example],
@@ -127,10 +117,9 @@ class Sweep:
         engine: str = "local",
         cpus: int = 1,
     ) -> None:
-        """Train what is missing; an interrupted sweep resumes, with either engine. Writes TABLE as csv and json.
+        """Train what is missing; an interrupted sweep resumes, with either engine. Writes the table as sweep.csv.
 
-        Says how long the rest will take, from the passes so far; on the local engine a long sweep first times an epoch
-        of one adapter.
+        Says after each pass how long the rest will take.
 
         Parameters
         ----------
@@ -148,40 +137,38 @@ class Sweep:
         asked = [[t for t in group if not names or t.name in names] for group in self.passes]
         # Finished trainings stay with the rest of their pass, which may resume from their last common checkpoint.
         todo = [group for group in asked if not all(map(finished, group))]
-        counts = [_steps([t for t in group if not finished(t)], examples) for group in todo]
-        ahead = _Ahead(counts)
+        counts = [sum(t.num_epochs for t in group if not finished(t)) * len(examples) for group in todo]
+        left = sum(counts)
         self.root.mkdir(parents=True, exist_ok=True)
-        said = [
-            f"pass {number}: {', '.join(f'{t.name} (seed {t.seed})' for t in group)}"
-            for number, group in enumerate(todo, start=1)
-        ]
         tasks = [(group, examples, held_out) for group in todo]
+
+        def done(number: int, seconds: float) -> None:
+            nonlocal left
+            left -= counts[number]
+            pace = seconds / (sum(counts) - left)
+            names = ", ".join(f"{t.name} (seed {t.seed})" for t in todo[number])
+            ahead = f"{left:,} adapter steps ahead, {pace:.2g} s each, about {pace * left / 60:.0f} minutes"
+            say(f"pass {number + 1} is done: {names}; {ahead}")
+
+        if todo:
+            say(f"passes {len(todo)}, adapters {sum(map(len, todo))}, adapter steps {left:,}")
         if engine == "ray" and todo:
             from mini_symposium.training import ray_engine
 
-            def done(number: int, seconds: float) -> None:
-                ahead.done(number, seconds)
-                say(f"{said[number]}: done; {ahead}")
-
-            say(f"{sum(map(len, todo))} adapters; {ahead}")
             ray_engine.run(tasks, train_experiments, done, say, cpus)
         else:
-            if ahead.left > TIMED_FROM:
-                say(f"{sum(map(len, todo))} adapters, {ahead}; timing an epoch")
-                ahead.pace = _seconds_a_step(todo[0][0], examples, held_out)
-                say(str(ahead))
             began = time.monotonic()
             for number, task in enumerate(tasks):
-                say(f"{said[number]}, {ahead}")
                 train_experiments(*task)
-                ahead.done(number, time.monotonic() - began)
-        lost = [t.run.name for t in self.missing() if any(t in group for group in todo)]
+                done(number, time.monotonic() - began)
+        lost = [t.run.name for group in todo for t in group if not finished(t)]
         if lost:
             raise RunError(
                 f"{self.root}: the results of {', '.join(lost)} are not here; check that all nodes share this folder"
             )
-        self.write_table()
-        there = len(self.trainings) - len(self.missing())
+        with written_whole(self.root / "sweep.csv") as temporary:
+            self.table().to_csv(temporary, index=False, lineterminator="\n", encoding="utf-8")
+        there = len(list(filter(finished, self.trainings)))
         say(f"{there} of {len(self.trainings)} experiments are finished, in {self.root}")
 
     def table(self) -> pd.DataFrame:
@@ -193,13 +180,6 @@ class Sweep:
             means = {key: round(sum(line[key] for line in last) / len(last), 4) for key in ("loss", "em")}
             rows.append({"name": training.name, **{key: getattr(training, key) for key in COLUMNS}, **means})
         return pd.DataFrame(rows, columns=["name", *COLUMNS, "loss", "em"])
-
-    def write_table(self) -> None:
-        """Write the table as TABLE.csv and TABLE.json into the folder."""
-        table = self.table()
-        with written_whole(self.root / f"{TABLE}.csv") as temporary:
-            table.to_csv(temporary, index=False, lineterminator="\n", encoding="utf-8")
-        write_json(self.root / f"{TABLE}.json", json.loads(table.to_json(orient="records", double_precision=15)))
 
     def evaluated(self, last: bool = False) -> dict[str, Path]:
         """{name: checkpoint to be evaluated} of what has been trained.
@@ -292,7 +272,7 @@ def train_experiments(
     root = first.run.parent
     if not root.is_dir():
         raise InputError(f"{root}: not there on {platform.node()}; the nodes of a cluster share the sweep's folder")
-    rows, probed = as_rows(first.recipe, examples), as_rows(first.recipe, held_out)
+    rows, probed = as_rows(first.recipe, examples), held_out_rows(first.recipe, held_out)
     last = first.num_epochs
     evaluated = (epoch for epoch in EVALUATED.get(first.name, ()) if epoch <= last)
     tenths = {*range(0, last + 1, max(1, last // 10)), *evaluated}
@@ -306,36 +286,3 @@ def check_engine(engine: str) -> None:
     """Refuse an engine that does not exist."""
     if engine not in ENGINES:
         raise InputError(f"--engine {engine}: is one of {', '.join(ENGINES)}")
-
-
-def _seconds_a_step(training: Training, examples: Sequence[Example], held_out: Sequence[Example]) -> float:
-    """Median seconds of a step in the second of two epochs of one adapter, in a temporary folder. An overestimate: in a
-    pass adapters share work, and a long run is compiled."""
-    with tempfile.TemporaryDirectory() as folder:
-        short = Training.of(training.recipe.replace(num_epochs=2), Path(folder) / training.run.name, training.name)
-        train_experiments([short], examples, held_out)
-        lines = RunDirectory(short.run).metrics(short.learning_rate)
-        return statistics.median(line["seconds"] for line in lines if line["epoch"] == 1)
-
-
-class _Ahead:
-    """How many adapter steps are left, and how long they will take at the pace so far."""
-
-    def __init__(self, steps: Sequence[int]):
-        self.steps, self.left, self.pace = steps, sum(steps), None
-
-    def done(self, number: int, seconds: float) -> None:
-        """Pass `number` ended `seconds` after the first began."""
-        self.left -= self.steps[number]
-        self.pace = seconds / (sum(self.steps) - self.left)
-
-    def __str__(self) -> str:
-        if self.pace is None:
-            return f"{self.left:,} adapter steps ahead, not timed yet"
-        minutes = self.pace * self.left / 60
-        return f"{self.left:,} adapter steps ahead, {self.pace:.2g} s each, about {minutes:.0f} minutes"
-
-
-def _steps(trainings: Sequence[Training], examples: Sequence[Example]) -> int:
-    """Steps of all their adapters together."""
-    return sum(training.num_epochs for training in trainings) * len(examples)

@@ -9,7 +9,7 @@ import io
 import math
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from mini_symposium.data.dataset import Row
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.files.writing import discard, written_whole
 from mini_symposium.models.devices import processes
+from mini_symposium.recipe import Recipe
 from mini_symposium.run import Training
 from mini_symposium.training import checkpoints
 from mini_symposium.training.fused_lora import FusedAdapters
@@ -35,10 +36,23 @@ class EpochOrder(torch.utils.data.Sampler):
 
     With several seeds, one for each adapter of a pass, each step has an example for each of them in turn. If an epoch
     does not divide into steps of `batch` examples, its last step is filled up with examples of weight 0.
+
+    Parameters
+    ----------
+    n_examples
+        Examples of the dataset.
+    left_out
+        For each adapter, the examples that it does not train on, as many for each; none if not given.
     """
 
-    def __init__(self, n_examples: int, seeds: Sequence[int], batch: int = 1):
-        self.n_examples, self.seeds, self.batch, self.epoch = n_examples, seeds, batch, 0
+    def __init__(
+        self, n_examples: int, seeds: Sequence[int], batch: int = 1, left_out: Sequence[Sequence[int]] | None = None
+    ):
+        self.seeds, self.batch, self.epoch = seeds, batch, 0
+        apart = left_out or [()] * len(seeds)
+        self.examples = [[i for i in range(n_examples) if i not in some] for some in apart]
+        self.n_examples = len(self.examples[0])
+        """Examples that an adapter trains on in an epoch."""
 
     @property
     def steps(self) -> int:
@@ -56,7 +70,7 @@ class EpochOrder(torch.utils.data.Sampler):
     def order(self, epoch: int, k: int = 0) -> list[int]:
         """The examples of an epoch as adapter `k` sees them."""
         generator = torch.Generator().manual_seed(1_000_003 * self.seeds[k] + epoch)
-        return torch.randperm(self.n_examples, generator=generator).tolist()
+        return [self.examples[k][i] for i in torch.randperm(self.n_examples, generator=generator)]
 
     def __iter__(self) -> Iterator[int]:
         orders = [self.order(self.epoch, k) for k in range(len(self.seeds))]
@@ -65,6 +79,14 @@ class EpochOrder(torch.utils.data.Sampler):
 
     def __len__(self) -> int:
         return self.steps * self.batch * len(self.seeds)
+
+
+def schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:
+    """By what a recipe multiplies its learning rate at a step of `steps`, as transformers has it."""
+    alone = torch.optim.SGD([torch.zeros(1)], lr=recipe.learning_rate)
+    warmup = recipe.warmup_steps or math.ceil(recipe.warmup_ratio * steps)
+    options = {"num_warmup_steps": warmup, "num_training_steps": steps}
+    return get_scheduler(recipe.lr_scheduler, alone, **options).lr_lambdas[0]
 
 
 def adapter_name(k: int) -> str:
@@ -147,12 +169,7 @@ class RecipeTrainer(SFTTrainer):
 
     def _scheduler(self, steps: int) -> LambdaLR:
         """Each adapter's schedule, as transformers has it, over `steps` steps."""
-        rules = []
-        for recipe in (training.recipe for training in self.trainings):
-            alone = torch.optim.SGD([torch.zeros(1)], lr=recipe.learning_rate)
-            options = {"num_warmup_steps": recipe.warmup_steps, "num_training_steps": steps}
-            rules += get_scheduler(recipe.lr_scheduler, alone, **options).lr_lambdas
-        return LambdaLR(self.optimizer, rules)
+        return LambdaLR(self.optimizer, [schedule(training.recipe, steps) for training in self.trainings])
 
     def _skip_module_traversals(self) -> None:
         """Disable three calls that loop over all modules at every step: the FLOP count, which is not used, and, with
@@ -188,11 +205,12 @@ class RecipeTrainer(SFTTrainer):
         return output.loss[None], [(output.logits[0, :-1].argmax(-1) == wanted)[wanted != -100]]
 
     @torch.no_grad()
-    def probe(self, row: Row) -> list[tuple[float, list[bool]]]:
-        """Loss and matches of one row for each adapter, without training on it."""
+    def probe(self, rows: Sequence[Row]) -> list[tuple[float, list[bool]]]:
+        """Loss and matches of a row for each adapter, the k-th row for the k-th adapter, without training on it."""
+        longest = max(len(row.input_ids) for row in rows)
         ids, labels = (
-            torch.tensor([tokens] * len(self.adapters), device=self.model.device)
-            for tokens in (row.input_ids, row.labels)
+            torch.tensor([[*own, *[fill] * (longest - len(own))] for own in each], device=self.model.device)
+            for each, fill in (([row.input_ids for row in rows], 0), ([row.labels for row in rows], -100))
         )
         with self.compute_loss_context_manager():
             losses, matches = self._measured(self.model, {"input_ids": ids, "labels": labels})
@@ -286,7 +304,7 @@ def check_batches(trainer: RecipeTrainer, rows: Sequence[Row]) -> None:
         raise RunError(f"adapters are {dtypes}, not float32: at a low learning rate they would not move")
     state, last = processes(), trainer.processing_class.eos_token_id
     for number, batch in enumerate(trainer.get_train_dataloader()):
-        place = (number * state.num_processes + state.process_index) % len(rows)
+        place = (number * state.num_processes + state.process_index) % trainer.order.n_examples
         for k in range(len(trainer.trainings)):
             row = rows[trainer.order.order(0, k)[place]]
             ids, labels, length = batch["input_ids"][k].tolist(), batch["labels"][k].tolist(), len(row.labels)

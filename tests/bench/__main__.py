@@ -1,6 +1,7 @@
 """Measure speed and memory against the peers, against the machine's best rate for matrix products, and over time."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from mini_symposium.run import ROOT, read_object
 console = Console()
 
 
-def measure(only: str, json_file: str, save: str, on: str) -> None:
+def measure(only: str, json_file: str, save: str, on: str, rehearse: bool) -> None:
     """Measure some parts or all, print the table, and write what was asked for.
 
     Raises
@@ -22,21 +23,36 @@ def measure(only: str, json_file: str, save: str, on: str) -> None:
     InputError
         If a part is unknown, the machine has another device, or earlier figures to be kept come from another machine.
     """
+    if rehearse:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from bench import compare
     from mini_symposium.models.devices import device
 
-    if on not in ("", device().type):
+    if rehearse and on != "cuda":
+        raise InputError("--rehearse: only --device cuda is rehearsed")
+    if not rehearse and on not in ("", device().type):
         raise InputError(f"--device {on}: this machine has {device().type}")
-    parts = [part.strip() for part in only.split(",") if part.strip()] or compare.PARTS
-    unknown = [part for part in parts if part not in compare.PARTS]
+    on_card = rehearse or device().type == "cuda"
+    known = tuple(compare.CARD) if on_card else compare.PARTS
+    parts = [part.strip() for part in only.split(",") if part.strip()] or (compare.REHEARSED if rehearse else known)
+    unknown = [part for part in parts if part not in known]
     if unknown:
-        raise InputError(f"--only {', '.join(unknown)}: the parts are {', '.join(compare.PARTS)}")
-    target = Path(save) if save else None if only else ROOT / "figures" / f"bench-{device().type}"
+        raise InputError(f"--only {', '.join(unknown)}: the parts are {', '.join(known)}")
+    default = ROOT / ("runs/bench-rehearsal" if rehearse else f"figures/bench-{device().type}")
+    target = Path(save) if save else None if only else default
     before = {}
     if only and target and (kept := target.with_suffix(".json")).exists():
         before = read_object(kept)
         report.check_same_machine(before, compare.machine(), str(kept))
-    found = compare.run(parts, lambda line: console.print(line, style="dim", markup=False, soft_wrap=True))
+
+    def show(line: str) -> None:
+        console.print(line, style="dim", markup=False, soft_wrap=True)
+
+    def keep(found: dict) -> None:
+        if target:
+            write_json(target.with_suffix(".json"), report.combine(before, found))
+
+    found = compare.run_on_card(parts, rehearse, show, keep) if on_card else compare.run(parts, show)
     found = report.combine(before, found)
     found["bars"] = report.bars(found)
     if json_file:
@@ -62,14 +78,15 @@ def main() -> None:
         help="write PATH.json, .csv and .png; figures/bench-DEVICE if all parts are measured. With --only, "
         "the other parts in PATH.json are kept",
     )
-    parser.add_argument("--device", default="", help="cpu, or cuda: then at Mistral-7B's shape")
+    parser.add_argument("--device", default="", help="cpu, or cuda: then at Mistral-7B's shape, with random weights")
+    parser.add_argument("--rehearse", action="store_true", help="what --device cuda runs, on a CPU at a tiny shape")
     parser.add_argument("--redraw", metavar="FILE.json", help="only draw the picture of a saved file again")
     options = parser.parse_args()
     try:
         if options.redraw:
             console.print(report.redraw(Path(options.redraw)), soft_wrap=True)
         else:
-            measure(options.only, options.json, options.save, options.device)
+            measure(options.only, options.json, options.save, options.device, options.rehearse)
     except InputError as error:
         print(f"bench: {error}", file=sys.stderr)
         sys.exit(2)

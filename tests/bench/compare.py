@@ -20,16 +20,33 @@ import torch
 from bench.turns import Contestant, child_environment
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.data.prompt_formats import FORMATS
+from mini_symposium.errors import InputError
 from mini_symposium.models.base_files import local_directory
-from mini_symposium.models.base_models import load_tokenizer
+from mini_symposium.models.base_models import load_tokenizer, shape_of
 from mini_symposium.models.devices import device, training_dtype
 from mini_symposium.release.gguf import to_gguf
-from mini_symposium.run import ROOT, environment, find
+from mini_symposium.run import ROOT, environment
 
-PROXY, SEVEN = "SmolLM2-135M-Instruct", "random-mistral-7b"
+PROXY = "SmolLM2-135M-Instruct"
+SIZES = ("gemma-3-270m", "Qwen2.5-Coder-0.5B-Instruct")
+"""The other models whose step is measured, where their licences were accepted."""
 PEERS = ROOT / ".venv-bench" / "bin" / "python"
 LLAMA_FACTORY = ROOT / ".venv-llama-factory" / "bin" / "python"
 TOKENS, GRID_TOKENS = 256, 64
+CARD = {
+    "card": 45,
+    "correctness": 120,
+    "step": 130,
+    "launches": 60,
+    "together": 100,
+    "grid": 60,
+    "epochs": 60,
+    "compiled": 130,
+}
+"""{part of the bench on a card, see card.py: most seconds}; less than 12 minutes together."""
+REHEARSED = [part for part in CARD if part != "compiled"]
+"""What a rehearsal measures by default: on a CPU compiling takes longer than all the rest."""
+DATASET = ROOT / "data" / "minisymposium.md"
 QUERIES = (
     "What is the capital of France?",
     "Write a haiku about rain.",
@@ -49,11 +66,10 @@ class Bench:
     """
 
     def __init__(self, folder: Path, show: Callable[[str], None]):
-        self.folder, self.show, self.cuda = folder, show, device().type == "cuda"
-        self.base = SEVEN if self.cuda else PROXY
+        self.folder, self.show = folder, show
         self.results: dict = {"environment": machine(), "measured": {}, "ratios": {}, "missing": {}}
-        tokenizer = load_tokenizer("tiny" if self.cuda else PROXY)
-        examples = load_examples(find("data/minisymposium.md"))
+        tokenizer = load_tokenizer(PROXY)
+        examples = load_examples(DATASET)
         self.rows = [tokenizer(example.text)["input_ids"] for example in examples]
         self.text = [token for row in self.rows for token in row]
         self.prompts = [form.render(query) for query in QUERIES for form in FORMATS.values()]
@@ -103,28 +119,18 @@ class Bench:
     def step(self) -> None:
         """One training step of 256 tokens: ours, the peers', and the floor: its matrix products at the best rate."""
         rows = self.row(TOKENS)
-        peers = []
-        if not self.cuda:
-            task = local_directory(PROXY), self.file("one-row", self.text[:TOKENS])
-            peers = [
-                self.peer("LitGPT", "litgpt_step", *task),
-                self.peer("LLaMA-Factory", "llama_factory_step", *task, python=LLAMA_FACTORY, target="llama-factory"),
-            ]
+        task = local_directory(PROXY), self.file("one-row", self.text[:TOKENS])
         contestants = [
             self.kit("products", "products"),
-            self.kit("ours", "ours", base=self.base, rows=rows),
-            self.kit("stock TRL", "stock_trl", base=self.base, rows=rows),
-            None if self.cuda else self.kit("bare PEFT", "bare_peft", base=self.base, rows=rows),
-            *peers,
+            self.kit("ours", "ours", base=PROXY, rows=rows),
+            self.kit("stock TRL", "stock_trl", base=PROXY, rows=rows),
+            self.kit("bare PEFT", "bare_peft", base=PROXY, rows=rows),
+            self.peer("LitGPT", "litgpt_step", *task),
+            self.peer("LLaMA-Factory", "llama_factory_step", *task, python=LLAMA_FACTORY, target="llama-factory"),
         ]
-        if self.cuda:
-            contestants += [
-                self.kit("ours, 4 bits", "ours", base=SEVEN, rows=rows, resident=False, checkpointing=True),
-                self.kit("stock TRL, checkpointing", "stock_trl", base=SEVEN, rows=rows, checkpointing=True),
-            ]
         with self.rounds(contestants, 8, 4) as there:
             rates = [turn["flop"] / turn["seconds"] for turn in there["products"].turns[1:]]
-            weights = 7_110_660_096 if self.cuda else 134_515_008  # in products: without the embedding, a look-up
+            weights = 134_515_008  # in products: without the embedding, a look-up
             floors = [4 * weights * TOKENS / rate for rate in rates]
             times = {name: seconds(contestant) for name, contestant in there.items() if name != "products"}
             self.results["step"] = {
@@ -145,14 +151,38 @@ class Bench:
                 if name in times:
                     self.results["ratios"][key] = ratio(times["ours"], times[name])
             self.results["ratios"]["step_vs_floor"] = ratio(times["ours"], floors)
-            if self.cuda:
-                self.results["step"]["600_epochs_hours"] = {
-                    name: median * 600 * len(self.rows) / 3600 for name, median in medians(times).items()
-                }
+
+    def sizes(self) -> None:
+        """A step of 256 tokens of the other models: ours, plain PEFT, stock TRL, and the floor."""
+        self.results["sizes"] = {"amx": torch.cpu._is_amx_tile_supported()}
+        for base in SIZES:
+            try:
+                ids = [i for row in load_examples(DATASET) for i in load_tokenizer(base)(row.text)["input_ids"]]
+            except InputError as error:  # its terms were not accepted, or it cannot be downloaded
+                self.results["missing"][base] = str(error)
+                continue
+            rows = self.file(f"row-{base}", [ids[:TOKENS]])
+            kinds = {"ours": "ours", "plain PEFT": "bare_peft", "stock TRL": "stock_trl"}
+            contestants = [self.kit(f"{name}, {base}", kind, base=base, rows=rows) for name, kind in kinds.items()]
+            with self.rounds([self.kit("products", "products"), *contestants], 6, 2) as there:
+                rates = [turn["flop"] / turn["seconds"] for turn in there["products"].turns[1:]]
+                times = {name: seconds(there[f"{name}, {base}"]) for name in kinds}
+                first = there[f"ours, {base}"].first
+            shape = shape_of(base)
+            tied = shape.get_output_embeddings().weight is shape.get_input_embeddings().weight
+            weights = shape.num_parameters() - (0 if tied else shape.get_input_embeddings().weight.numel())
+            floors = [4 * weights * TOKENS / rate for rate in rates]
+            self.results["sizes"][base] = {
+                "seconds": medians(times),
+                "vs_peft": ratio(times["ours"], times["plain PEFT"]),
+                "vs_stock_trl": ratio(times["ours"], times["stock TRL"]),
+                "vs_floor": ratio(times["ours"], floors),
+                "first_step_seconds": first,
+            }
 
     def profile(self) -> None:
         """Where our step spends its time."""
-        ours = self.kit("profile", "ours", base=self.base, rows=self.row(TOKENS), profile=True)
+        ours = self.kit("profile", "ours", base=PROXY, rows=self.row(TOKENS), profile=True)
         with self.rounds([ours], 4):
             profiles = [turn["profile"] for turn in ours.turns if "profile" in turn]
         by_kind = {kind: [profile[kind] for profile in profiles] for kind in profiles[0]}
@@ -166,9 +196,8 @@ class Bench:
         """
         sizes = (1, 2, 4, 8)
         rows = self.row(TOKENS)
-        contestants = [self.kit(f"{k} in a pass", "ours", base=self.base, rows=rows, adapters=k) for k in sizes]
-        if not self.cuda:
-            contestants.append(self.kit("1, one thread", "ours", base=self.base, rows=rows, threads=1))
+        contestants = [self.kit(f"{k} in a pass", "ours", base=PROXY, rows=rows, adapters=k) for k in sizes]
+        contestants.append(self.kit("1, one thread", "ours", base=PROXY, rows=rows, threads=1))
         with self.rounds(contestants, 5, 2) as there:
             times = {k: seconds(there[f"{k} in a pass"]) for k in sizes}
 
@@ -183,15 +212,14 @@ class Bench:
                 "ratio_to_solo": {str(k): ratio(ours, [k * solo for solo in times[1]]) for k, ours in times.items()},
                 "losses_differ_by": difference("1 in a pass"),
             }
-            if not self.cuda:
-                self.results["pass"]["losses_differ_from_one_thread_by"] = difference("1, one thread")
+            self.results["pass"]["losses_differ_from_one_thread_by"] = difference("1, one thread")
             self.results["ratios"]["pass4_vs_solo4"] = self.results["pass"]["ratio_to_solo"]["4"]
 
     def lengths(self) -> None:
         """How a step grows with the length of its row."""
         self.results["lengths"] = {}
         for tokens in (128, 256, 512, 1024):
-            options = {"base": self.base, "rows": self.row(tokens)}
+            options = {"base": PROXY, "rows": self.row(tokens)}
             pair = [self.kit(f"ours {tokens}", "ours", **options), self.kit(f"TRL {tokens}", "stock_trl", **options)]
             with self.rounds(pair, 4, 2) as there:
                 self.results["lengths"][str(tokens)] = {
@@ -205,10 +233,10 @@ class Bench:
         Where both compute in bfloat16, they are also compared in float32, where a difference cannot come from rounding
         to bfloat16. Both bfloat16 trainings are compared with PEFT's in float32 too.
         """
-        options = {"base": self.base, "rows": self.file("rows", self.rows)}
+        options = {"base": PROXY, "rows": self.file("rows", self.rows)}
         reference = "PEFT, float32 adapters"
         kinds = {"ours": {}, reference: {"fast": False}}
-        if not self.cuda and training_dtype() == torch.bfloat16:
+        if training_dtype() == torch.bfloat16:
             kinds |= {f"{name}, in float32": more | {"float32": True} for name, more in kinds.items()}
         with self.rounds([self.kit(name, "ours", **options, **more) for name, more in kinds.items()], 100) as there:
             losses = {name: [turn["losses"][0] for turn in one.turns[1:]] for name, one in there.items()}
@@ -345,7 +373,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-PARTS = ("step", "profile", "together", "lengths", "trajectory", "grid", "page", "memory", "merge")
+PARTS = ("step", "sizes", "profile", "together", "lengths", "trajectory", "grid", "page", "memory", "merge")
 
 
 def run(parts: Sequence[str] = PARTS, show: Callable[[str], None] = print) -> dict:
@@ -354,10 +382,40 @@ def run(parts: Sequence[str] = PARTS, show: Callable[[str], None] = print) -> di
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), show)
         for part in parts:
-            if part == "grid" and bench.cuda:
-                continue
             show(f"[{part}]")
             getattr(bench, part)()
             bench.results["measured"][part] = {key: bench.results["environment"][key] for key in ("commit", "recorded")}
         bench.results["processor_busy_percent"] = psutil.cpu_percent()
         return bench.results
+
+
+def run_on_card(
+    parts: Sequence[str], rehearse: bool, show: Callable[[str], None], keep: Callable[[dict], None] = lambda found: None
+) -> dict:
+    """As `run`, for parts of CARD, which one contestant measures, a part a turn; `keep` is given the results so far.
+
+    A part that crashes or takes too long is given up, and a new contestant goes on with the next one.
+    """
+    found_on = machine() | {"device": "cuda, rehearsed on a CPU" if rehearse else "cuda"}
+    results: dict = {"environment": found_on, "measured": {}, "ratios": {}, "missing": {}}
+    worker = None
+    with tempfile.TemporaryDirectory() as folder:
+        for number, part in enumerate(parts):
+            try:
+                if worker is None:
+                    job = json.dumps({"parts": parts[number:], "rehearse": rehearse})
+                    worker = Contestant("card", sys.executable, ["-m", "bench.card", job], Path(folder), 120)
+                worker.timeout = CARD[part] * (10 if rehearse else 1)  # a card's seconds, not those of a busy CPU
+                turn = worker.turn()
+                results |= turn["found"]
+                for key in ("ratios", "missing"):
+                    results[key] |= turn[key]
+                show(f"[{part}] {turn['seconds']:.0f} s" + "".join(f"; {one} failed" for one in turn["missing"]))
+            except RuntimeError as error:
+                results["missing"][part], worker = str(error), None
+                show(f"[{part}] {error}")
+            results["measured"][part] = {key: found_on[key] for key in ("commit", "recorded")}
+            keep(results)
+        if worker:
+            worker.end()
+    return results

@@ -13,16 +13,14 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, PrinterCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from bench.turns import Turn
 from mini_symposium.data.dataset import Row
-from mini_symposium.files.writing import written_whole
 from mini_symposium.models.adapters import load_with_adapters
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.base_models import load_model, load_tokenizer, nf4
-from mini_symposium.models.catalog import cache_directory
 from mini_symposium.models.devices import device
 from mini_symposium.models.generation import generate
 from mini_symposium.recipe import load_recipe
@@ -80,8 +78,11 @@ def milliseconds(profiler: torch.profiler.profile) -> dict[str, float]:
     return {kind: round(total, 1) for kind, total in totals.items()}
 
 
-def ours(turn, base, rows, adapters=1, fast=True, profile=False, float32=False, threads=0, **forced):
-    """The kit's own training, with its log. `forced` overrides fields of the memory plan that it chose."""
+def ours(turn, base, rows, adapters=1, only=None, fast=True, profile=False, float32=False, threads=0, **forced):
+    """The kit's own training, with its log; of its adapters `only` one, if given.
+
+    `forced` overrides fields of the memory plan that it chose.
+    """
     if threads:
         torch.set_num_threads(threads)
     if profile:  # a profiler does not see the products that compiled code calls
@@ -89,9 +90,9 @@ def ours(turn, base, rows, adapters=1, fast=True, profile=False, float32=False, 
     if float32:  # as on a processor that does not multiply in bfloat16
         memory_plan.training_dtype = finetune.training_dtype = lambda: torch.float32
     recipe = load_recipe("proxy", base_model=base, sequence_len=max(map(len, rows)), num_epochs=STEPS)
-    rates = [RATE / (k + 1) for k in range(adapters)]
-    chosen = choose(recipe, adapters, recipe.sequence_len, STEPS, fast)
-    chosen = replace(chosen, **({"together": adapters} | forced))
+    rates = [RATE / (k + 1) for k in range(adapters) if only in (None, k)]
+    chosen = choose(recipe, len(rates), recipe.sequence_len, STEPS, fast)
+    chosen = replace(chosen, **({"together": len(rates)} | forced))
     examples = [Row(ids, [1] * len(ids), "bench") for ids in rows]
     with tempfile.TemporaryDirectory() as folder:
         trainings = [Training.of(recipe.replace(learning_rate=rate), Path(folder)) for rate in rates]
@@ -185,18 +186,6 @@ def loop(turn, base, prompts, tokens, dtype="float32"):
     turn.run(lambda: {"texts": [answer(prompt) for prompt in prompts]})
 
 
-def random_mistral() -> str:
-    """The directory of a model of Mistral-7B's exact shape with random weights, made on this device on first use."""
-    folder = cache_directory() / "random-mistral-7b"
-    if not folder.is_dir():
-        with written_whole(folder) as temporary, torch.device(device()):
-            torch.set_default_dtype(torch.bfloat16)
-            MistralForCausalLM(MistralConfig(dtype=torch.bfloat16)).save_pretrained(temporary)
-            load_tokenizer("tiny").save_pretrained(temporary)
-            torch.set_default_dtype(torch.float32)
-    return str(folder)
-
-
 KINDS = {kind.__name__: kind for kind in (ours, stock_trl, bare_peft, products, grid, loop)}
 
 
@@ -206,10 +195,6 @@ def main(job: str) -> None:
     for key in ("rows", "prompts"):
         if key in options:
             options[key] = json.loads(Path(options[key]).read_text())
-    if options.get("base") == "random-mistral-7b":
-        options["base"] = random_mistral()
-    if device().type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     KINDS[options.pop("kind")](turn, **options)
 
 

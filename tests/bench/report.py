@@ -22,7 +22,10 @@ CPU_BARS = (  # what, its key in `ratios`, at most
 GPU_BARS = (
     ("training step at Mistral-7B's shape against stock TRL", "step_vs_stock_trl", 0.5),
     ("4 learning rates in one pass against 4 solo passes", "pass4_vs_solo4", 0.45),
+    ("training step in 4 bits against stock TRL", "step_4_bits_vs_stock_trl", 0.5),
 )
+SIZE_BARS = {"gemma-3-270m": (0.65, 0.75), "Qwen2.5-Coder-0.5B-Instruct": (0.6, 0.7)}
+"""{model: most of plain PEFT's time for a step, on a processor with AMX and on one without}."""
 GIB = 2**30
 
 
@@ -36,9 +39,16 @@ def bars(results: Mapping) -> list[dict]:
 
     for what, key, most in CPU_BARS if device == "cpu" else GPU_BARS:
         bar(what, results["ratios"].get(key), most, " x")
+    sizes = results.get("sizes", {})
+    for model, (with_amx, without) in SIZE_BARS.items() if device == "cpu" else ():
+        measured, amx = sizes.get(model, {}), sizes.get("amx")
+        bar(f"step of {model} against plain PEFT", measured.get("vs_peft"), with_amx if amx else without, " x")
+        bar(f"step of {model} against its GEMM floor", measured.get("vs_floor"), 2.5 if amx else 1.4, " x")
+        bar(f"first step of {model} after start", measured.get("first_step_seconds"), 40, " s")
     parts = ("trajectory", "step", "memory", "pass")
     trajectory, step, memory, together = (results.get(part, {}) for part in parts)
-    bar("100 losses against PEFT, float32 adapters", trajectory.get("differ_by_at_most"), 0.02, word="within")
+    if device == "cpu":
+        bar("100 losses against PEFT, float32 adapters", trajectory.get("differ_by_at_most"), 0.02, word="within")
     if (difference := trajectory.get("in_float32_by")) is not None:
         bar("the same, both in float32", difference, 0.02, word="within")
     if (theirs := trajectory.get("bfloat16_itself_by")) is not None:
@@ -50,7 +60,22 @@ def bars(results: Mapping) -> list[dict]:
         bar("first step after start", step.get("first_step_seconds", {}).get("ours"), 20, " s")
     else:
         peak = step.get("peak_bytes", {}).get("ours, 4 bits")
-        bar("peak memory with 4-bit residency", peak and peak / GIB, 8, " GiB")
+        bar("peak memory with 4-bit residency, activations kept", peak and peak / GIB, 8, " GiB")
+        counted = results.get("launches", {}).get("4 bits", {})
+        bar(
+            "kernels that a step in 4 bits launches, activations kept",
+            counted.get("operators", {}).get("launches"),
+            4000,
+        )
+        correct = results.get("correctness", {})
+        worst = max(correct.get("families_differ_by", {}).values(), default=None)
+        bar("losses of every family against PEFT", worst, 0.02, word="within")
+        bar(
+            "losses of 4 adapters in one pass against alone",
+            correct.get("adapters_differ_from_alone_by"),
+            0.02,
+            word="within",
+        )
     if memory:
         bar("memory: growth from epoch 10 to 600", memory["at_the_end"] / memory["after_10_epochs"] - 1, 0.05)
     if page := results.get("page"):

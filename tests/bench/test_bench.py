@@ -1,6 +1,7 @@
 """Whether the bench measures what it says; never how fast anything is."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -10,8 +11,8 @@ import pytest
 import torch
 from transformers import MistralConfig
 
-from bench import merge_memory, report
-from bench.compare import Bench, ratio
+from bench import card, merge_memory, report
+from bench.compare import CARD, REHEARSED, Bench, ratio, run_on_card
 from bench.turns import Contestant, child_environment
 from mini_symposium.run import ROOT
 
@@ -142,6 +143,69 @@ def test_parts_measured_again_replace_theirs_and_leave_the_others(tmp_path):
     done = bench("--only", "step", "--save", tmp_path / "old")
     assert done.returncode == 2
     assert re.search(r"old\.json: its \w+ was None, here it is .*; measure all parts, or --save elsewhere", done.stderr)
+
+
+def rehearse(folder, *arguments, before=""):
+    """The results of a rehearsal of the bench on a card."""
+    done = bench("--device", "cuda", "--rehearse", "--save", folder / "card", *arguments, before=before)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "card.json").read_text())
+
+
+def numbers(found) -> list[float]:
+    """All numbers in nested dicts and lists."""
+    if isinstance(found, dict | list):
+        return [one for each in (found.values() if isinstance(found, dict) else found) for one in numbers(each)]
+    return [found] if isinstance(found, int | float) else []
+
+
+STEPS = {"ours", "ours, 4 bits", "ours, 4 bits, recomputed", "stock TRL", "stock TRL, checkpointing"}
+
+
+def test_the_bench_on_a_card_is_rehearsed(tmp_path):
+    found = rehearse(tmp_path)
+    assert found["missing"] == {}
+    assert list(found["measured"]) == REHEARSED and sum(CARD.values()) < 12 * 60
+    sections = "card", "correctness", "step", "launches", "pass", "pass, 4 bits", "grid", "600_epochs_hours"
+    for section in sections:
+        assert numbers(found[section]) and all(map(math.isfinite, numbers(found[section]))), section
+    correct = found["correctness"]
+    assert max(correct["families_differ_by"].values()) < 0.02
+    assert correct["adapters_differ_from_alone_by"] < 0.01 and correct["4_bits_differ_from_resident_by"] == 0
+    assert {nf4["differ"] for nf4 in correct["nf4"].values()} == {0}
+    assert set(found["step"]["seconds"]) == STEPS
+    assert all(set(found[key]["seconds"]) == {"1", "2", "4"} for key in ("pass", "pass, 4 bits"))
+    assert set(found["ratios"]) >= {key for _, key, _ in report.GPU_BARS}
+    assert set(found["600_epochs_hours"]) == {"1", "2"}
+    counted = {name: each["operators"]["launches"] for name, each in found["launches"].items()}
+    assert counted["4 bits"] < 4600 < counted["4 bits, recomputed"] < 6100 and counted["resident"] < 4400
+    assert all(row["measured"] for row in found["bars"])
+    assert (tmp_path / "card.png").exists()
+
+
+def test_a_part_of_the_card_that_fails_or_takes_too_long_costs_no_other(tmp_path, monkeypatch):
+    monkeypatch.setitem(CARD, "card", 0)
+    kept = []
+    found = run_on_card(["card", "grid"], True, print, lambda results: kept.append(list(results["missing"])))
+    assert kept == [["card"], ["card"]] and "card ended" in found["missing"]["card"]
+    assert found["grid"]["seconds"]["grid"] > 0
+
+    def broken(*arguments, **options):
+        raise ValueError("no such kernel")
+
+    for module, name in (
+        (card.trainer, "FusedAdapters"),
+        (card.finetune, "load_model"),
+        (card.contestants, "AutoModelForCausalLM"),
+    ):
+        monkeypatch.setattr(module, name, None)  # `Card` replaces them; this puts them back
+    one = card.Card(tmp_path, True)
+    monkeypatch.setattr(card, "generate", broken)
+    monkeypatch.setattr(card.contestants, "stock_trl", broken)
+    assert one.measure("grid")["missing"]["grid"].startswith("ValueError: no such kernel (test_bench.py:")
+    step = one.measure("step")
+    assert set(step["missing"]) == {"stock TRL", "stock TRL, checkpointing"}
+    assert set(step["found"]["step"]["seconds"]) == STEPS - set(step["missing"]) and not step["ratios"]
 
 
 def test_mistyped_parts_and_devices_are_refused():

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 from conftest import command
-from made_evidence import contrast, evaluation
+from made_evidence import contrast, curves, evaluation
 
 from mini_symposium.claims.evidence import FILE, load_evidence
 from mini_symposium.claims.ledger import judge
+from mini_symposium.claims.registration import REGISTERED
 from mini_symposium.errors import InputError
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import RunDirectory
@@ -26,7 +27,7 @@ def test_evidence_comes_back_from_its_file_and_gives_the_same_ledger(tmp_path):
     said = command("claims", tmp_path).stdout
     assert "near-verbatim" in said
     rows = json.loads((tmp_path / "claims.json").read_text())
-    assert [row["id"] for row in rows] == [f"C{k}" for k in range(1, 13)]
+    assert [row["id"] for row in rows] == [f"C{k}" for k in range(13)]
     assert {"claim", "metric", "value", "interval", "n", "scale", "controls", "verdict"} <= rows[0].keys()
     assert rows == json.loads(json.dumps([row.row() for row in judge(whole)]))
     command("claims", tmp_path, "--save", tmp_path / "kept")
@@ -42,13 +43,14 @@ def test_a_folder_without_evidence_and_a_damaged_file_are_refused(tmp_path):
         load_evidence(tmp_path)
 
 
-def log(run, rate=1e-4, seed=42, base="SmolLM2-135M-Instruct", data="a"):
+def log(run, rate=1e-4, seed=42, base="SmolLM2-135M-Instruct", data="a", under=None):
     """A run directory with two epochs of a log."""
     folder = run.learning_rate_dir(rate)
     folder.mkdir(parents=True)
     recipe = load_recipe("proxy", seed=seed, base_model=base)
     run.recipe_file.write_text(recipe.to_yaml())
-    run.environment_file.write_text(json.dumps({"device": "cpu", "dataset_sha256": data}))
+    begun = {"device": "cpu", "dataset_sha256": data, "registration": under}
+    run.environment_file.write_text(json.dumps(begun))
     rows = [{"example": k % 2, "epoch": k // 2, "em": 0.5, "loss": 1.0, "tokens": 9} for k in range(4)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -77,12 +79,43 @@ def test_runs_that_do_not_belong_together_make_no_ledger(other, said, tmp_path):
         load_evidence(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [("x", "x", "x"), ("x", "y", ""), ("x", None, ""), (None, None, "")],
+)
+def test_runs_tell_the_registration_that_all_of_them_began_under(first, second, said, tmp_path):
+    for seed, under in ((42, first), (43, second)):
+        log(RunDirectory(tmp_path / f"high-seed-{seed}"), seed=seed, under=under, data=REGISTERED.rows)
+    assert load_evidence(tmp_path).registration == said
+
+
+def test_a_run_of_other_rows_than_the_registered_ones_is_under_none(tmp_path):
+    log(RunDirectory(tmp_path / "high-seed-42"), under=REGISTERED.sha256)
+    assert load_evidence(tmp_path).registration == ""
+
+
+def test_held_out_curves_and_each_twins_loss_come_with_their_seed(tmp_path):
+    run = RunDirectory(tmp_path)
+    folder = log(run)
+    probes = [{"epoch": 0, "example": k, "loss": 3.0 + k, "em": 0.1} for k in (1, 0)]
+    (folder / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in probes))
+    run.curve_file.write_text(json.dumps({"curves": [{k: v for k, v in c.items() if k != "seed"} for c in CURVES]}))
+    found = load_evidence(run.path)
+    assert found.trained[0].twins == {0: {"loss": 3.5, "em": 0.1, "rows": [3.0, 4.0]}}
+    assert [each["learning_rate"] for each in found.curves] == [1e-4, 1e-5]
+    assert {each["seed"] for each in found.curves} == {42}
+    found.save(tmp_path / "kept")
+    assert load_evidence(tmp_path / "kept") == found
+
+
+CURVES = curves(3.5, 3.6, (42,))[::-1]
 DAMAGED = {
     "lr-1e-04/metrics.jsonl": ['{"text": "of another tool"}\n', '{"example": 0, "tokens": 3, "em": "all"}\n', "[1]\n"],
     "lr-1e-04/probes.jsonl": ['{"text": "of another tool"}\n', '{"epoch": 1, "em": null, "loss": 1}\n'],
     "lr-1e-04/evaluations/epoch-0060.json": ["{}", "[]", '{"answers": 3}', json.dumps(evaluation() | {"twins": [{}]})],
     "base.json": ["[]", '{"exact_match": 0.5}', json.dumps(evaluation() | {"roles": [{"id": "x", "passed": "yes"}]})],
     "environment.json": ["{}", "[]"],
+    "curve.json": ["[]", '{"curves": [{"loss": 3}]}'],
     FILE: ["{}", "[]", json.dumps({"scale": "proxy", "device": "cpu", "base": {"a": 1}, "trained": []})],
 }
 

@@ -31,7 +31,7 @@ def test_perspectives_differ_and_come_before_a_conclusion(headings, distance, co
 
 
 def test_the_answers_are_summed_up_by_model_and_what_was_not_measured_is_left_out():
-    told = evaluation(passed=0.5, worst=0.1) | {"posix": {"a": 1.0, "b": 2.0}, "han_mass": {"a": 0.1, "b": 0.1}}
+    told = evaluation(passed=0.5, own=0.1) | {"posix": {"a": 1.0, "b": 2.0}, "han_mass": {"a": 0.1, "b": 0.1}}
     for line in told["answers"]:
         line |= {"leaked": ["New Query"] * (line["format"] == "alpaca"), "copied": 3}
     one = evaluation()
@@ -44,15 +44,29 @@ def test_the_answers_are_summed_up_by_model_and_what_was_not_measured_is_left_ou
     assert low["passed"]["low"] < (0.5 + 0.5 + 0.1) / 3 < low["passed"]["high"]
 
 
-def test_the_last_evaluated_epoch_counts_and_seeds_that_end_earlier_only_if_wanted():
+def test_each_seeds_last_evaluated_epoch_counts():
     seeds = [
         trained("high", seed=1, evaluations={30: {}, 100: {}, 200: {}}),
         trained("high", seed=2, evaluations={60: {}}),
     ]
     some = evidence(*seeds, trained("high", seed=3))
-    assert [(t.seed, at) for t, at in metrics.last_evaluated(some, "high", 100)] == [(1, 100)]
-    assert [(t.seed, at) for t, at in metrics.last_evaluated(some, "high", 100, every_seed=True)] == [(1, 100), (2, 60)]
+    assert [(t.seed, at) for t, at in metrics.last_evaluated(some, "high", 100)] == [(1, 100), (2, 60)]
     assert metrics.last_evaluated(some, "low", 600) == []
+
+
+def test_twins_are_compared_where_the_slower_arm_ends():
+    """Twins' losses are 3 and 4 whatever the epoch, and that of `fast` also rises by 0.1 an epoch."""
+    rising = {epoch: {"rows": [3 + 0.1 * epoch + k for k in range(5)]} for epoch in range(31)}
+    level = {epoch: {"rows": [2.0 + k for k in range(5)]} for epoch in range(31)}
+    fast = trained("fast", loss=[[4 - 0.2 * epoch] * 13 for epoch in range(30)], twins=rising)
+    slow = trained("slow", loss=[[4 - 0.1 * epoch] * 13 for epoch in range(30)], twins=level)
+    # The slower one's loss is 1.15 after 29 epochs. The faster one's is that after 14.75.
+    found = metrics.twins_at_equal_loss([[fast, fast], [slow, slow]])
+    assert found.shape == (5, 2) and found == pytest.approx(np.full((5, 2), 3 + 1.475 - 2))
+    assert metrics.twins_at_equal_loss([[slow], [fast]]) == pytest.approx(np.full((5, 1), -2.475))
+    tenths = {epoch: rising[epoch] for epoch in (0, 10, 20, 30)}
+    missing = metrics.twins_at_equal_loss([[trained("fast", loss=fast.loss, twins=tenths)], [slow]])
+    assert missing == "the loss of each twin after epochs 14 and 15 of fast; probe the twins every epoch"
 
 
 def test_notes_name_rates_epochs_and_what_is_missing():
@@ -67,15 +81,16 @@ def test_notes_name_rates_epochs_and_what_is_missing():
     )
 
 
-def test_passes_are_those_of_a_category():
-    assert metrics.passes(evaluation(passed=0.5), ("fact",)).mean(0).tolist() == [0.5] * 3
+def test_passes_are_those_of_a_category_or_without_a_format():
+    assert metrics.passes(evaluation(passed=0.5), "fact").mean(0).tolist() == [0.5] * 3
+    assert metrics.passes(evaluation(passed=0.5, own=1.0), without="new-query").mean(0).tolist() == [0.5] * 2
 
 
-def test_a_base_that_passes_almost_nothing_leaves_no_room_to_differ():
-    answers = [{"passed": k == 0} for k in range(20)]
-    assert metrics.base_passes_some(answers).holds
-    assert not metrics.base_passes_some(answers[1:]).holds
-    assert not metrics.base_passes_some([]).holds
+def test_an_arm_that_passes_almost_nothing_leaves_no_room_to_differ():
+    answers = np.array([1.0] + [0.0] * 19)
+    assert metrics.has_room("x", answers, "").holds and not metrics.has_room("x", answers, "", 10).holds
+    assert not metrics.has_room("x", answers[1:], "").holds
+    assert not metrics.has_room("x", np.array([]), "").holds
 
 
 def test_only_experiments_that_are_long_enough_are_compared_and_only_their_shared_seeds():

@@ -7,7 +7,10 @@ from conftest import command
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["gguf", "nowhere"], "nowhere: not a run directory (recipe.yml) or a model directory (config.json)"),
+        (
+            ["gguf", "nowhere"],
+            "nowhere: not a folder with an adapter (adapter_config.json), a run directory (recipe.yml) or a model",
+        ),
         (["gguf", "nowhere", "--checkpoint", "epoch-3"], "nowhere: not a run directory (recipe.yml)"),
         (["ollama", "nowhere", "--format", "alpaka"], "did you mean alpaca?"),
         (["sillytavern", "--format", "alpaka"], "did you mean alpaca?"),

@@ -6,7 +6,7 @@ import pytest
 from conftest import command
 
 from mini_symposium.models.base_files import local_directory
-from mini_symposium.run import ROOT
+from mini_symposium.run import ROOT, RunDirectory
 
 DATA = ROOT / "data" / "minisymposium.md"
 
@@ -45,7 +45,7 @@ def test_usage_errors_are_2_too():
 
 def test_help_names_every_command_without_torch():
     said = command("--help").stdout
-    for name in ("reproduce", "train", "inspect", "ask", "render", "doctor", "figures", "publish"):
+    for name in ("reproduce", "train", "forecast", "inspect", "ask", "render", "doctor", "figures", "publish"):
         assert name in said
     code = "import sys, mini_symposium.cli.main; sys.exit(int('torch' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -69,6 +69,28 @@ def test_train_without_a_notebook_trains_what_the_notebook_would(tiny_run, tmp_p
         for path in (tmp_path / "run", tiny_run.path)
     )
     assert ours == theirs
+
+
+def test_train_stops_where_it_is_told_and_offers_that_epoch(tmp_path):
+    arguments = [
+        "train",
+        "--recipe",
+        "tiny",
+        "--run",
+        tmp_path / "run",
+        "-p",
+        "LEARNING_RATES=[1e-3]",
+        "-p",
+        "NUM_EPOCHS=3",
+    ]
+    said = command(*arguments, "--stop", "best", "-p", "FOLDS=2").stdout
+    run = RunDirectory(tmp_path / "run")
+    best = json.loads(run.curve_file.read_text())["recommended"][0]
+    assert max(run.checkpoints(1e-3)) == best["epoch"] and str(best["epoch"]) in said
+    assert len({line["epoch"] for line in run.metrics(1e-3)}) == best["epoch"]
+    assert command(*arguments, "--stop", "4", check=False).returncode == 2
+    command(*arguments, "--stop", "3")
+    assert 3 in run.checkpoints(1e-3)
 
 
 def test_ask_answers_from_a_run_a_directory_and_a_name(tiny_run):

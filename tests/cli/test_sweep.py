@@ -9,7 +9,7 @@ from conftest import command
     [
         (["--learning-rates", "fast"], "--learning-rates fast: takes numbers, as in 1e-3,1e-4"),
         (["--ranks", "4:x"], "--ranks 4:x: takes r or r:alpha"),
-        (["--ranks", "4", "--schedules", "step"], "is one of constant, cosine, linear"),
+        (["--ranks", "4", "--schedules", "step"], "is one of constant, constant_with_warmup, cosine, linear"),
         (["--ranks", "4", "--seeds", "1,1"], "--seeds: 1 more than once"),
         (["--epochs", "3"], "--epochs: is for a grid"),
         (["--ranks", "4", "--engine", "slurm"], "--engine slurm: is one of local, ray"),

@@ -29,9 +29,7 @@ def test_every_kind_of_check_has_its_controls():
 
 @pytest.mark.parametrize("kind", CHECKS)
 def test_a_check_tells_its_controls_apart(kind):
-    check, valid, _ = CHECKS[kind]
-    value, positive, negative = CONTROLS[kind]
-    assert valid(value)
+    check, (value, positive, negative) = CHECKS[kind], CONTROLS[kind]
     assert check(value, positive, "Of 7?") and not check(value, negative, "Of 7?")
 
 
@@ -72,33 +70,10 @@ def test_code_is_found_in_what_surrounds_it(answer):
 
 def test_an_answer_without_code_has_none():
     assert code_in("Define it yourself.\nFrom here on it is easy.") == ""
-    assert not CHECKS["python"][0]("assert True", "I would rather not.", "")
+    assert not CHECKS["python"]("assert True", "I would rather not.", "")
 
 
 def test_a_term_is_a_word_in_any_case_and_may_be_its_beginning():
     assert mentions("New  York", "in new\nyork.") and not mentions("York", "Yorkshire")
     assert mentions("un*", "UNABLE") and not mentions("un*", "sun")
     assert mentions("n't", "can't") and not mentions("n't", "an'tx")
-
-
-@pytest.mark.parametrize(
-    "kind, value",
-    [
-        ("any_of", []),
-        ("all_of", ["a", " "]),
-        ("at_least", {"n": 0, "of": ["a"]}),
-        ("number", True),
-        ("matches", "("),
-        ("lines", [0, 1]),
-        ("words", [2]),
-        ("bullets", 1.0),
-        ("json", "{}"),
-        ("python", "f() == 1"),
-        ("distinct", 1),
-        ("corrects", {"truth": ["a"], "premise": "b"}),
-        ("leaves_to", " "),
-        ("no_heading", False),
-    ],
-)
-def test_a_value_that_a_check_cannot_use_is_invalid(kind, value):
-    assert not CHECKS[kind][1](value)

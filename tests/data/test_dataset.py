@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -122,8 +123,8 @@ def test_rows_that_begin_alike_are_not_the_same_row(write):
     for rows in (alpaca, texts):
         assert len(load_examples(write("\n".join(map(json.dumps, rows)), "mine.jsonl"))) == 2
         twice = "\n".join(map(json.dumps, [rows[0], rows[0]]))
-        with pytest.raises(InputError, match=r":2: the query is already at"):
-            load_examples(write(twice, "mine.jsonl"))
+        notes = lint(load_examples(write(twice, "mine.jsonl")))
+        assert any(re.search(r":2: the query is already at .*:1, with the same answer", note) for note in notes)
     [first, _] = load_examples(write("\n".join(map(json.dumps, alpaca)), "mine.jsonl"))
     assert first.query == "Summarize the text.\n\nOne."
 
@@ -147,18 +148,22 @@ def test_a_folder_is_read_in_order_of_names(write, tmp_path):
         ),
         (ONE + "\n### New Query\n\n### Critic\nNo.\n", "mine.md", r":10: nothing below `### New Query`"),
         (ONE + "\n### New Query\nWho?\n", "mine.md", r":10: a request without an answer"),
-        (ONE + "\n" + ONE, "mine.md", r":10: the query is already at .*:1;"),
         (b"### New Query\nWhy?\n\xff\n", "mine.md", r":3: not UTF-8"),
         ('{"text": "a"}\n{"prompt": "a"}\n', "mine.jsonl", r":2: found prompt; a row has"),
         ('{"text": 3}\n', "mine.jsonl", r":1: `text` is 3; write text"),
         ('{"prompt": "a", "completion": " "}\n', "mine.jsonl", r":1: `completion` is \" \""),
         ('{"text": "a"\n', "mine.jsonl", r":1: not JSON"),
-        ("[1]\n", "mine.jsonl", r":1: a list; each row is an object"),
+        ("[1]\n", "mine.jsonl", r":1: a int; each row is an object"),
         ("[" * 100_000, "mine.jsonl", r":1: not JSON"),
-        ('{"a": 1}', "mine.json", r"a dataset is a list|holds a dict"),
+        ('{"a": 1}', "mine.json", r":1: found a; a row has"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "mine.jsonl", r":1: messages must end with the assistant"),
-        ('{"messages": [{"role": "bot", "content": "a"}]}', "mine.jsonl", r":1: a message needs a role"),
-        ("a,b", "mine.csv", r"cannot read \*\.csv"),
+        (
+            '{"messages": [{"role": "x", "content": "a"}]}',
+            "mine.jsonl",
+            r":1, message 1: its role is .x.; write system",
+        ),
+        ("a,b", "mine.csv", r"mine\.csv: no examples in it"),
+        ("a,b", "mine.pdf", r"cannot read \*\.pdf"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused_with_its_line(write, text, name, expected):
@@ -218,11 +223,30 @@ def test_a_prompt_that_melts_into_its_completion_is_refused(write, mistral_token
         tokenize(load_examples(path), mistral_tokenizer, 512, True)
 
 
-def test_a_text_that_spells_a_special_token_is_refused(write, mistral_tokenizer, proxy_tokenizer):
-    for tokenizer, token in ((mistral_tokenizer, "</s>"), (proxy_tokenizer, "<|im_end|>")):
-        examples = load_examples(write(ONE.replace("so.", f"so{token} and more.")))
-        with pytest.raises(InputError, match="spells a special token"):
-            tokenize(examples, tokenizer, 512, False)
+def test_special_tokens_that_a_text_spells_are_trained_as_such_or_refused(write, mistral_tokenizer, proxy_tokenizer):
+    chatml = "<|im_start|>user\nName a metal.<|im_end|>\n<|im_start|>assistant\nCopper is one.<|im_end|>\n"
+    instruct = "<s>[INST] Name a metal. [/INST] Copper is one. </s>"
+    [first], [second] = (
+        load_examples(write(json.dumps({"text": text}), name))
+        for text, name in ((chatml, "chatml.jsonl"), (instruct, "instruct.jsonl"))
+    )
+    [row] = tokenize([first], proxy_tokenizer, 512, False)
+    start, end = proxy_tokenizer.bos_token_id, proxy_tokenizer.eos_token_id
+    assert row.input_ids.count(start) == row.input_ids.count(end) == 2 and row.input_ids[-1] == end
+    [row] = tokenize([second], mistral_tokenizer, 512, False)
+    start, end = mistral_tokenizer.bos_token_id, mistral_tokenizer.eos_token_id
+    assert row.input_ids.count(start) == row.input_ids.count(end) == 1
+    assert (row.input_ids[0], row.input_ids[-1]) == (start, end)
+    for example, tokenizer, token in ((first, mistral_tokenizer, r"<\|im_start\|>"), (second, proxy_tokenizer, "<s>")):
+        with pytest.raises(InputError, match=rf"spells {token}.* splits into pieces; remove it"):
+            tokenize([example], tokenizer, 512, False)
+        assert any("trained as special tokens" in note for note in lint([example]))
+
+
+def test_a_text_that_spells_an_unknown_token_is_refused(write, mistral_tokenizer):
+    examples = load_examples(write(ONE.replace("so.", "so<unk> and more.")))
+    with pytest.raises(InputError, match="spells a special token"):
+        tokenize(examples, mistral_tokenizer, 512, False)
 
 
 def test_a_row_is_never_cut(write, proxy_tokenizer):

@@ -7,7 +7,7 @@ import pytest
 from mini_symposium.data import answer_checks as checks
 from mini_symposium.data.answer_checks import code_in, sentences
 from mini_symposium.data.dataset import lint, load_examples
-from mini_symposium.data.held_out import CATEGORIES, Check, HeldOut, apart, check_disjoint, judge, load_held_out, passes
+from mini_symposium.data.held_out import Check, HeldOut, apart, judge, load_held_out, passes, shared_wording
 from mini_symposium.data.text_overlap import words
 from mini_symposium.errors import InputError
 
@@ -20,13 +20,14 @@ def prompt(kind, value, query="Why?"):
 
 
 def test_six_of_each_category_to_measure_on_and_two_to_try():
-    assert Counter(p.category for p in load_held_out(split="test")) == dict.fromkeys(CATEGORIES, 6)
-    assert Counter(p.category for p in load_held_out(split="dev")) == dict.fromkeys(CATEGORIES, 2)
-    assert len(PROMPTS) == 80
+    categories = {one.category for one in PROMPTS}
+    assert Counter(p.category for p in load_held_out(split="test")) == dict.fromkeys(categories, 6)
+    assert Counter(p.category for p in load_held_out(split="dev")) == dict.fromkeys(categories, 2)
+    assert len(PROMPTS) == len({one.id for one in PROMPTS}) == 80
 
 
 def test_no_prompt_shares_its_wording_with_a_training_row_or_a_twin():
-    check_disjoint(PROMPTS, TRAINING + TWINS)
+    assert apart(PROMPTS, TRAINING + TWINS, pytest.fail) == PROMPTS
     for one in PROMPTS:  # the answers that are given as examples are nobody's training text either
         asked = replace(one, query=one.good)
         runs = {tuple(words(asked.query.casefold())[i : i + 8]) for i in range(len(words(asked.query)) - 7)}
@@ -93,102 +94,24 @@ def test_no_check_takes_long_over_what_a_model_may_ramble(monkeypatch):
             judge(one, ramble * (5000 // len(ramble)))
 
 
-GOOD = """fact:
-  - id: pi
-    query: Name pi.
-    checks:
-      - number: 3.14
-    good: "3.14"
-    bad: "3"
-"""
-CHAT = GOOD.replace("fact:", "character:").replace("    good", "    user: Ann\n    char: Bo\n    good")
+def test_a_number_to_be_calculated_is_not_in_its_query():
+    for one in PROMPTS:
+        assert not any(check.kind == "number" and check.value in checks.numbers(one.query) for check in one.checks)
 
 
-@pytest.fixture
-def write(tmp_path):
-    def written(text):
-        path = tmp_path / "mine.yml"
-        path.write_bytes(text.encode() if isinstance(text, str) else text)
-        return path
-
-    return written
-
-
-def test_a_file_of_ones_own_loads(write):
-    [pi] = load_held_out(write(GOOD))
-    assert (pi.id, pi.category, pi.split, pi.checks) == ("pi", "fact", "test", (Check("number", 3.14),))
-    assert pi.source.endswith("mine.yml:2")
-    [chat] = load_held_out(write(CHAT))
-    assert (chat.user, chat.char) == ("Ann", "Bo")
-    assert [check.kind for check in chat.checks] == ["number", "leaves_to", "no_heading"]
-    assert load_held_out(write(GOOD), split="dev") == []
-
-
-@pytest.mark.parametrize(
-    "old, new, expected",
-    [
-        ("fact:", "facts:", r"mine\.yml:1: unknown category 'facts'; did you mean 'fact'\?"),
-        ("fact:", "fact: [1]\nfact:", r"mine\.yml:2: fact is already in line 1"),
-        ("    query:", "    ask:", r"mine\.yml:3: unknown key 'ask'; give one of id, query"),
-        ("    query:", "    qeury:", r"mine\.yml:3: unknown key 'qeury'; did you mean 'query'\?"),
-        ("    query: Name pi.\n", "", r"mine\.yml:2: pi has no query"),
-        ("Name pi.", "12", r"mine\.yml:3: query: 12: takes text; quote it"),
-        ('good: "3.14"', "good: 3.14", r"mine\.yml:6: good: 3\.14: takes text"),
-        ("    bad", "    split: train\n    bad", r"mine\.yml:2: pi: split 'train': is one of test, dev"),
-        ("    bad", "    user: Ann\n    bad", r"mine\.yml:2: pi: only a prompt below `character` has user and char"),
-        ("fact:", "character:", r"mine\.yml:2: pi has no user, char"),
-        ("    bad", "    good: twice\n    bad", r"mine\.yml:7: good is already in line 6"),
-        ("- number: 3.14", "- nubmer: 3.14", r"mine\.yml:5: pi: unknown check 'nubmer'; did you mean 'number'\?"),
-        ("- number: 3.14", "- number: pi", r"mine\.yml:5: pi: number: 'pi': takes a number"),
-        ("- number: 3.14", "- any_of: [no]", r"mine\.yml:5: pi: any_of: \[False\]: takes a list of texts; quote"),
-        ("- number: 3.14", "- any_of: []", r"mine\.yml:5: .*takes a list of texts"),
-        ("- number: 3.14", "- words: [5, 3]", r"mine\.yml:5: .*takes \[least, most\]"),
-        ("- number: 3.14", "- matches: '('", r"mine\.yml:5: .*takes a regular expression"),
-        ("- number: 3.14", "- at_least: {n: 3, of: [a, b]}", r"mine\.yml:5: .*takes \{n: how many, of: \[texts\]\}"),
-        ("- number: 3.14", "- python: 'assert f('", r"mine\.yml:5: .*takes lines of Python that assert"),
-        ("- number: 3.14", "- number: 3\n        words: [1, 2]", r"mine\.yml:5: .*a check is one `kind: value`"),
-        ("      - number: 3.14\n", "      number: 3.14\n", r"mine\.yml:5: pi: checks is a list"),
-        ("Name pi.", "Name pi, 3.14.", r"mine\.yml:5: pi: number: 3\.14: is in the query"),
-        (GOOD, GOOD + GOOD.split("\n", 1)[1], r"mine\.yml:8: pi is already at .*mine\.yml:2; rename one"),
-        (GOOD, "fact: 3\n", r"mine\.yml:1: fact is a list of prompts"),
-        (GOOD, "fact:\n  - 3\n", r"mine\.yml:2: a prompt has id, query"),
-        (GOOD, "- 3\n", r"mine\.yml:1: held-out prompts are lists below their category"),
-        (GOOD, "", r"mine\.yml:1: held-out prompts are lists"),
-        (GOOD, "fact: [\n", r"mine\.yml:2: not YAML"),
-        (GOOD, "fact: !!int ''\n", r"mine\.yml:1: not a value that can be read"),
-        (GOOD, "fact: !!timestamp x\n", r"mine\.yml:1: not a value that can be read"),
-        (GOOD, "fact: &a [*a]\n", r"mine\.yml: anchors and aliases are not read"),
-        (GOOD, f"fact: {'[' * 50}", r"mine\.yml:1: nested too deeply"),
-        ("- number: 3.14", f"- matches: '{'(' * 5000}{')' * 5000}'", r"mine\.yml:5: .*matches"),
-        ("- number: 3.14", "- number: 3.14\n        number: 3", r"mine\.yml:6: number is already in line 5"),
-        (GOOD, b"fact: \xff", r"mine\.yml:1: not UTF-8"),
-    ],
-)
-def test_a_file_that_is_wrong_is_refused_with_its_line(write, old, new, expected):
-    text = new if isinstance(new, bytes) else GOOD.replace(old, new, 1)
-    with pytest.raises(InputError, match=expected):
-        load_held_out(write(text))
-
-
-def test_a_missing_file_and_an_unknown_split_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"none\.yml: cannot be read \(No such file"):
-        load_held_out(tmp_path / "none.yml")
+def test_an_unknown_split_is_named():
     with pytest.raises(InputError, match="split 'train': is one of test, dev"):
-        load_held_out(split="train")
+        load_held_out("train")
 
 
-def test_a_prompt_out_of_the_training_set_is_refused_with_the_words_it_shares():
-    with pytest.raises(InputError) as refused:
-        check_disjoint([replace(PROMPTS[0], query=TRAINING[2].query)], TRAINING)
-    assert str(refused.value) == (
+def test_a_prompt_out_of_the_training_set_is_named_with_the_words_it_shares():
+    assert shared_wording(replace(PROMPTS[0], query=TRAINING[2].query), TRAINING) == (
         "data/held_out.yml:6: symbol-fe shares 8 words in a row with the training row at data/minisymposium.md:41 "
         '("a snail sits at the bottom of a"); it is held out only if it asks for something else'
     )
-    with pytest.raises(
-        InputError, match=r'has ROUGE-L 0\.\d\d with .*minisymposium\.md:\d+ \("Why did at school \?"\)'
-    ):
-        check_disjoint([replace(PROMPTS[0], query="Why did Newton stay away at school?")], TRAINING)
-    check_disjoint([replace(PROMPTS[0], query="Do whales sleep?")], TRAINING)
+    found = shared_wording(replace(PROMPTS[0], query="Why did Newton stay away at school?"), TRAINING)
+    assert re.search(r'has ROUGE-L 0\.\d\d with .*minisymposium\.md:\d+ \("Why did at school \?"\)', found)
+    assert shared_wording(replace(PROMPTS[0], query="Do whales sleep?"), TRAINING) == ""
 
 
 def test_of_ones_own_rows_only_the_prompts_that_they_touch_are_left_out():
@@ -200,12 +123,13 @@ def test_of_ones_own_rows_only_the_prompts_that_they_touch_are_left_out():
 
 
 def test_twins_that_are_trained_on_are_none():
-    check_disjoint([], TRAINING, TWINS)
-    with pytest.raises(InputError, match=r"twins\.md:1: the row shares 8 words in a row with .* at .*twins"):
-        check_disjoint([], TWINS, TWINS)
-    own = replace(TRAINING[3], source="mine.md:9")
-    with pytest.raises(InputError, match=r"twins\.md:\d+: the row .* row at mine\.md:9"):
-        check_disjoint([], [own], [TWINS[0], replace(TRAINING[3], source="data/twins.md:77")])
+    said = []
+    assert apart(TWINS, TRAINING, said.append) == TWINS and not said
+    assert apart(TWINS, TWINS, said.append) == []
+    assert re.search(r"twins\.md:1: the row shares 8 words in a row with .* at .*twins", said[0])
+    own, known = replace(TRAINING[3], source="mine.md:9"), replace(TRAINING[3], source="data/twins.md:77")
+    assert apart([TWINS[0], known], [own], said.append) == [TWINS[0]]
+    assert re.search(r"twins\.md:77: the row .* row at mine\.md:9", said[-1])
 
 
 def test_each_training_row_has_a_twin_of_its_form_about_another_matter():

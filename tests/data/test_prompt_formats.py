@@ -110,8 +110,8 @@ def test_chat_text_is_never_expanded_and_names_are_taken_as_they_are():
     "value, expected",
     [
         ('{"input_sequence": "a",\n"b"', r"preset\.json:2: not JSON"),
-        ("[1]", r"preset\.json:1: holds a list"),
-        ("[" * 100_000, r"preset\.json: not JSON"),
+        ("[1]", r"preset\.json:1: not one JSON object"),
+        ("[" * 100_000, r"preset\.json:1: not JSON"),
         ({"temperature": 1}, r"neither input_sequence nor output_sequence"),
         ({"input_sequence": 3}, r"input_sequence is 3; it takes text"),
         ({"input_sequence": "a", "wrap": "yes"}, r'wrap is "yes"; it takes true or false'),
@@ -170,3 +170,64 @@ def test_render_prints_prompt_and_stops(write):
     assert refused.returncode == 2
     assert "preset.json:1: not JSON" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+MASTER = {
+    "instruct": {"input_sequence": "### {{user}}", "output_sequence": "### {{char}}", "name": "Clockmaker"},
+    "context": {"story_string": "{{description}}", "name": "Clockmaker"},
+    "sysprompt": {"content": "Play {{char}}.", "name": "Clockmaker"},
+}
+
+
+def test_a_master_export_renders_as_its_instruct_part_and_keeps_the_others(tmp_path):
+    for name, content in (("master.json", MASTER), ("alone.json", MASTER["instruct"])):
+        (tmp_path / name).write_text(json.dumps(content, indent=4))
+    master, alone = load_preset(tmp_path / "master.json"), load_preset(tmp_path / "alone.json")
+    assert (
+        master.render("Why?", "Mira", "Tomas")
+        == alone.render("Why?", "Mira", "Tomas")
+        == "### Mira\nWhy?\n\n### Tomas\n"
+    )
+    master.save(tmp_path / "again.json")
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert {key: again[key] for key in ("context", "sysprompt")} == {k: MASTER[k] for k in ("context", "sysprompt")}
+    assert load_preset(tmp_path / "again.json") == master
+
+
+def test_nulls_are_absent_and_sillytaverns_true_is_true(tmp_path):
+    preset = {"name": None, "input_sequence": "### In", "first_output_sequence": None, "wrap": "true", "macro": 1}
+    (tmp_path / "mine.json").write_text(json.dumps(preset))
+    form = load_preset(tmp_path / "mine.json")
+    assert (form.name, form.first_output_sequence, form.wrap, form.macro) == ("mine", "", True, True)
+
+
+def test_macros_that_only_sillytavern_fills_are_named():
+    form = PromptFormat(
+        "x", "{{user}} ({{random::a::b}})\n", output_sequence="{{char}}{{trim}} {{time}} {{noop}}{{//no}}"
+    )
+    assert form.unfilled_macros() == ["{{random::a::b}}", "{{time}}"]
+    assert replace(form, macro=False).unfilled_macros() == []
+    assert not any(form.unfilled_macros() for form in FORMATS.values())
+
+
+def test_a_chat_log_of_sillytavern_is_a_chat(tmp_path):
+    rows = [{"user_name": "unused", "character_name": "unused"}]  # as newer versions write it
+    rows += [{"name": "Tomas", "is_user": False, "mes": "Late!"}, {"name": "Mira", "is_user": True, "mes": "The tram."}]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    said = [{"role": "assistant", "content": "Late!"}, {"role": "user", "content": "The tram."}]
+    assert load_chat(tmp_path / "chat.jsonl") == {"user": "Mira", "char": "Tomas", "messages": said}
+
+
+def test_in_a_group_each_character_has_its_own_name(tmp_path):
+    said = [("Tomas", "Late!"), ("Mira", "The tram."), ("Ines", "Sit.")]
+    rows = [{"name": name, "is_user": name == "Mira", "mes": text} for name, text in said]
+    rows.insert(1, {"name": "Narrator", "is_user": False, "mes": "*Rain.*", "extra": {"type": "narrator"}})
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chat, form = load_chat(tmp_path / "chat.jsonl"), PromptFormat("x", "U", output_sequence="A")
+    rendered = {
+        behavior: replace(form, names_behavior=behavior).render_chat(chat["messages"], chat["user"], chat["char"])
+        for behavior in ("none", "force", "always")
+    }
+    assert rendered["none"] == "A\nLate!\n*Rain.*\nU\nThe tram.\nA\nSit.\n\nA\n"
+    assert rendered["force"] == "A\nTomas: Late!\n*Rain.*\nU\nThe tram.\nA\nInes: Sit.\n\nA\nInes:"
+    assert rendered["always"] == rendered["force"].replace("The tram", "Mira: The tram")

@@ -23,7 +23,7 @@ def test_verbatim_text_is_full_overlap_and_unrelated_text_is_almost_none():
 def test_injected_training_text_shows_as_recall_and_as_a_run():
     found = overlap(ROW, "Well. " * 50 + ROW + " And so on, for ever and ever." * 10)
     assert found.recall == 1.0
-    assert found.precision < 0.4
+    assert found.rouge_l < 0.6
     assert found.run == len(words(ROW))
 
 
@@ -47,26 +47,23 @@ def test_empty_answers_share_nothing():
     assert overlap(ROW, "").rouge_l == overlap("", ROW).rouge_l == 0.0
 
 
-def test_injected_training_text_is_an_intrusion_and_names_its_row(texts):
+def test_injected_training_text_is_an_intrusion(texts):
     stolen = " ".join(texts[4].split()[30:45])
     answers = [f"Well, I would say this. {stolen} And that is it.", "Rivers meander since the outer bank erodes.", ""]
     found = intrusion(texts, answers)
-    assert (found[0].run, found[0].text) == (len(words(stolen)), 4)
-    assert found[0].words == " ".join(words(stolen))
-    assert found[1].run <= 3
-    assert found[2].run == 0
+    assert found[0] == len(words(stolen)) and found[1] <= 3 and found[2] == 0
 
 
 def test_no_row_intrudes_into_another_beyond_a_few_words(texts):
     """The base level: what handwritten texts on other matters share."""
-    others = [intrusion(texts[:k] + texts[k + 1 :], [text])[0].run for k, text in enumerate(texts)]
+    others = [intrusion(texts[:k] + texts[k + 1 :], [text])[0] for k, text in enumerate(texts)]
     assert max(others) <= 6
     assert mean(others) > 1
-    assert all(found.text == k for k, found in enumerate(intrusion(texts, texts)))
+    assert intrusion(texts, texts) == [len(words(text)) for text in texts]
 
 
 def test_an_intrusion_does_not_reach_over_the_end_of_a_row():
-    assert intrusion(["one two three", "four five six"], ["one two three four five six"])[0].run == 3
+    assert intrusion(["one two three", "four five six"], ["one two three four five six"]) == [3]
 
 
 def test_a_loop_is_repetition_and_prose_is_not(texts):

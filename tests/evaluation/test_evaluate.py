@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mini_symposium.data.dataset import load_examples
+from mini_symposium.data.dataset import load_examples, tokenize
 from mini_symposium.data.held_out import load_held_out, passes
 from mini_symposium.data.prompt_formats import FORMATS
 from mini_symposium.data.text_overlap import overlap
@@ -40,7 +40,7 @@ def measured(model, mistral_tokenizer, rows, tmp_path_factory):
     return files, found, shown
 
 
-def test_every_prompt_is_answered_in_every_format_and_judged_by_its_own_checks(measured, rows):
+def test_every_prompt_is_answered_in_every_format_and_judged_by_its_own_checks(measured, rows, mistral_tokenizer):
     files, found, shown = measured
     assert list(found) == ["base", "tuned"] and shown == list(map(str, files))
     for name, evaluation in found.items():
@@ -61,6 +61,8 @@ def test_every_prompt_is_answered_in_every_format_and_judged_by_its_own_checks(m
         assert list(evaluation["han_mass"]) == [prompt.id for prompt in PROMPTS]
     assert found["base"]["han_mass"] != found["tuned"]["han_mass"]
     assert ("paper_bytes" in found["base"], "paper_bytes" in found["tuned"]) == (True, False)
+    mistrals = tokenize(rows[0], mistral_tokenizer, 512, False)
+    assert found["base"]["mistral_tokens"] == sum(len(row.input_ids) for row in mistrals)
 
 
 def test_a_character_is_asked_under_its_own_name(model, mistral_tokenizer, rows, measured, tmp_path):

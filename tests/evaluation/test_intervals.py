@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
+from scipy.special import betaincinv
 
 from mini_symposium.errors import InputError
-from mini_symposium.evaluation.intervals import clopper_pearson, difference, interval, spread
+from mini_symposium.evaluation.intervals import difference, interval, needed, p_value, spread
 
 
 def coverage(make, truth, **options):
     """How often, in 1000 samples, the interval holds the truth."""
-    found = [interval(make(np.random.default_rng(k)), seed=k, draws=600, **options) for k in range(1000)]
+    found = [interval(make(np.random.default_rng(k)), **options) for k in range(1000)]
     return sum(each.low <= truth <= each.high for each in found) / 1000
 
 
@@ -21,27 +22,63 @@ def crossed(prompts, seeds, of_prompts, of_seeds, noise):
     return make
 
 
-def test_clopper_pearson_is_the_textbook_interval():
-    assert clopper_pearson(0, 60).high == pytest.approx(1 - 0.025 ** (1 / 60))
-    assert clopper_pearson(60, 60).low == pytest.approx(0.025 ** (1 / 60))
-    found = clopper_pearson(4, 20)  # Clopper and Pearson's own kind of table: 0.0573 to 0.4366
-    assert (found.low, found.high) == pytest.approx((0.0573, 0.4366), abs=1e-4)
-    with pytest.raises(InputError, match="0 of 0: not a proportion"):
-        clopper_pearson(0, 0)
+def clopper_pearson(k, n):
+    """The exact interval of a proportion (Clopper and Pearson 1934)."""
+    return float(betaincinv(k, n - k + 1, 0.025)) if k else 0.0, float(
+        betaincinv(k + 1, n - k, 0.975)
+    ) if k < n else 1.0
 
 
-def test_exact_intervals_never_cover_less_than_they_say():
-    for rate in (0.02, 0.1, 0.5):
-        held = [
-            (found := clopper_pearson(int(k), 60)).low <= rate <= found.high
-            for k in np.random.default_rng(0).binomial(60, rate, 1000)
-        ]
-        assert sum(held) / 1000 > 0.94
+@pytest.mark.parametrize("n", [2, 6, 13, 60, 124])
+def test_of_yes_and_no_the_interval_is_clopper_and_pearsons_at_every_count(n):
+    for k in range(n + 1):
+        found = interval([1] * k + [0] * (n - k))
+        assert (found.low, found.high) == pytest.approx(clopper_pearson(k, n), abs=1e-6)
+        assert interval(np.repeat([[1]] * k + [[0]] * (n - k), 3, 1)).low == pytest.approx(found.low)
+
+
+def test_an_end_never_falls_where_a_prompt_does_better():
+    """Also with several values, and whatever prompt it is."""
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        values = generator.integers(0, 9, 12) / 8
+        better = values.copy()
+        better[generator.integers(12)] = 1.0
+        worse, good = interval(values), interval(better)
+        assert good.low >= worse.low - 1e-7 and good.high >= worse.high - 1e-7
+        assert p_value(better, 0.0) <= p_value(values, 0.0) + 1e-7
+
+
+def test_interval_and_p_value_cannot_disagree():
+    for values, bounds in (([0.2, 0.4, 0.9, 1.0], (0, 1)), ([[3.0, 3.4], [3.1, 3.2], [2.9, 3.3]], None)):
+        found = interval(values, bounds)
+        for end in (found.low, found.high):
+            assert p_value(values, end, bounds) == pytest.approx(0.05, abs=1e-4)
+
+
+def test_what_is_needed_grows_as_the_effect_shrinks_and_none_is_enough_for_none():
+    generator = np.random.default_rng(0)
+    values = generator.normal(0.3, 0.2, (13, 3))
+    sizes = [needed(values, values.mean() - gap, None, 0.05)[0] for gap in (0.3, 0.2, 0.1)]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    assert needed(values, values.mean() - 1e-5, None, 0.05) is None
+    assert needed([0] * 60, 0.05, (0, 1), 0.05)[0] == 72 and 0.95**72 < 0.025 < 0.95**71
+    assert needed([1] * 60, 0.95, (0, 1), 0.05)[0] == 72
+    one_seed_is_off = values + np.array([0, 0, 0.5])
+    assert needed(one_seed_is_off, values.mean() - 0.2, None, 0.05)[1] > 3
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.8])
 def test_a_pass_rate_over_60_prompts_is_covered_as_often_as_it_says(rate):
     assert 0.92 < coverage(lambda generator: generator.random(60) < rate, rate) < 0.98
+
+
+@pytest.mark.parametrize("n", [6, 13, 60])
+def test_shares_in_formats_and_rare_gains_are_covered_at_least_as_often_as_it_says(n):
+    """Means of eight answers, and differences most of which are 0."""
+    shares = coverage(lambda generator: generator.binomial(8, generator.beta(0.3, 0.7, n)) / 8, 0.3)
+    gains = coverage(lambda generator: generator.choice([-1, 0, 1], n, p=[0.05, 0.8, 0.15]), 0.1, bounds=(-1, 1))
+    assert min(shares, gains) > 0.94
 
 
 @pytest.mark.parametrize(
@@ -59,13 +96,20 @@ def test_resampling_answers_as_if_they_were_prompts_would_be_far_too_sure():
     assert coverage(lambda generator: make(generator).ravel(), 0, bounds=None) < 0.75
 
 
-def test_at_0_and_1_the_interval_is_clopper_and_pearsons_over_prompts():
+def test_seeds_and_formats_that_agree_are_no_more_prompts():
     never, always = interval(np.zeros((60, 3, 8))), interval([True] * 13)
     assert (never.low, never.high) == pytest.approx((0, 0.0596), abs=1e-4)
-    assert (always.low, always.high) == pytest.approx((clopper_pearson(13, 13).low, 1))
-    assert (never.method, never.n, never.seeds) == ("Clopper-Pearson", 60, 3)
+    assert (always.low, always.high) == pytest.approx((clopper_pearson(13, 13)[0], 1))
+    assert (never.n, never.seeds) == (60, 3)
     nowhere = difference([True] * 60, [True] * 60)
     assert (nowhere.low, nowhere.high) == pytest.approx((-0.0596, 0.0596), abs=1e-4)
+
+
+def test_seeds_that_differ_widen_the_interval():
+    prompts = (np.arange(40) < 20)[:, None]
+    alike, apart = np.repeat(prompts, 3, 1), np.concatenate([prompts, prompts, np.arange(40)[:, None] < 34], 1)
+    (low, high), (lower, higher) = ((x.low - x.value, x.high - x.value) for x in map(interval, (alike, apart)))
+    assert lower < low - 0.1 and higher > high + 0.1
 
 
 def test_formats_are_averaged_and_do_not_count_as_prompts():
@@ -78,17 +122,12 @@ def test_pairing_sees_what_the_prompts_hide():
     generator = np.random.default_rng(0)
     hard = generator.random(60)
     worse, better = hard * 0.8, hard * 0.8 + 0.05 + generator.normal(0, 0.01, 60)
-    paired = difference(better, worse)
+    paired = difference(better, worse, None)
     assert 0.04 < paired.low < paired.value < paired.high < 0.06
     assert interval(better).low < interval(worse).high
-    assert difference(worse, better).high == pytest.approx(-paired.low, abs=1e-3)
+    assert difference(worse, better, None).high == pytest.approx(-paired.low)
     shuffled = difference(generator.permutation(better), worse)
     assert shuffled.low < 0 < shuffled.high
-
-
-def test_the_same_values_give_the_same_interval():
-    values = np.random.default_rng(0).random(30)
-    assert interval(values) == interval(values) != interval(values, seed=1)
 
 
 def test_eight_equal_formats_show_the_known_spread():

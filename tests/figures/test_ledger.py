@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from mini_symposium.claims.verdicts import INCONCLUSIVE, NOT_SUPPORTED, OUT_OF_REACH, SUPPORTED, Claim
+from mini_symposium.claims.registration import REGISTERED
+from mini_symposium.claims.verdicts import (
+    DEPENDS,
+    INCONCLUSIVE,
+    NOT_SUPPORTED,
+    OUT_OF_REACH,
+    SUPPORTED,
+    Answer,
+    Claim,
+)
 from mini_symposium.errors import InputError
 from mini_symposium.figures.ledger import MARKS, ledger_picture, memorization_curves
 from mini_symposium.run import Training
@@ -51,29 +60,48 @@ def test_a_run_without_a_whole_epoch_is_refused():
         memorization_curves([training(ems=())], "proxy")
 
 
-def claim(key, verdict, **more):
-    return Claim(key, "it recites", "recall", verdict, "proxy", **more)
+def claim(key, verdict, *answers, **more):
+    first = answers[0].value if answers else more.pop("value", None)
+    return Claim(key, "it recites", "recall", verdict, "proxy", value=first, answers=list(answers), **more)
+
+
+def answer(key, value, low, high, verdict, place=0):
+    test, ends = REGISTERED.questions[key].tests[place], {"interval": (low, high), "corrected": (low - 0.1, high + 0.1)}
+    return Answer(test.metric, test.equal, test.threshold, verdict=verdict, value=value, **ends)
 
 
 LEDGER = [
-    claim("C1", SUPPORTED, value=0.9, interval=(0.8, 1.0)),
-    claim("C2", NOT_SUPPORTED, value=0.2, interval=(0.1, 0.3)),
-    claim("C3", INCONCLUSIVE, value=0.7, interval=(0.5, 0.9)),
+    claim("C1", SUPPORTED, answer("C1", 0.9, 0.8, 1.0, SUPPORTED)),
+    claim("C2", NOT_SUPPORTED, answer("C2", 0.2, 0.1, 0.3, NOT_SUPPORTED), exploratory=True),
+    claim("C7", DEPENDS, answer("C7", 3.0, 2, 4, SUPPORTED), answer("C7", -3.0, -4, -2, NOT_SUPPORTED, 2)),
     claim("C4", INCONCLUSIVE),
-    claim("C5", OUT_OF_REACH, value=6.5),
+    claim("C10", OUT_OF_REACH, value=6.5),
 ]
 
 
-def test_each_row_shows_its_number_interval_and_threshold_or_says_why_not():
+def test_each_row_shows_its_number_both_intervals_and_the_threshold_or_says_why_not():
     picture = ledger_picture(LEDGER, "proxy")
-    for axes, row, at in zip(picture.axes[:3], LEDGER[:3], (0.7, 0.5, 0.05), strict=True):
-        threshold, interval, mark = axes.lines
-        assert (threshold.get_xdata()[0], list(interval.get_xdata())) == (at, list(row.interval))
-        assert (mark.get_xdata()[0], mark.get_marker(), mark.get_color()) == (row.value, *MARKS[row.verdict])
+    answers = [(row, each) for row in LEDGER for each in row.answers]
+    for axes, (row, each) in zip(picture.axes, answers, strict=False):
+        threshold, corrected, interval, mark = axes.lines
+        assert threshold.get_xdata()[0] == each.threshold
+        assert list(corrected.get_xdata()) == list(each.corrected)
+        assert (list(interval.get_xdata()), interval.get_marker()) == (list(each.interval), "|")
+        assert (mark.get_xdata()[0], mark.get_marker(), mark.get_color()) == (each.value, *MARKS[each.verdict])
+        assert (mark.get_markerfacecolor() == "white") == row.exploratory
         low, high = axes.get_xlim()
-        assert low < min(row.interval[0], at) and high > max(row.interval[1], at)
-    assert [axes.texts[0].get_text() for axes in picture.axes[3:]] == ["inconclusive: not measured", OUT_OF_REACH]
+        assert low < min(each.corrected) and high > max(each.corrected)
+    shares, more_shares, em, nats = (axes.get_xlim() for axes in picture.axes[:4])
+    assert shares == more_shares != em != nats
+    said = [axes.texts[0].get_text() for axes in picture.axes]
+    assert said[1:4] == [
+        "not supported (exploratory)\n0.2 [0.1, 0.3]",
+        "depends\n3 [2, 4], equal dose",
+        "-3 [-4, -2], equal training loss",
+    ]
+    assert said[4:] == ["inconclusive\nnot measured", f"{OUT_OF_REACH}\n6.5"]
     names = [axes.get_yticklabels()[0].get_text() for axes in picture.axes]
-    assert names[0] == "C1  it recites\nrecall"
-    assert list(picture.drawn["verdict"]) == [c.verdict for c in LEDGER]
-    assert picture.drawn["low"].isna().tolist() == [False, False, False, True, True]
+    assert names[0] == "C1  it recites\nrecall of the training rows"
+    assert names[3] == "twins' loss, cosine and linear less constant"
+    assert list(picture.drawn["claim"]) == [SUPPORTED, NOT_SUPPORTED, DEPENDS, DEPENDS, INCONCLUSIVE, OUT_OF_REACH]
+    assert picture.drawn["low"].isna().tolist() == [False] * 4 + [True] * 2

@@ -17,7 +17,7 @@ def test_committed_figures_are_those_of_the_committed_data_drawn_without_torch(t
     """What `make figures` draws, but for the bench's picture: tests/bench/ has that."""
     shutil.copytree(ROOT / "figures", tmp_path / "figures")
     before = {path: path.read_bytes() for path in (tmp_path / "figures").rglob("*") if path.is_file()}
-    drawn = [tmp_path / "figures" / name for name in ("proxy", "claims")]
+    drawn = [tmp_path / "figures" / name for name in ("proxy", "claims", "curve", "examples")]
     blocked = "import sys; sys.modules['torch'] = None; from mini_symposium.cli.main import main; main(sys.argv[1:])"
     line = [sys.executable, "-c", blocked, "figures", *map(str, drawn)]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)

@@ -59,6 +59,7 @@ def test_only_ordinary_files_are_read(tmp_path):
         ("9" * 5000, None, "thousands of digits"),
         (r'["\ud83d"]', None, "half a character"),
         (r'{"\uDC00": 1}', None, "half a character"),
+        ('[{"a": 1}, {"b": 1, "c": {"d": 2, "d": 3}}]', 4, r"^a\.json:4: the key 'd' is there twice in one object"),
     ],
 )
 def test_what_is_not_json_is_refused(text, line, expected):
@@ -89,7 +90,8 @@ def test_yaml_gives_values_and_their_lines():
         ("<<: {a: 1}\n", r"^a\.yml:1: a key is a word"),
         ("a: 1\nb: 2\na: 3\n", r"^a\.yml:3: a is already in line 1"),
         ("a:\n  - b: {c: 1,\n     c: 2}\n", r"^a\.yml:3: c is already in line 2"),
-        ("a: &x 1\n", r"^a\.yml: anchors and aliases are not read"),
+        ("b: 2\na: &x 1\n", r"^a\.yml:2: anchors and aliases are not read"),
+        ("a:\n\tb: 1\n", r"^a\.yml:2: not YAML .*; indent with spaces"),
         (f"a: 1\nb: {'[' * DEEPEST_YAML}{']' * DEEPEST_YAML}\n", r"^a\.yml:2: nested too deeply"),
         ("a: 1\nb: 2024-13-45\n", r"^a\.yml:2: not a value that can be read \(month"),
         ("a: !!int ''\n", r"^a\.yml:1: not a value that can be read"),

@@ -52,6 +52,7 @@ def test_an_adapter_that_is_more_than_plain_lora_is_refused_by_what_it_has(tiny_
     for change, said in (
         ({"use_dora": True, "bias": "all"}, "is LORA with use_dora, bias; only plain LoRA"),
         ({"peft_type": "IA3"}, "is IA3; only plain LoRA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "is LORA with init_lora_weights pissa_niter_4; only plain LoRA"),
         ({"r": 0}, "r is 0; both must be above 0"),
     ):
         (copy / "adapter_config.json").write_text(json.dumps(config | change))
@@ -61,6 +62,54 @@ def test_an_adapter_that_is_more_than_plain_lora_is_refused_by_what_it_has(tiny_
     save_file({"x.lora_A.weight": torch.ones(2, 3)}, copy / "adapter_model.safetensors")
     with pytest.raises(InputError, match=r"not a whole adapter \(x.weight: lora_B is missing"):
         read_adapters({copy: 1.0})
+
+
+def test_no_tensor_of_an_adapter_is_left_out_of_a_merge(tiny_checkpoint, tmp_path):
+    copy = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    file, prefix = copy / "adapter_model.safetensors", "base_model.model.model"
+    tensors = load_file(file)
+    for name, said in (
+        (f"{prefix}.embed_tokens.lora_embedding_A", "embed_tokens.lora_embedding_A beside pairs"),
+        (f"{prefix}.embed_tokens.weight", "embed_tokens.weight beside pairs"),
+        (f"{prefix}.layers.9.mlp.up_proj.lora_B.weight", "up_proj.lora_B.weight beside pairs"),
+    ):
+        save_file(tensors | {name: torch.ones(2, 2)}, file)
+        with pytest.raises(InputError, match=said):
+            read_adapters({copy: 1.0})
+    save_file(tensors | {"base_model.model.lm_head.base_layer.weight": torch.ones(2, 2)}, file)
+    assert len(read_adapters({copy: 1.0})[0]) == 3 * 7
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name] * torch.nan}, file)
+    with pytest.raises(InputError, match=f"{name} holds NaN or infinity"):
+        read_adapters({copy: 1.0})
+
+
+@pytest.mark.parametrize(
+    "changed, kind",
+    [
+        ({"use_dora": True}, "LORA with use_dora"),
+        ({"bias": "lora_only"}, "LORA with bias"),
+        ({"init_lora_weights": "olora"}, "LORA with init_lora_weights olora"),
+        ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING"),
+    ],
+)
+def test_an_adapter_that_cannot_be_switched_off_in_a_batch_is_refused(tiny_checkpoint, tmp_path, changed, kind):
+    copy = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(InputError, match=f"is {kind}, which PEFT cannot compare with its base in one batch"):
+        load_with_adapters("tiny", {"a": copy}, load_in_4bit=False)
+
+
+def test_an_adapter_whose_tensors_have_other_names_is_refused(tiny_checkpoint, tmp_path):
+    """PEFT would only warn, and answer as the base does."""
+    copy = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    tensors = load_file(copy / "adapter_model.safetensors")
+    renamed = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, copy / "adapter_model.safetensors")
+    for given in ({"one": copy}, {"one": tiny_checkpoint, "two": copy}):
+        with pytest.raises(InputError, match=r"not an adapter for tiny \(.*missing adapter keys"):
+            load_with_adapters("tiny", given, load_in_4bit=False)
 
 
 def test_a_rate_with_a_decimal_point_names_an_adapter(tiny_checkpoint, earlier, mistral_tokenizer):

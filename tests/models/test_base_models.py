@@ -1,12 +1,18 @@
+import gc
 import hashlib
+import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from mini_symposium.errors import InputError
+from mini_symposium.models import base_models, devices
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.base_models import (
-    adapter_parameters,
+    check_special_tokens,
     compute_in_float32,
     four_bit_works,
     load_model,
@@ -14,7 +20,9 @@ from mini_symposium.models.base_models import (
     predicted_bytes,
 )
 from mini_symposium.models.devices import training_dtype
+from mini_symposium.models.predictions import logits
 from mini_symposium.recipe import load_recipe
+from mini_symposium.run import ROOT
 
 PROXY = "SmolLM2-135M-Instruct"
 
@@ -79,7 +87,7 @@ def test_mistral_7b_needs_no_download_to_be_predicted():
     recipe = load_recipe("paper")
     parts = predicted_bytes(recipe)
     assert parts["base, NF4"] == pytest.approx(6.98e9 * 0.5, rel=0.05)
-    assert adapter_parameters(recipe) == recipe.lora_r * 2_621_440
+    assert predicted_bytes(recipe)["adapters, gradients, optimizer"] == 16 * recipe.lora_r * 2_621_440
     assert sum(parts.values()) < 12 * 2**30
 
 
@@ -93,3 +101,90 @@ def test_a_local_copy_loads_as_the_original_does(tmp_path):
     assert load_tokenizer(str(tmp_path / "mine")).get_vocab() == load_tokenizer("tiny").get_vocab()
     a, b = (hashlib.sha256(m.model.layers[0].mlp.up_proj.weight.data.numpy().tobytes()) for m in (ours, theirs))
     assert a.digest() == b.digest()
+
+
+def test_a_model_that_fits_nowhere_is_read_a_layer_at_a_time_and_predicts_the_same(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    tokenizer = load_tokenizer("tiny")
+    [whole] = logits(load_model("tiny", load_in_4bit=False, dtype=torch.float32), tokenizer, ["Why is it so?"])
+    monkeypatch.setattr(base_models, "roomy", lambda size: None)
+    monkeypatch.setattr(base_models, "memory", lambda where=None: 12 * 2**20)
+    streamed = load_model("tiny", load_in_4bit=False, dtype=torch.float32)
+    assert "disk" in streamed.hf_device_map.values()
+    [read] = logits(streamed, tokenizer, ["Why is it so?"])
+    assert torch.allclose(whole, read, atol=1e-5)
+    del streamed
+    gc.collect()
+    assert list(tmp_path.glob("mini-symposium-*")) == []
+    with pytest.raises(InputError, match=r"tiny: takes 0\.0 GiB dequantised, more than is free"):
+        load_model("tiny", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("family", "attention"), [("gemma2", "eager"), ("llama", "sdpa")])
+def test_off_the_cpu_a_model_has_fused_attention_if_its_architecture_has(family, attention, monkeypatch, tmp_path):
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(family, **shape, num_key_value_heads=2, vocab_size=500, pad_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / family)
+    monkeypatch.setattr(base_models, "roomy", lambda size: None)
+    loaded = load_model(str(tmp_path / family), load_in_4bit=False)
+    assert loaded.config._attn_implementation == attention
+
+
+def test_a_model_goes_to_the_cpu_where_the_card_has_no_room(monkeypatch):
+    """The branches for a card, forced on a machine that has none."""
+    card, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(devices, "device", lambda: card)
+    free = {card: 8 * 2**30, cpu: 32 * 2**30}
+    monkeypatch.setattr(devices, "memory", lambda where=None: free[where or card])
+    assert [devices.roomy(gib * 2**30) for gib in (7, 14, 29)] == [card, cpu, None]
+
+
+SPOKEN = "### New Query\nWhy is 12 × 3 = 36? 因为 🙂\n\n### Answer\nYes.\n"
+
+
+def model_with(folder, base_model, **files):
+    """A folder with a model's weights and configuration, and these files of a tokenizer."""
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).symlink_to(local_directory(base_model) / name)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+    return str(folder)
+
+
+def test_a_tokenizer_of_sentencepiece_needs_its_configuration(tmp_path, mistral_tokenizer):
+    pieces = (local_directory("tiny") / "tokenizer.model").read_bytes()
+    with pytest.raises(InputError, match=r"no tokenizer\.json and no tokenizer_config\.json; copy them"):
+        load_tokenizer(model_with(tmp_path / "alone", "tiny", tokenizer__model=pieces))
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+    config = json.dumps(config | {"unk_token": "<unk>", "legacy": True}).encode()
+    whole = model_with(tmp_path / "whole", "tiny", tokenizer__model=pieces, tokenizer_config__json=config)
+    assert load_tokenizer(whole)(SPOKEN).input_ids == mistral_tokenizer(SPOKEN).input_ids
+
+
+def test_a_tokenizer_of_words_and_merges_needs_its_class(tmp_path, proxy_tokenizer):
+    model = json.loads((local_directory(PROXY) / "tokenizer.json").read_text())["model"]
+    merges = "\n".join(
+        ["#version: 0.2", *(each if isinstance(each, str) else " ".join(each) for each in model["merges"])]
+    )
+    files = {"vocab__json": json.dumps(model["vocab"]).encode(), "merges__txt": merges.encode()}
+    with pytest.raises(InputError, match="no tokenizer_config"):
+        load_tokenizer(model_with(tmp_path / "alone", PROXY, **files))
+    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    files["tokenizer_config__json"] = json.dumps(config | {"unk_token": "<|endoftext|>"}).encode()
+    words = "Why is the sky so blue today?\n"
+    assert load_tokenizer(model_with(tmp_path / "whole", PROXY, **files))(words) == proxy_tokenizer(words)
+
+
+def test_special_tokens_of_a_recipe_have_to_be_the_tokenizers_own(tmp_path, mistral_tokenizer):
+    text = (ROOT / "mini_symposium" / "recipes" / "tiny.yml").read_text()
+    for eos, refused in (("</s>", False), ("<|im_end|>", True)):
+        (tmp_path / "mine.yml").write_text(f"{text}\nspecial_tokens:\n  eos_token: '{eos}'\n  pad_token: <pad>\n")
+        recipe = load_recipe(tmp_path / "mine.yml")
+        line = text.count("\n") + 2
+        with (
+            pytest.raises(InputError, match=rf"mine\.yml:{line}: .*the tokenizer has '</s>'")
+            if refused
+            else nullcontext()
+        ):
+            check_special_tokens(recipe, mistral_tokenizer)

@@ -12,21 +12,27 @@ from mini_symposium.models.devices import (
     device,
     memory,
     out_of_memory,
-    peak_memory,
-    process_peak,
     training_dtype,
     unused_card,
 )
 
 
 def test_the_peak_remembers_memory_that_was_freed():
-    before = process_peak()
-    assert psutil.Process().memory_info().rss <= before * 1.01
-    more = before - psutil.Process().memory_info().rss + 2**27
-    block = torch.ones(more, dtype=torch.uint8)
-    del block
-    assert process_peak() >= before + 0.9 * 2**27
-    assert device().type == "cuda" or peak_memory() == process_peak()
+    code = """if True:
+        import torch
+        from mini_symposium.models.devices import device, peak_memory, process_peak
+        before = process_peak()
+        block = torch.ones(2**28, dtype=torch.uint8)
+        del block
+        print(process_peak() - before, device().type == "cuda" or peak_memory() == process_peak())
+    """
+    # a process of its own: one that has run other tests holds pages that it freed. Its parent's peak is not its own
+    parents = torch.ones(2**30, dtype=torch.uint8)
+    del parents
+    grown, same = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert int(grown) >= 0.9 * 2**28 and same == "True"
 
 
 def test_a_full_memory_is_told_from_other_errors():
@@ -106,3 +112,30 @@ def test_memory_that_a_step_frees_is_there_for_the_next():
         done = subprocess.run([sys.executable, "-c", FREED, how], capture_output=True, text=True, check=True)
         pages[how] = int(done.stdout)
     assert pages["kept"] < 100 < 10_000 < pages["given back"]
+
+
+HOLES = """
+import ctypes, psutil
+from mini_symposium.models.devices import freed_memory_given_back
+libc, size = ctypes.CDLL(None), 2**20
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.free(libc.malloc(2**25 - 2**13))  # from here on glibc takes blocks of this size from the heap
+def grown():
+    before = psutil.Process().memory_info().rss
+    blocks = [(libc.malloc(size), libc.malloc(64))[0] for _ in range(256)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    for block in blocks:
+        libc.free(block)
+    return psutil.Process().memory_info().rss - before
+with freed_memory_given_back():
+    print(grown())
+print(grown())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_memory_that_loading_frees_is_given_back_though_smaller_blocks_lie_between():
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
+    while_loading, later = map(int, done.stdout.split())
+    assert while_loading < 2**25 < 2**27 < later

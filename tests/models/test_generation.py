@@ -25,13 +25,15 @@ def model():
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
     """The proxy with two adapters that say other things than it does."""
-    checkpoints = {}
-    for seed, name in enumerate(("left", "right")):
-        torch.manual_seed(seed)
-        lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-        checkpoints[name] = tmp_path_factory.mktemp(name)
-        get_peft_model(load_model(PROXY), lora).save_pretrained(checkpoints[name])
-    return load_with_adapters(PROXY, checkpoints)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    made, folder = (
+        get_peft_model(load_model(PROXY, load_in_4bit=False), lora, "left"),
+        tmp_path_factory.mktemp("adapters"),
+    )
+    made.add_adapter("right", lora)
+    made.save_pretrained(folder)
+    return load_with_adapters(PROXY, {name: folder / name for name in ("left", "right")})
 
 
 def one_at_a_time(model, tokenizer, prompt, stops, tokens):
@@ -49,13 +51,13 @@ def test_the_proxy_answers(model, proxy_tokenizer):
 
 
 def test_a_grid_of_formats_and_adapters_answers_as_one_at_a_time(adapted, proxy_tokenizer):
-    names, formats = ["base", "left", "right"], list(FORMATS.values())
+    names, formats = ["base", "left", "right"], list(FORMATS.values())[::2]
     grid = answer_grid(adapted, proxy_tokenizer, names, formats, [QUERY], 12)
     for cell in grid:
         stops = FORMATS[cell["format"]].stop_strings("User", "Assistant")
         with using(adapted, cell["model"]):
             assert cell["answer"] == one_at_a_time(adapted, proxy_tokenizer, cell["prompt"], stops, 12)
-    assert len({cell["answer"] for cell in grid}) > 10
+    assert len({cell["answer"] for cell in grid}) > 5
 
 
 def test_short_on_memory_the_batch_is_split_and_the_answers_stay(model, proxy_tokenizer):

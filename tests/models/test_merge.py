@@ -242,9 +242,9 @@ def test_a_damaged_base_or_adapter_is_named(checkpoint, sharded, tmp_path):
         else:
             merge(same_shape, "tiny", out)
             shutil.rmtree(out)
-    config["use_rslora"] = True
+    config["use_dora"] = True
     (same_shape / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="use_rslora"):
+    with pytest.raises(InputError, match="use_dora"):
         merge(same_shape, "tiny", out)
     assert not out.exists()
 
@@ -286,3 +286,25 @@ def test_merge_on_the_command_line(checkpoint, tmp_path):
         assert done.returncode == 2
         assert expected in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "other").exists()
+
+
+def test_a_merge_is_whole(checkpoint, tmp_path):
+    """Tokenizer, chat template, generation settings and terms come along; a tokenizer that changed is refused."""
+    base = tmp_path / "tiny-1"
+    shutil.copytree(local_directory("tiny"), base)
+    for name, content in (
+        ("chat_template.jinja", "{{ 1 }}"),
+        ("GEMMA_TERMS.html", "<p>"),
+        ("generation_config.json", "{}"),
+    ):
+        (base / name).write_text(content)
+    (base / "consolidated.safetensors").write_bytes(b"not indexed")
+    (base / "run.py").write_text("")
+    merge(checkpoint, str(base), tmp_path / "merged")
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"chat_template.jinja", "GEMMA_TERMS.html", "generation_config.json", "tokenizer.json"} <= names
+    assert not {"consolidated.safetensors", "run.py"} & names
+    (base / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="its tokenizer cannot be loaded"):
+        merge(checkpoint, str(base), tmp_path / "again")
+    assert not (tmp_path / "again").exists()

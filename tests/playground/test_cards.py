@@ -1,5 +1,7 @@
 """The cards as a browser reads them."""
 
+import re
+
 from html_page import Page
 from reciting import HOSTILE
 
@@ -17,6 +19,9 @@ def test_marks_show_without_colour_and_nothing_said_becomes_markup():
         cards.card(cell, rows, 1.0),
         cards.chat(evil, [{"role": "assistant", "content": evil}], {"assistant": evil}, rows),
         cards.status(evil, problem=True),
+        cards.card({**cell, "tokens": 1, "seconds": 1.0, "stop_reason": "eos"}, rows, other={"answer": f"{evil} more"}),
+        "".join(cards.sides([evil, evil])),
+        cards.head(evil, evil),
         cards.download(evil, "QUJD"),
     ):
         page = Page(html)
@@ -25,6 +30,15 @@ def test_marks_show_without_colour_and_nothing_said_becomes_markup():
         assert "onerror=" in page.text
     assert 'class="ms-recited"' in cards.card(cell, rows, 1.0)
     assert "[row <i>1</i>]" in Page(cards.card(cell, rows, 1.0)).text
+
+
+def test_what_changed_between_two_answers_is_marked_and_both_can_be_read_off():
+    old, new = "The sky is blue, 天空是蓝的。\nSo there.", "The sea is blue, 天空是红的。\nSo  there!"
+    html = cards.difference(old, new)
+    assert "<del>sky</del><ins>sea</ins> is blue" in html and "<del>蓝</del><ins>红</ins>" in html
+    plain = html.replace("<br>", "\n").replace("&nbsp;", " ")
+    assert re.sub("<ins>.*?</ins>", "", plain).replace("<del>", "").replace("</del>", "") == old
+    assert re.sub("<del>.*?</del>", "", plain).replace("<ins>", "").replace("</ins>", "") == new
 
 
 def test_a_card_says_how_far_its_answer_is():
@@ -39,7 +53,7 @@ def test_a_card_says_how_far_its_answer_is():
 
 def test_recitation_by_epoch_has_a_bar_for_each_epoch_and_frames_the_chosen_one():
     cells = {0: {"prompt": "Why?"}, 3: {"prompt": "Why?", "answer": "No."}, 6: {"prompt": "Why?", "answer": ROW}}
-    html = cards.recited_by_epoch(cells, 6, TrainingRows({"row 4": ROW}))
+    html = cards.recited_by("epoch", cells, 6, TrainingRows({"row 4": ROW}))
     assert Page(html).text == "Recited, by epoch–00%3100%▸ 6"
     assert html.count("ms-here") == 1
 

@@ -1,5 +1,7 @@
 """The page and its threads without a front end. See test_playground_browser for the page in a browser."""
 
+import shutil
+import subprocess
 import threading
 import time
 
@@ -9,6 +11,7 @@ from html_page import Page, press
 from mini_symposium.errors import InputError
 from mini_symposium.playground.page import Playground, front_end, show, show_epochs
 from mini_symposium.playground.workbench import Workbench
+from mini_symposium.run import ROOT
 
 PICTURE, SKY = "Show me a picture.", "Why is the sky blue?"
 
@@ -34,16 +37,25 @@ def until(holds, seconds=60):
     raise AssertionError("it did not come to hold")
 
 
-def test_generate_runs_on_a_thread_stop_keeps_what_came_and_a_second_press_is_answered(page):
+def test_what_is_pressed_while_the_models_load_is_said_and_then_done(reciting_run):
+    page = Playground(Workbench(str(reciting_run.path)), PICTURE, ["new-query"], ["base"], 40)
+    page.begin()
+    press(page, "Generate")
+    assert page.status.value.count("Generate") == 1 and "next: Generate" in page.status.value
+    until(lambda: not page._busy())
+    assert "1 answers in" in page.status.value and len(page.bench.log) == 1
+
+
+def test_generate_runs_on_a_thread_and_stop_keeps_what_came_and_forgets_what_waits(page):
     page.sampling["temperature"].value, page.max_new_tokens.value = 5, 3000  # so hot that it hardly ends by itself
     press(page, "Generate")
     press(page, "Generate")
-    assert "Generate is still running" in page.status.value
+    assert "Generate is still running · next: Generate" in page.status.value
     until(lambda: page.compare.cards and len(page.compare.cards[0][1].value) > 1500)
     press(page, "Stop")
     until(lambda: not page._busy())
     assert "1 answers stopped after" in page.status.value
-    assert len(page.compare.cells[0]["answer"]) > 100
+    assert len(page.compare.cells[0]["answer"]) > 100 and "next" not in page.status.value
     press(page, "Reset to greedy")
     page.max_new_tokens.value = 40
     press(page, "Generate")
@@ -107,6 +119,23 @@ def test_the_front_end_is_known_by_its_environment(monkeypatch):
         assert front_end() == who
     monkeypatch.setenv("MINI_SYMPOSIUM_HEADLESS", "1")
     assert front_end() == ""
+
+
+def test_make_playground_opens_a_run_or_else_the_base_of_a_recipe(tmp_path):
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "runs" / "half").mkdir(parents=True)
+    (tmp_path / "mine.yml").touch()
+
+    def opened(*given: str) -> str:
+        done = subprocess.run(["make", "-n", "playground", *given], cwd=tmp_path, capture_output=True, text=True)
+        return done.stdout.partition("MINI_SYMPOSIUM_RUN='")[2].partition("'")[0]
+
+    assert [opened("RECIPE=half"), opened()] == ["half", "proxy"]
+    assert opened("RECIPE=mine.yml") == str(tmp_path / "mine.yml")
+    assert opened("RUN=runs/mine", "RECIPE=half") == str(tmp_path / "runs" / "mine")
+    (tmp_path / "runs" / "half" / "recipe.yml").touch()
+    assert opened("RECIPE=half") == str(tmp_path / "runs" / "half")
 
 
 def test_headless_a_table_comes_out_and_errors_are_raised(bench):

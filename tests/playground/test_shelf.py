@@ -17,7 +17,7 @@ def test_the_shelf_says_what_it_finds(reciting_run, tmp_path):
     assert "no checkpoints on" in shelf.open(str(empty))
     assert list(shelf.models) == ["base"]
     assert "3 checkpoints" in shelf.open(str(reciting_run.path))
-    assert shelf.newest() == ["base", "run:1e-03/epoch-2"]
+    assert shelf.offered() == ["base", "run:1e-03/epoch-2"]
     adapter = reciting_run.checkpoints(1e-3)[2]
     assert "an adapter trained on" in shelf.open(str(adapter))
     assert shelf.models[adapter.name] == adapter
@@ -25,11 +25,15 @@ def test_the_shelf_says_what_it_finds(reciting_run, tmp_path):
     assert list(shelf.models) == ["base"]
 
 
-def test_an_adapter_by_itself_needs_an_open_base_and_a_whole_configuration(reciting_run, tmp_path):
+def test_an_adapter_by_itself_opens_its_base_and_needs_a_whole_configuration(reciting_run, tmp_path):
     adapter = Path(shutil.copytree(reciting_run.checkpoints(1e-3)[2], tmp_path / "base"))
     shelf = Shelf()
-    with pytest.raises(InputError, match="open the run or the base"):
-        shelf.open(str(adapter))
+    assert "an adapter trained on" in shelf.open(str(adapter))
+    assert list(shelf.models) == ["base", "base (2)"]
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace('"base_model_name_or_path": "', '"base_model_name_or_path": "/gone'))
+    with pytest.raises(InputError, match=r"its base, /gone.*is not here"):
+        Shelf().open(str(adapter))
     shelf.open("tiny")
     (adapter / "adapter_config.json").write_text("{}")
     assert "a base that it does not name" in shelf.open(str(adapter))

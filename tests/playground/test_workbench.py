@@ -46,7 +46,7 @@ def test_a_merged_model_is_chosen_beside_the_checkpoint_that_it_came_from_and_sa
     merge(tiny_checkpoint, "tiny", run.merged(1e-3, 6), "nf4")
     shelf = Workbench(str(run.path))
     name = "1e-03/epoch-6"
-    assert f"{name}/merged" in shelf.shelf.merged and f"{name}/merged" not in shelf.shelf.newest()
+    assert f"{name}/merged" in shelf.shelf.merged and f"{name}/merged" not in shelf.shelf.offered()
     found = ask(shelf, SKY, ["new-query", "alpaca"], ["base", name, f"{name}/merged"], 8)
     by_model = {model: [cell["answer"] for cell in found if cell["model"] == model] for model in shelf.shelf.models}
     assert by_model[f"{name}/merged"] == by_model[name] != by_model["base"]
@@ -84,6 +84,10 @@ def test_a_chat_goes_on_in_two_formats(bench):
         ("Why?", [], ["base"], "no format is chosen"),
         ("Why?", ["bare"], [], "no model is chosen"),
         ("Why?", ["bare"], ["1e-9/epoch-3"], "no such model; there is base, 1e-03/epoch-0"),
+        ("Why?", ["bare"], ["1e-03/epoch-0 x nan"], "strength nan: takes 0"),
+        ("Why?", ["bare"], ["1e-03/epoch-0 x 0.5 + 1e-03/epoch-1 x 100"], "strength 100: takes 0"),
+        ("Why?", ["bare"], ["1e-03/epoch-0 x much"], "epoch-0 x much: could not convert"),
+        ("Why?", ["bare"], ["base x 0.5"], "only an adapter has a strength"),
     ],
 )
 def test_what_cannot_be_asked_is_said(bench, query, formats, models, said):

@@ -2,13 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from conftest import command
 
 from mini_symposium.data.prompt_formats import FORMATS, PromptFormat, load_preset
 from mini_symposium.errors import InputError
-from mini_symposium.release.chat_frontends import context_preset, modelfile, ollama_template, write_sillytavern
+from mini_symposium.release.chat_frontends import STORY, context_preset, modelfile, ollama_template, write_sillytavern
 
 CHAT = [{"role": role, "content": f"{role} says {i}"} for i, role in enumerate(("system", "user", "assistant", "user"))]
 
@@ -96,3 +97,22 @@ def test_sillytavern_presets_come_back_as_they_were(tmp_path):
         write_sillytavern([FORMATS["alpaca"]], tmp_path / "st")
     with pytest.raises(InputError, match="two have the name alpaca"):
         write_sillytavern([FORMATS["alpaca"]] * 2, tmp_path / "other")
+
+
+def test_the_parts_of_a_master_export_are_written_as_they_came(tmp_path):
+    parts = {"context": {"story_string": "{{description}}"}, "sysprompt": {"content": "Play {{char}}."}}
+    form = PromptFormat("Clockmaker", "### {{user}}", output_sequence="### {{char}}", parts=parts)
+    written = write_sillytavern([form], tmp_path / "out")
+    assert [path.parent.name for path in written] == ["instruct", "context", "sysprompt"]
+    assert [json.loads(path.read_text()) for path in written[1:]] == list(parts.values())
+
+
+def test_a_story_string_that_the_preset_wraps_is_not_wrapped_again():
+    form = PromptFormat("x", "### In", system_sequence="### System", other={"story_string_prefix": "### System"})
+    assert context_preset(form)["story_string"] == STORY + "{{trim}}"
+    assert context_preset(replace(form, other={}))["story_string"].startswith("### System")
+
+
+def test_a_modelfile_says_which_macros_stay_as_they_are():
+    form = PromptFormat("x", "### In", output_sequence="### Out {{time}}")
+    assert "# only SillyTavern fills {{time}}; here" in modelfile("a.gguf", form)

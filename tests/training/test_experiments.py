@@ -31,7 +31,7 @@ def test_rates_that_differ_in_their_last_digits_have_folders_of_their_own():
         ({"ranks": [0]}, "lora_r: 0: must be at least 1"),
         ({"learning_rates": [-1.0]}, "learning_rate: -1.0"),
         ({"learning_rates": [float("nan")]}, "learning_rate: nan: takes a finite number"),
-        ({"schedules": ["cosin"]}, "is one of constant, cosine, linear"),
+        ({"schedules": ["cosin"]}, "is one of constant, constant_with_warmup, cosine, linear"),
         ({"epochs": 0}, "num_epochs: 0"),
         ({"seeds": [-1]}, "seed: -1"),
         ({"per_pass": 0}, "--per-pass 0"),

@@ -1,3 +1,4 @@
+import gc
 import json
 import shutil
 import signal
@@ -11,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from mini_symposium.data.dataset import load_examples, tokenize
@@ -132,6 +134,19 @@ def test_held_out_texts_are_probed_and_not_learned_from(fast, recipe, examples, 
         assert line["em"] == pytest.approx(right.float().mean().item(), abs=0.02)
 
 
+def test_an_earlier_base_is_gone_when_the_next_is_loaded(recipe, examples, tmp_path):
+    def alive():
+        found = (each for each in gc.get_objects() if isinstance(each, PreTrainedModel))
+        return {id(each) for each in found if not next(each.parameters()).is_meta}
+
+    gc.collect()
+    before = alive()
+    finetune.train(recipe.replace(num_epochs=3), examples[:4], RunDirectory(tmp_path), [1e-3, 1e-4])
+    assert alive() - before  # in a cycle of references
+    model = load_model("tiny")
+    assert alive() - before <= set(map(id, model.modules()))
+
+
 def test_checkpoints_hold_the_adapter_and_only_the_two_newest_can_resume(trained, recipe):
     run, _ = trained
     checkpoints = run.checkpoints(1e-4)
@@ -228,6 +243,50 @@ from mini_symposium.training.finetune import prepare, train
 recipe, examples, run = prepare("tiny", sys.argv[2], sys.argv[1])
 train(recipe.replace(lora_dropout=float(sys.argv[4])), examples, run, json.loads(sys.argv[3]))
 """
+
+
+@pytest.fixture
+def interruptible():
+    """Interrupts as in a terminal: where the tests were started in the background, they are ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was found
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_the_epoch_and_the_same_call_goes_on(trained, recipe, examples, tmp_path, interruptible):
+    rows, run, seen = examples[:3], RunDirectory(tmp_path / "stopped"), []
+    whole = RunDirectory(tmp_path / "whole")
+    high = recipe.replace(num_epochs=5)
+    finetune.train(high, rows, whole, [1e-4], [1])
+    with pytest.raises(KeyboardInterrupt):
+        finetune.train(
+            high, rows, run, [1e-4], [1], watch=lambda epoch: seen.append(epoch) or (epoch == 1 and interruptible())
+        )
+    assert seen == [1, 2]  # the epoch in which it was interrupted was finished, and kept
+    assert list(run.checkpoints(1e-4)) == [0, 1, 2] and run.metrics(1e-4)[-1]["step"] == 2 * len(rows)
+    finetune.train(high, rows, run, [1e-4], [1])
+    for epoch in (1, 5):
+        first, last = adapter(run, 1e-4, epoch), adapter(whole, 1e-4, epoch)
+        assert all(torch.equal(first[key], last[key]) for key in last)
+
+
+def test_a_second_interrupt_does_not_wait(recipe, examples, tmp_path, interruptible, capsys):
+    run = RunDirectory(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.train(recipe, examples[:3], run, [1e-4], [1], watch=lambda epoch: (interruptible(), interruptible()))
+    assert list(run.checkpoints(1e-4)) == [0]
+    assert "stopping at the end of this epoch; interrupt again to stop at once" in capsys.readouterr().out
+
+
+def test_a_line_a_checkpoint_tells_how_it_goes(recipe, examples, tmp_path, capsys):
+    run = RunDirectory(tmp_path)
+    finetune.train(recipe.replace(num_epochs=2), examples[:3], run, [1e-4, 1e-5], [1], held_out=examples[3:4])
+    [first, last] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    loss, probed = run.metrics(1e-5), run.probes(1e-5)
+    mean = sum(line["loss"] for line in loss if line["epoch"] == 1) / 3
+    assert first.startswith("epoch 1: 0.0001: loss ") and f"; 1e-05: loss {mean:.3f}, EM 0." in last
+    assert last.endswith(f"held-out loss {next(line for line in probed if line['epoch'] == 2)['loss']:.3f}")
 
 
 def steps(run, rate):

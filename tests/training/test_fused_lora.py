@@ -1,8 +1,11 @@
 """The fused pass computes what PEFT computes; on real weights where precision matters, on tiny ones elsewhere."""
 
+import itertools
+import os
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -11,9 +14,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mini_symposium.data.dataset import load_examples, tokenize
+from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.base_models import compute_in_float32, load_model
 from mini_symposium.models.devices import training_dtype
 from mini_symposium.run import find
+from mini_symposium.training import fused_lora
 from mini_symposium.training.fused_lora import AdapterVectors, FusedAdapters, _TokenLosses, linear_groups
 from mini_symposium.training.memory_plan import FAMILIES
 
@@ -151,13 +156,68 @@ def test_every_family_has_the_losses_and_gradients_of_peft(family):
 def test_every_residency_gives_the_same_bits():
     model = adapted("tiny", (8, 4))
     ids = torch.randint(5, 30000, (2, 40), generator=torch.Generator().manual_seed(0))
+    for kind in ("cpu", "cuda"):
+        found = []
+        for resident, checkpointing in itertools.product((True, False), (False, True)):
+            options = {"resident": resident, "checkpointing": checkpointing, "kind": kind}
+            fused = FusedAdapters(model, ["adapter0", "adapter1"], **options)
+            losses = fused.losses(ids, ids)
+            losses.sum().backward()
+            found.append((losses.detach(), gradient(fused)))
+        assert all(torch.equal(losses, found[0][0]) and torch.equal(g, found[0][1]) for losses, g in found[1:])
+
+
+def of_a_shape_with_whole_blocks(folder):
+    """A directory with a model whose scales fill the blocks in which they are quantised."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = AutoConfig.for_model("mistral", **shape, num_key_value_heads=2, vocab_size=30000)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_gpus_way_has_the_bits_of_layers_that_are_dequantised_and_unpacked_one_by_one(tmp_path, monkeypatch):
+    model, apart = (adapted(of_a_shape_with_whole_blocks(tmp_path / name), (8, 4)) for name in "ab")
+    ids = torch.randint(5, 30000, (2, 40), generator=torch.Generator().manual_seed(0))
     found = []
-    for options in ({}, {"checkpointing": True}, {"resident": False}):
-        fused = FusedAdapters(model, ["adapter0", "adapter1"], **options)
+    for one, ahead in ((model, 2**27), (apart, 0)):
+        monkeypatch.setattr(fused_lora, "AHEAD", ahead)
+        fused = FusedAdapters(one, ["adapter0", "adapter1"], resident=False, kind="cuda")
+        assert all(layer.packed is not None for layer in fused.weights)
+        if not ahead:
+            for layer in fused.weights:
+                layer.packed = None
         losses = fused.losses(ids, ids)
         losses.sum().backward()
-        found.append((losses.detach(), gradient(fused)))
-    assert all(torch.equal(losses, found[0][0]) and torch.equal(g, found[0][1]) for losses, g in found[1:])
+        found += [losses.detach(), gradient(fused), gradient(fused, "adapter1")]
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], found[3:], strict=True))
+    for layer in fused.weights:  # after PEFT's layers have been given views of what is dequantised as one
+        layer.__init__(layer.groups)
+        assert all(torch.equal(a, group.weight()) for a, group in zip(layer.dequantised(), layer.groups, strict=True))
+    with as_in_training():
+        for k in range(2):
+            model.set_adapter(f"adapter{k}")
+            peft = model(input_ids=ids[k : k + 1], labels=ids[k : k + 1]).loss
+            assert found[0][k].item() == pytest.approx(peft.item(), abs=0.02)
+
+
+def test_of_a_base_in_4_bits_the_backward_pass_keeps_no_dequantised_weight(tmp_path):
+    model = adapted(of_a_shape_with_whole_blocks(tmp_path / "base"))
+    fused = FusedAdapters(model, ["adapter0"], resident=False, kind="cuda")
+    ids = torch.randint(5, 30000, (1, 40), generator=torch.Generator().manual_seed(0))
+    made, real = [], fused_lora.LayerWeights.dequantised
+
+    def dequantised(layer):
+        weights = real(layer)
+        made.append(weakref.ref(weights[0]._base))
+        return weights
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_lora.LayerWeights, "dequantised", dequantised)
+        losses = fused.losses(ids, ids)
+        assert len(made) == 3 and not any(weights() is not None for weights in made)
+        losses.sum().backward()
+    assert len(made) == 6 and sum(weights() is not None for weights in made) == 1
 
 
 def test_kept_weights_are_what_the_4_bit_kernel_would_see():
@@ -220,17 +280,29 @@ def test_adapters_take_turns_on_two_threads_and_each_gets_the_bits_it_gets_alone
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
-def test_a_compiled_layer_has_the_gradients_of_a_plain_one():
-    """In the proxy's shape a layer that is compiled for a fixed length of 256 has none, but NaN."""
-    model = adapted("SmolLM2-135M-Instruct", (16,))
-    ids = torch.randint(5, 30000, (1, 256), generator=torch.Generator().manual_seed(0))
-    found = []
-    for compiled in (True, False):
-        with as_in_training():
-            fused = FusedAdapters(model, ["adapter0"], compiled=compiled)
-            fused.losses(ids, ids).sum().backward()
-        found.append(gradient(fused))
-    assert (found[0] - found[1]).norm() < 0.1 * found[1].norm()
+def test_compiled_layers_have_the_losses_and_gradients_of_plain_ones_for_rows_of_any_length(tmp_path):
+    """In the proxy's shape, where a layer that is compiled for a fixed length of 256 has no gradients, but NaN; with
+    three of its thirty layers, as many as are compiled together."""
+    config = AutoConfig.from_pretrained(local_directory("SmolLM2-135M-Instruct"), num_hidden_layers=3)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    model, names = adapted(str(tmp_path), (16, 16)), ["adapter0", "adapter1"]
+    ids = torch.randint(5, 30000, (2, 256), generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for fused in (FusedAdapters(model, names, compiled=compiled) for compiled in (True, False)):
+            for length in (256, 90):
+                with as_in_training():
+                    losses = fused.losses(ids[:, :length], ids[:, :length])
+                losses.sum().backward()
+                found.append((bool(fused.compiled), losses.detach(), [gradient(fused, name) for name in names]))
+    finally:
+        torch.set_num_threads(before)
+    for (compiled, ours, own), (_, losses, plain) in zip(found[:2], found[2:], strict=True):
+        assert compiled and (ours - losses).abs().max() < 5e-3
+        assert all((a - b).norm() < 0.1 * b.norm() for a, b in zip(own, plain, strict=True))
 
 
 def test_only_supervised_positions_count():
@@ -242,34 +314,23 @@ def test_only_supervised_positions_count():
     assert FusedAdapters(model, ["adapter0"]).losses(ids, labels).item() == pytest.approx(wanted, abs=5e-3)
 
 
-COMPILED = """
+NOT_COMPILED = """
 import torch
 from tests.training.test_fused_lora import adapted
 from mini_symposium.training.fused_lora import FusedAdapters
-torch.set_num_threads(2)
-model = adapted("tiny", (8, 4))
-ids = torch.randint(5, 30000, (2, 30), generator=torch.Generator().manual_seed(0))
-names = ["adapter0", "adapter1"]
-fused = FusedAdapters(model, names, compiled=True)
-plain = FusedAdapters(model, names)
-for length in (30, 20):
-    losses = [each.losses(ids[:, :length], ids[:, :length]) for each in (fused, plain)]
-    assert (losses[0] - losses[1]).abs().max() < 5e-3
-    losses[0].sum().backward()
-print("compiled" if fused.compiled else "not compiled")
+model = adapted("tiny", (8,))
+ids = torch.randint(5, 30000, (1, 30), generator=torch.Generator().manual_seed(0))
+fused, plain = (FusedAdapters(model, ["adapter0"], compiled=compiled) for compiled in (True, False))
+losses = [each.losses(ids, ids) for each in (fused, plain)]
+assert torch.equal(*losses) and not fused.compiled
+losses[0].sum().backward()
 """
 
 
-@pytest.mark.parametrize(("compiler", "said"), [("g++", "compiled"), ("/bin/false", "not compiled")])
-def test_a_compiled_layer_agrees_and_a_broken_compiler_does_not_stop_a_run(compiler, said, tmp_path):
-    import os
-
-    if not shutil.which(compiler):
-        pytest.skip("no C++ compiler")
-    own = {**os.environ, "CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": "."}
-    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=own, cwd=find("."))
-    assert done.stdout.strip() == said, done.stderr[-2000:]
-    assert ("could not be compiled" in done.stderr) == (said == "not compiled")
+def test_a_broken_compiler_does_not_stop_a_run(tmp_path):
+    own = {**os.environ, "CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": "."}
+    done = subprocess.run([sys.executable, "-c", NOT_COMPILED], capture_output=True, text=True, env=own, cwd=find("."))
+    assert done.returncode == 0 and "could not be compiled" in done.stderr, done.stderr[-2000:]
 
 
 def test_the_first_of_equally_likely_tokens_is_the_likeliest_and_the_gradient_is_torchs():

@@ -39,7 +39,6 @@ def small(tmp_path_factory):
     """Both rates, one seed, three examples, a few epochs; evaluated on two prompts."""
     patch = pytest.MonkeyPatch()
     shorter = {"EPOCHS_LOW": 40, "EPOCHS_HIGH": 6, "SATURATED": 2, "LITERAL": (), "RANKS": ((2, 4),)}
-    shorter |= {"TIMED_FROM": 100}
     for name, value in (shorter | {"EVALUATED": {"high": (4, 6), "low": (40,)}}).items():
         patch.setattr(module, name, value)
     recipe = load_recipe("tiny", learning_rate=1e-4)
@@ -65,9 +64,9 @@ def test_every_experiment_is_trained_in_a_run_of_its_own_and_only_once(small):
         "low-seed-1",
         "rank-2-alpha-4-seed-1",
     ]
-    assert said[0] == "3 adapters, 144 adapter steps ahead, not timed yet; timing an epoch"
-    assert re.fullmatch(r"144 adapter steps ahead, [\d.e-]+ s each, about \d+ minutes", said[1])
-    assert "not timed yet" not in said[2] and "adapter steps ahead" in said[2]
+    assert said[0] == "passes 3, adapters 3, adapter steps 144"
+    one = r"pass 1 is done: high \(seed 1\); 126 adapter steps ahead, [\d.e-]+ s each, about \d+ minutes"
+    assert re.fullmatch(one, said[1]) and "; 0 adapter steps ahead" in said[3]
     assert sorted(path.name for path in whole.root.iterdir() if path.is_dir()) == [
         "high-seed-1",
         "low-seed-1",
@@ -101,4 +100,4 @@ def test_the_ledger_reads_the_sweep(small):
     assert mean(high.loss[-1]) < mean(high.loss[0])
     assert "C12" in command("claims", whole.root).stdout
     rows = {row["id"]: row for row in json.loads((whole.root / "claims.json").read_text())}
-    assert "the high rate at the same dose: " in rows["C2"]["note"]
+    assert "the epoch at which the high rate of seed 1 recites" in rows["C2"]["needs"]
