@@ -12,7 +12,8 @@ layers replaced, so that every architecture keeps its norms, rotations, masks an
 - on a CPU they share the base's memory, and one thread computes each adapter, with the same bits as if it trained
   alone. Threads wait for each other once a step, not after each product;
 - on a GPU what is small is done for many layers at once, because a step waits for its launches: the adapters of all
-  layers are cast together, and the 4-bit weights of a layer are dequantised together, with the same bits;
+  layers are cast together, and the 4-bit weights of a layer are dequantised together, with the same bits; a norm is
+  torch's own kernel, which rounds once where the model's rounds twice;
 - the head runs on positions that have a label, and never holds more than a block of its logits;
 - decoder layers are compiled, up to three at a time, and not the whole model: layers that are alike share the compiled
   code, and so do rows of every length.
@@ -67,15 +68,30 @@ AttentionInterface.register(ATTENTION, attention)
 AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
-def sharing_copy(module: torch.nn.Module, config, replaced: Callable[[LoraLayer], torch.nn.Module]) -> torch.nn.Module:
-    """A copy of a module with all its tensors shared, another `config`, and its linear layers replaced."""
+def sharing_copy(
+    module: torch.nn.Module, config, replaced: Callable[[torch.nn.Module], torch.nn.Module | None]
+) -> torch.nn.Module:
+    """A copy of a module with all its tensors shared, another `config`, and those within for which `replaced` has
+    another one replaced."""
     made = copy.copy(module)
     made._modules = {
-        name: replaced(child) if isinstance(child, LoraLayer) else child and sharing_copy(child, config, replaced)
+        name: child and (replaced(child) or sharing_copy(child, config, replaced))
         for name, child in module._modules.items()
     }
     if hasattr(module, "config"):
         made.config = config
+    return made
+
+
+def fused_norm(module: torch.nn.Module) -> torch.nn.Module | None:
+    """torch's own kernel for an RMS norm as llama's, two launches a step on a GPU and not 22; None for other modules.
+
+    Gemma's norms are others: they add one to their weight.
+    """
+    if not hasattr(module, "variance_epsilon"):
+        return None
+    made = torch.nn.RMSNorm(module.weight.shape, module.variance_epsilon, device="meta")
+    made.weight = module.weight
     return made
 
 
@@ -98,7 +114,9 @@ def linear_groups(decoder: torch.nn.Module) -> list[list[list[LoraLayer]]]:
     Found by running the decoder on two tokens with stand-ins for them.
     """
     calls = []
-    recording = sharing_copy(decoder, decoder.config, partial(_Recorder, calls=calls))
+    recording = sharing_copy(
+        decoder, decoder.config, lambda module: _Recorder(module, calls) if isinstance(module, LoraLayer) else None
+    )
     recording(input_ids=torch.zeros(1, 2, dtype=torch.long, device=next(decoder.parameters()).device), use_cache=False)
     number = {module: n for n, layer in enumerate(decoder.layers) for module in layer.modules()}
     by_input = [[layer for _, layer in group] for _, group in groupby(calls, key=lambda call: id(call[0]))]
@@ -552,7 +570,8 @@ class _Share:
             for group, linears in zip(groups, layer, strict=True)
             for place, linear in enumerate(linears)
         }
-        self.decoder = sharing_copy(fused.decoder, fused.config, stand_ins.get)
+        norm = fused_norm if fused.ahead else {}.get
+        self.decoder = sharing_copy(fused.decoder, fused.config, lambda module: stand_ins.get(module) or norm(module))
         self.layers = list(self.decoder.layers)
         numbers = range(len(self.layers))
         stacks = [_Stack(self.run, numbers[start : start + fused.stride]) for start in numbers[:: fused.stride]]

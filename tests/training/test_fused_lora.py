@@ -132,8 +132,9 @@ OPTIONS = {
 """What is unusual in each family; the others have it in their layers."""
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_has_the_losses_and_gradients_of_peft(family):
+def test_every_family_has_the_losses_and_gradients_of_peft(family, kind):
     model = small(family, **OPTIONS.get(family, {}))
     ids = torch.randint(3, 500, (2, 40), generator=torch.Generator().manual_seed(0))
     wanted = []
@@ -145,7 +146,7 @@ def test_every_family_has_the_losses_and_gradients_of_peft(family):
         wanted.append((loss.item(), peft_gradient(model, f"adapter{k}")))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    fused = FusedAdapters(model, ["adapter0", "adapter1"])
+    fused = FusedAdapters(model, ["adapter0", "adapter1"], kind=kind)
     losses = fused.losses(ids, ids)
     losses.sum().backward()
     for k, (loss, theirs) in enumerate(wanted):
