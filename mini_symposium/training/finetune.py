@@ -89,6 +89,7 @@ def train_pass(
     held_out: Sequence[Row] = (),
     stop: Stop | None = None,
     watch: Watch | None = None,
+    probe_every: int = 0,
 ) -> None:
     """Train one adapter for each of `trainings` over one base.
 
@@ -105,6 +106,8 @@ def train_pass(
         Ends the pass before the last epoch, if given; the adapters are kept, and can train on.
     watch
         Called after each epoch whose adapters are kept; without it, a line is printed.
+    probe_every
+        How many epochs lie between two measurements of `held_out`; a tenth of all, but at least ten, if 0.
 
     Raises
     ------
@@ -117,7 +120,7 @@ def train_pass(
         trainer = build_trainer(trainings, rows, scratch, chosen, report_to)
         last = first.num_epochs
         crossed = any(training.left_out for training in trainings)
-        probed = {*range(0, last, 1 if crossed else max(10, last // 10)), last}
+        probed = {*range(0, last, probe_every or (1 if crossed else max(10, last // 10))), last}
         interrupted = stack.enter_context(interrupts())
 
         def ends(epoch: int) -> bool:
@@ -499,11 +502,12 @@ def train_together(
     held_out: Sequence[Row] = (),
     stop: Stop | None = None,
     watch: Watch | None = None,
+    probe_every: int = 0,
 ) -> None:
     """Train the unfinished `trainings`, in as few passes over the base as memory allows.
 
-    They share base model, number of epochs and rows; each has its own rate, schedule, rank and seed. `stop` and `watch`
-    are those of `train_pass`.
+    They share base model, number of epochs and rows; each has its own rate, schedule, rank and seed. `stop`, `watch`
+    and `probe_every` are those of `train_pass`.
     """
     recipe, state = trainings[0].recipe, processes()
     epochs, last = _kept_epochs(recipe, checkpoint_epochs), recipe.num_epochs
@@ -534,7 +538,7 @@ def train_together(
             if resumed != chosen and state.is_main_process:
                 print(f"resuming with the layer {'' if compiled else 'not '}compiled, as it began, for equal bits")
             try:
-                train_pass(group, rows, epochs, start, resumed, report_to, held_out, stop, watch)
+                train_pass(group, rows, epochs, start, resumed, report_to, held_out, stop, watch, probe_every)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise

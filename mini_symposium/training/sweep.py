@@ -279,7 +279,8 @@ def train_experiments(
     with locked([training.run for training in trainings], patience):
         for training in trainings:
             record_recipe(RunDirectory(training.run), training.recipe, fingerprint(examples))
-        train_together(trainings, rows, sorted(tenths), held_out=probed)
+        # Twins after every epoch of what the ledger compares at equal training loss.
+        train_together(trainings, rows, sorted(tenths), held_out=probed, probe_every=1 if last <= EPOCHS_HIGH else 0)
 
 
 def check_engine(engine: str) -> None:

@@ -96,7 +96,7 @@ def test_the_ledger_reads_the_sweep(small):
     high, low = found.named("high")[0], found.named("low")[0]
     assert (high.epochs, low.epochs, high.steps_per_epoch) == (6, 40, 3)
     assert set(high.evaluations) == {4, 6} and set(low.evaluations) == {40}
-    assert set(low.twins) == {0, 10, 20, 30, 40}
+    assert set(low.twins) == {0, 10, 20, 30, 40} and set(high.twins) == set(range(7))
     assert mean(high.loss[-1]) < mean(high.loss[0])
     assert "C12" in command("claims", whole.root).stdout
     rows = {row["id"]: row for row in json.loads((whole.root / "claims.json").read_text())}
