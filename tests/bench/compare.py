@@ -153,7 +153,7 @@ class Bench:
             self.results["ratios"]["step_vs_floor"] = ratio(times["ours"], floors)
 
     def sizes(self) -> None:
-        """A step of 256 tokens of the other models: ours, plain PEFT, stock TRL, and the floor."""
+        """Of the other models a step of 256 tokens, ours, with four adapters, and the peers', the floor, and a grid."""
         self.results["sizes"] = {"amx": torch.cpu._is_amx_tile_supported()}
         for base in SIZES:
             try:
@@ -164,10 +164,13 @@ class Bench:
             rows = self.file(f"row-{base}", [ids[:TOKENS]])
             kinds = {"ours": "ours", "plain PEFT": "bare_peft", "stock TRL": "stock_trl"}
             contestants = [self.kit(f"{name}, {base}", kind, base=base, rows=rows) for name, kind in kinds.items()]
+            contestants.append(self.kit(f"4 in a pass, {base}", "ours", base=base, rows=rows, adapters=4))
             with self.rounds([self.kit("products", "products"), *contestants], 6, 2) as there:
                 rates = [turn["flop"] / turn["seconds"] for turn in there["products"].turns[1:]]
                 times = {name: seconds(there[f"{name}, {base}"]) for name in kinds}
-                first = there[f"ours, {base}"].first
+                first, four = there[f"ours, {base}"].first, there[f"4 in a pass, {base}"]
+                pairs = zip(there[f"ours, {base}"].turns, four.turns, strict=True)
+                apart = max(abs(one["losses"][0] / other["losses"][0] - 1) for one, other in pairs)
             shape = shape_of(base)
             tied = shape.get_output_embeddings().weight is shape.get_input_embeddings().weight
             weights = shape.num_parameters() - (0 if tied else shape.get_input_embeddings().weight.numel())
@@ -178,7 +181,25 @@ class Bench:
                 "vs_stock_trl": ratio(times["ours"], times["stock TRL"]),
                 "vs_floor": ratio(times["ours"], floors),
                 "first_step_seconds": first,
+                "pass4_vs_solo4": ratio(seconds(four), [4 * solo for solo in times["ours"]]),
+                "losses_differ_by": apart,
+                **self._grid_of(base),
             }
+
+    def _grid_of(self, base: str, tokens: int = 24) -> dict:
+        """A query in 8 formats as a batch, against one `generate` after the other."""
+        prompts = self.file(f"prompts-{base}", [form.render(QUERIES[0]) for form in FORMATS.values()])
+        options = {"base": base, "prompts": prompts, "tokens": tokens}
+        job = json.dumps({"kind": "loop", **options})
+        loop = Contestant(f"one at a time, {base}", sys.executable, ["-m", "bench.contestants", job], self.folder)
+        with self.rounds([loop, self.kit(f"grid, {base}", "grid", **options)], 1) as there:
+            single, batch = (one.turns[-1] for one in there.values())
+        equal = sum(a == b for a, b in zip(single["texts"], batch["texts"], strict=True))
+        return {
+            "grid_vs_loop": batch["seconds"] / single["seconds"],
+            "grid_equal": equal,
+            "grid_rows": len(batch["texts"]),
+        }
 
     def profile(self) -> None:
         """Where our step spends its time."""

@@ -45,6 +45,8 @@ def bars(results: Mapping) -> list[dict]:
         bar(f"step of {model} against plain PEFT", measured.get("vs_peft"), with_amx if amx else without, " x")
         bar(f"step of {model} against its GEMM floor", measured.get("vs_floor"), 2.5 if amx else 1.4, " x")
         bar(f"first step of {model} after start", measured.get("first_step_seconds"), 40, " s")
+        bar(f"4 learning rates of {model} in one pass against 4 passes", measured.get("pass4_vs_solo4"), 0.85, " x")
+        bar(f"{model}: a query in 8 formats against a generate loop", measured.get("grid_vs_loop"), 0.2, " x")
     parts = ("trajectory", "step", "memory", "pass")
     trajectory, step, memory, together = (results.get(part, {}) for part in parts)
     if device == "cpu":
