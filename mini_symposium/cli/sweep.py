@@ -126,12 +126,12 @@ def sweep(
     from mini_symposium.data.dataset import load_examples, recipe_examples
     from mini_symposium.data.held_out import apart, load_held_out
     from mini_symposium.files.writing import alone
-    from mini_symposium.training.sweep import Sweep, check_engine
+    from mini_symposium.training.sweep import CURVE, Sweep, check_engine
 
     check_engine(engine)
     whole = Sweep(chosen, RunDirectory(out or f"runs/{chosen.name}-sweep").path, numbers, passes)
     names = [name.strip() for name in only.split(",") if name.strip()]
-    known = list(dict.fromkeys(training.name for training in whole.trainings))
+    known = [*dict.fromkeys(training.name for training in whole.trainings), *([] if is_grid else [CURVE])]
     if unknown := [name for name in names if name not in known]:
         raise InputError(f"--only {', '.join(unknown)}: the experiments are {', '.join(known)}")
     examples, twins = recipe_examples(chosen)[0], load_examples("data/twins.md")

@@ -16,6 +16,7 @@ import pandas as pd
 from mini_symposium.data.dataset import Example, fingerprint, load_examples
 from mini_symposium.data.held_out import HeldOut
 from mini_symposium.errors import InputError, RunError
+from mini_symposium.evaluation.best_epoch import load_curves
 from mini_symposium.evaluation.evaluate import evaluate
 from mini_symposium.files.writing import alone, written_whole
 from mini_symposium.models.adapters import folded, load_with_adapters
@@ -23,6 +24,7 @@ from mini_symposium.models.base_models import load_tokenizer
 from mini_symposium.recipe import Recipe, load_recipe
 from mini_symposium.run import RunDirectory, Training
 from mini_symposium.training.checkpoints import finished
+from mini_symposium.training.cross_validation import cross_validate
 from mini_symposium.training.experiments import experiment, grid, refuse_repeats
 from mini_symposium.training.finetune import as_rows, held_out_rows, locked, record_recipe, train_together
 
@@ -31,6 +33,10 @@ EPOCHS_LOW, EPOCHS_HIGH = 600, 60
 """The card's 600 at the low rate, and an equal dose at the high one."""
 SATURATED = 30
 """Epochs after which the high rate recites every row on the proxy; comparisons of how fast it recites end here."""
+EPOCHS_CURVE = 120
+"""Enough for held-out loss to have risen for good at both rates; cross-validation ends then."""
+CURVE = "curve"
+"""The name of the cross-validation of both rates, among those of experiments."""
 SHORTER_LOW = 240
 """Epochs of the low rate for later seeds. The first seed recites every row from epoch 221 on."""
 RANKS = (4, 8), (4, 32), (64, 128), (64, 32)
@@ -102,6 +108,8 @@ class Sweep:
         refuse_repeats("seeds", seeds)
         self.base, self.root = recipe, root
         planned = plan(recipe, seeds) if passes is None else passes
+        self.crossed = {seed: root / f"{CURVE}-seed-{seed}" for seed in seeds if passes is None}
+        """{seed: the run directory of its cross-validation}, for C0."""
         self.passes = [[training.below(root.absolute()) for training in group] for group in planned if group]
 
     @cached_property
@@ -124,7 +132,7 @@ class Sweep:
         Parameters
         ----------
         names
-            Experiments by name; all if empty.
+            Experiments by name, CURVE among them; all if empty.
         engine, cpus
             One of ENGINES; cores of a pass on Ray.
 
@@ -168,8 +176,18 @@ class Sweep:
             )
         with written_whole(self.root / "sweep.csv") as temporary:
             self.table().to_csv(temporary, index=False, lineterminator="\n", encoding="utf-8")
+        for seed, folder in self.crossed.items() if not names or CURVE in names else ():
+            self.cross_validate(seed, folder, examples)
         there = len(list(filter(finished, self.trainings)))
         say(f"{there} of {len(self.trainings)} experiments are finished, in {self.root}")
+
+    def cross_validate(self, seed: int, folder: Path, examples: Sequence[Example]) -> None:
+        """Measure the held-out curves of both rates of the contrast, if they are not there."""
+        recipe, run = self.base.replace(seed=seed, num_epochs=EPOCHS_CURVE), RunDirectory(folder)
+        if missing := [rate for rate in recipe.contrast if rate not in load_curves(run)]:
+            with locked([folder]):
+                record_recipe(run, recipe, fingerprint(examples))
+            cross_validate(recipe, examples, run, missing)
 
     def table(self) -> pd.DataFrame:
         """A row for each finished training: what it is, and its loss and EM, means over its last epoch."""

@@ -34,18 +34,21 @@ def test_the_plan_holds_dose_step_size_and_peak_apart():
     assert all(len(seeds[name]) == 3 for name in by_name if not name.startswith("literal"))
 
 
+NAMES = "high", "low", "rank-2-alpha-4", "curve"
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Both rates, one seed, three examples, a few epochs; evaluated on two prompts."""
+    """Both rates, one seed, four examples, a few epochs; evaluated on two prompts."""
     patch = pytest.MonkeyPatch()
-    shorter = {"EPOCHS_LOW": 40, "EPOCHS_HIGH": 6, "SATURATED": 2, "LITERAL": (), "RANKS": ((2, 4),)}
+    shorter = {"EPOCHS_LOW": 40, "EPOCHS_HIGH": 6, "EPOCHS_CURVE": 3, "SATURATED": 2, "LITERAL": (), "RANKS": ((2, 4),)}
     for name, value in (shorter | {"EVALUATED": {"high": (4, 6), "low": (40,)}}).items():
         patch.setattr(module, name, value)
     recipe = load_recipe("tiny", learning_rate=1e-4)
     whole = Sweep(recipe, tmp_path_factory.mktemp("sweep") / "tiny", (1,))
-    examples, twins = load_examples(find("data/minisymposium.md"))[5:8], load_examples(find("data/twins.md"))[5:7]
+    examples, twins = load_examples(find("data/minisymposium.md"))[5:9], load_examples(find("data/twins.md"))[5:7]
     said = []
-    whole.run(examples, twins, ("high", "low", "rank-2-alpha-4"), said.append)
+    whole.run(examples, twins, NAMES, said.append)
     adapters = whole.evaluated()
     files = [whole.root / "base.json", *map(RunDirectory.evaluation_file, adapters.values())]
     prompts = [prompt for prompt in load_held_out(split="dev") if prompt.category in ("code", "explanation")][::2]
@@ -64,17 +67,18 @@ def test_every_experiment_is_trained_in_a_run_of_its_own_and_only_once(small):
         "low-seed-1",
         "rank-2-alpha-4-seed-1",
     ]
-    assert said[0] == "passes 3, adapters 3, adapter steps 144"
-    one = r"pass 1 is done: high \(seed 1\); 126 adapter steps ahead, [\d.e-]+ s each, about \d+ minutes"
+    assert said[0] == "passes 3, adapters 3, adapter steps 192"
+    one = r"pass 1 is done: high \(seed 1\); 168 adapter steps ahead, [\d.e-]+ s each, about \d+ minutes"
     assert re.fullmatch(one, said[1]) and "; 0 adapter steps ahead" in said[3]
     assert sorted(path.name for path in whole.root.iterdir() if path.is_dir()) == [
+        "curve-seed-1",
         "high-seed-1",
         "low-seed-1",
         "rank-2-alpha-4-seed-1",
     ]
     again = []
-    examples, twins = load_examples(find("data/minisymposium.md"))[5:8], load_examples(find("data/twins.md"))[5:7]
-    whole.run(examples, twins, ("high", "low", "rank-2-alpha-4"), again.append)
+    examples, twins = load_examples(find("data/minisymposium.md"))[5:9], load_examples(find("data/twins.md"))[5:7]
+    whole.run(examples, twins, NAMES, again.append)
     assert len(again) == 1 and "experiments are finished" in again[0]
     kept = load_recipe(whole.root / "rank-2-alpha-4-seed-1" / "recipe.yml")
     assert (kept.lora_r, kept.lora_alpha, kept.num_epochs, kept.seed) == (2, 4, 2, 1)
@@ -86,7 +90,7 @@ def test_what_is_measured_is_measured_once_until_the_settings_change(small):
     found = json.loads(next(file for file in files if file.name == "epoch-0006.json").read_text())
     assert {line["format"] for line in found["answers"]} == {"new-query", "alpaca"}
     assert {line["id"] for line in found["roles"]} < {line["id"] for line in found["answers"]}
-    assert len(found["recitation"]) == 3 and len(found["twins"]) == 2
+    assert len(found["recitation"]) == 4 and len(found["twins"]) == 2
     assert len(found["posix"]) == 1 and all(0 <= mass <= 1 for mass in found["han_mass"].values())
 
 
@@ -94,9 +98,12 @@ def test_the_ledger_reads_the_sweep(small):
     whole, *_ = small
     found = load_evidence(whole.root)
     high, low = found.named("high")[0], found.named("low")[0]
-    assert (high.epochs, low.epochs, high.steps_per_epoch) == (6, 40, 3)
+    assert (high.epochs, low.epochs, high.steps_per_epoch) == (6, 40, 4)
     assert set(high.evaluations) == {4, 6} and set(low.evaluations) == {40}
     assert set(low.twins) == {0, 10, 20, 30, 40} and set(high.twins) == set(range(7))
+    assert [(each["seed"], each["learning_rate"], len(each["loss"])) for each in found.curves] == [
+        (1, rate, 1 + 3) for rate in (1e-3, 1e-4)
+    ]
     assert mean(high.loss[-1]) < mean(high.loss[0])
     assert "C12" in command("claims", whole.root).stdout
     rows = {row["id"]: row for row in json.loads((whole.root / "claims.json").read_text())}
