@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from mini_symposium.claims.registration import REGISTERED
+from mini_symposium.claims.registration import REGISTERED, Comparison
 from mini_symposium.claims.verdicts import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Answer, Claim
 from mini_symposium.errors import InputError
 from mini_symposium.figures.style import COLOURS, GREY, PALE, Picture, log_axis, name_rows, scientific, styled, titled
@@ -13,6 +13,7 @@ from mini_symposium.run import Training
 
 MARKS = {SUPPORTED: ("o", COLOURS[2]), NOT_SUPPORTED: ("X", COLOURS[0]), INCONCLUSIVE: ("D", GREY)}
 """Shape and colour of each verdict: a reader who cannot tell the colours apart still has the shapes."""
+SHADE = "#eeeeee"
 
 
 def memorization_curves(trained: Sequence[Training], scale: str) -> Picture:
@@ -80,22 +81,23 @@ def memorization_curves(trained: Sequence[Training], scale: str) -> Picture:
 def ledger_picture(claims: Sequence[Claim], scale: str) -> Picture:
     """A row for each claim: its number, its 95% and its corrected interval, the threshold, and the verdict.
 
-    A claim with several comparisons has a row for each that was measured. Shares are drawn on one scale, differences of
-    shares on another, measures on one of their own. Marks of exploratory evidence are hollow.
+    A claim with several comparisons has a row for each that was measured. Rows in the same unit share one scale. The
+    side of the threshold that supports the claim is shaded. The mark is that of the claim's verdict; only where the
+    verdict depends on the comparison does each row bear its own. Marks of exploratory evidence are hollow.
     """
     rows = [(claim, answer) for claim in claims for answer in [a for a in claim.answers if a.interval] or [None]]
-    units: dict[object, list[float]] = {}  # the ends of all rows on one scale
+    scales: dict[str, list[float]] = {}  # the ends of all rows in one unit
     for claim, answer in rows:
         if answer:
-            units.setdefault(_unit(claim, answer), []).extend((*answer.corrected, answer.threshold))
+            scales.setdefault(_unit(_test(claim, answer)), []).extend((*answer.corrected, answer.threshold))
     drawn = []
     with styled():
         caption = (
-            "Mark, thick line with ends: the number and its 95% interval; thin line: the interval corrected for all "
-            "tests; grey line: the threshold. Circle: supported. Cross: not supported. Diamond: inconclusive. Hollow: "
-            "exploratory."
+            "Thick line: 95% interval. Thin line: interval corrected for all tests. Shaded: the side of the threshold "
+            "on which the claim is supported. Circle: supported. Cross: not supported. Diamond: inconclusive. Hollow: "
+            "exploratory. Rows in the same unit share one scale."
         )
-        figure = titled(0.48 * len(rows) + 0.3, "The card's claims, one by one", scale, caption)
+        figure = titled(0.52 * len(rows) + 0.3, "The card's claims, one by one", scale, caption)
         before = None
         for axes, (claim, answer) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
             name, said = f"{claim.id}  {claim.claim}\n{answer.metric if answer else claim.metric}", f"{claim.said}\n"
@@ -114,23 +116,39 @@ def ledger_picture(claims: Sequence[Claim], scale: str) -> Picture:
                 number, (low, high) = answer, answer.interval
                 row |= {key: getattr(answer, key) for key in ("equal", "threshold", "value", "p", "p_holm", "verdict")}
                 row |= {"low": low, "high": high}
-                ends = units[_unit(claim, answer)]
-                room = 0.06 * (max(ends) - min(ends))
-                axes.set_xlim(min(ends) - room, max(ends) + room)
-                axes.set_xticks([answer.threshold], [f"{answer.threshold:g}"])
-                axes.axvline(answer.threshold, color=PALE, linewidth=3)
-                (mark, colour), size = MARKS[answer.verdict], {"markersize": 9, "markeredgewidth": 1.7}
-                axes.plot(answer.corrected, [0, 0], color=colour, linewidth=0.8)
-                axes.plot(answer.interval, [0, 0], "|-", color=colour, linewidth=2.4, **size)
+                test = _test(claim, answer)
+                ends = scales[_unit(test)]
+                room = 0.12 * (max(ends) - min(ends))
+                left, right = min(ends) - room, max(ends) + room
+                axes.set_xlim(left, right)
+                rule = f"{test.rule} →" if test.above else f"← {test.rule}"
+                axes.set_xticks([answer.threshold], [rule])
+                axes.axvspan(answer.threshold, right if test.above else left, color=SHADE, linewidth=0)
+                axes.axvline(answer.threshold, color=GREY, linewidth=1.2)
+                # Units stand where no threshold does: at the end of the scale that is further from it.
+                at, side = (0, "left") if 2 * answer.threshold > left + right else (1, "right")
+                below = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": side, "va": "top"}
+                unit = axes.annotate(_unit(test), (at, 0), (0, -3), fontsize=8, color=GREY, **below)
+                unit.set_in_layout(False)
+                (mark, colour), size = MARKS.get(claim.verdict, MARKS[answer.verdict]), {"markeredgewidth": 1.7}
+                axes.plot(answer.corrected, [0, 0], "|-", color=colour, linewidth=0.8, markersize=4)
+                axes.plot(answer.interval, [0, 0], "|-", color=colour, linewidth=2.4, markersize=9, **size)
                 face = "white" if claim.exploratory else colour
-                axes.plot(answer.value, 0, mark, color=colour, markerfacecolor=face, **size)
+                axes.plot(answer.value, 0, mark, color=colour, markerfacecolor=face, markersize=9, **size)
             drawn.append(row)
             axes.text(1.02, 0.5, f"{said}{number}", transform=axes.transAxes, va="center", fontsize=8.5)
     figure.drawn = pd.DataFrame(drawn)
     return figure
 
 
-def _unit(claim: Claim, answer: Answer) -> object:
-    """What rows on one scale have in common: the bounds of their numbers, or else the metric."""
+def _test(claim: Claim, answer: Answer) -> Comparison:
+    """The registered comparison that `answer` answers."""
     tests = REGISTERED.questions[claim.id].tests
-    return next((test.bounds for test in tests if test.metric == answer.metric), None) or answer.metric
+    return next(test for test in tests if (test.metric, test.equal) == (answer.metric, answer.equal))
+
+
+def _unit(test: Comparison) -> str:
+    """What a number is measured in; rows with the same unit share one scale."""
+    if test.bounds:
+        return "share" if test.bounds[0] == 0 else "share difference"
+    return "nats a token" if "loss" in test.metric else "share of tokens"
