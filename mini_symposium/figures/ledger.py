@@ -4,11 +4,23 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.lines import Line2D
 
 from mini_symposium.claims.registration import REGISTERED, Comparison
 from mini_symposium.claims.verdicts import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Answer, Claim
 from mini_symposium.errors import InputError
-from mini_symposium.figures.style import COLOURS, GREY, PALE, Picture, log_axis, name_rows, scientific, styled, titled
+from mini_symposium.figures.style import (
+    COLOURS,
+    GREY,
+    LINES,
+    SHAPES,
+    Picture,
+    log_axis,
+    name_rows,
+    scientific,
+    styled,
+    titled,
+)
 from mini_symposium.run import Training
 
 MARKS = {SUPPORTED: ("o", COLOURS[2]), NOT_SUPPORTED: ("X", COLOURS[0]), INCONCLUSIVE: ("D", GREY)}
@@ -17,10 +29,10 @@ SHADE = "#eeeeee"
 
 
 def memorization_curves(trained: Sequence[Training], scale: str) -> Picture:
-    """How much of the training rows is known (EM), by epoch and by dose; EM of held-out twins as open circles.
+    """How much of the training rows is known (EM), by epoch and by dose; EM of held-out twins as open marks.
 
     Dotted: the share of rows of which the model, given 32 tokens, writes the next 50 exactly. It is drawn if it
-    was logged, over the rows that are long enough. The rates are constant; seeds of one rate share a colour.
+    was logged, over the rows that are long enough. The rates are constant; seeds of one rate look the same.
 
     Raises
     ------
@@ -47,31 +59,32 @@ def memorization_curves(trained: Sequence[Training], scale: str) -> Picture:
     rates = sorted(table["learning_rate"].unique(), reverse=True)
     with styled():
         caption = (
-            "EM is the share of a row's tokens that the model would have said itself. Circles are twins, rows like "
-            "them that were not trained on. Right: where dose is all that separates the rates, the lines agree."
+            "EM: share of a row's tokens that the model predicts. Open marks: twins, which are rows like these that "
+            "were not trained on. Right: rates whose lines coincide differ only in dose."
         )
         if "extractable_32" in table:
-            caption += " Dotted: share of rows of which 32 tokens bring the next 50, word for word."
+            caption += " Dotted: share of rows of which the model, given 32 tokens, writes the next 50 exactly."
         figure = titled(3.3, "How much of the training rows is known", scale, caption)
-        panels = figure.subplots(1, 2, sharey=True)
+        panels, shown = figure.subplots(1, 2, sharey=True), {}
         for (rate, _), part in table.groupby(["learning_rate", "seed"], sort=False):
             i = rates.index(rate)
-            colour, width = COLOURS[i % len(COLOURS)], 3.2 if i == 0 else 1.6
+            colour, line, shape = (each[i % len(COLOURS)] for each in (COLOURS, LINES, SHAPES))
+            look = {"color": colour, "linestyle": line, "linewidth": 3.2 if i == 0 else 1.6}
+            open_mark = {"marker": shape, "markerfacecolor": "white", "markersize": 5}
+            shown[rate] = Line2D([], [], **look, **open_mark, label=f"LR {scientific(rate)}")
             for axes, x in zip(panels, ("epoch", "dose"), strict=True):
                 training, twins = (part[part["rows"] == rows] for rows in ("training", "twins"))
-                axes.plot(training[x], training["em"], color=colour, linewidth=width, label=f"LR {scientific(rate)}")
+                axes.plot(training[x], training["em"], **look)
                 if "extractable_32" in training:
                     axes.plot(training[x], training["extractable_32"], ":", color=colour, linewidth=1.2)
                 twins = twins[twins[x] > 0] if x == "dose" else twins
-                axes.plot(twins[x], twins["em"], "o", color=colour, markerfacecolor="white", markersize=5)
-        panels[0].set(xlabel="epochs", ylabel="EM", ylim=(0, 1.02))
+                axes.plot(twins[x], twins["em"], linestyle="", color=colour, **open_mark)
+        label = "EM (dotted: share of rows)" if "extractable_32" in table else "EM, share of tokens"
+        panels[0].set(xlabel="epochs", ylabel=label, ylim=(0, 1.02))
         panels[1].set(xlabel="dose = learning rate × steps (log)")
         log_axis(panels[1])
-        handles, labels = panels[0].get_legend_handles_labels()
-        handle_of = dict(zip(labels, handles, strict=True))
-        highest_first = [f"LR {scientific(rate)}" for rate in rates]
         # No curve passes through the upper left.
-        panels[1].legend([handle_of[label] for label in highest_first], highest_first, loc="upper left")
+        panels[1].legend(handles=[shown[rate] for rate in rates], loc="upper left", handlelength=3.4)
         for axes in panels:
             axes.grid(axis="y")
     figure.drawn = table

@@ -47,9 +47,12 @@ def test_extractable_rows_are_averaged_where_they_are_long_enough():
     assert "Dotted" not in memorization_curves([training()], "proxy").texts[1].get_text()
 
 
-def test_seeds_of_a_rate_share_its_colour_and_the_legend_names_each_rate_once():
-    several = [training(1e-5), training(1e-4), training(1e-4, seed=43)]
-    low, high, other = (line.get_color() for line in memorization_curves(several, "proxy").axes[0].lines[::2])
+def test_seeds_of_a_rate_look_the_same_rates_differ_without_colour_and_the_legend_names_each_once():
+    several = [training(rate, seed, twins={1: {"em": 0.3}}) for rate, seed in ((1e-5, 42), (1e-4, 42), (1e-4, 43))]
+    lines = memorization_curves(several, "proxy").axes[0].lines
+    low, high, other = ((line.get_color(), line.get_linestyle()) for line in lines[::2])
+    assert high == other and all(a != b for a, b in zip(high, low, strict=True))
+    low, high, other = (line.get_marker() for line in lines[1::2])
     assert high == other != low
     legend = memorization_curves(several, "proxy").axes[1].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["LR 1e-4", "LR 1e-5"]
