@@ -29,6 +29,12 @@ from mini_symposium.figures.style import (
 )
 from mini_symposium.run import RunDirectory
 
+GRID_TITLES = {
+    "passed": "Share of answers that pass",
+    "copied_words": "Longest passage copied from a training row, in words",
+}
+"""{number that `format_grid` draws: its title}; another number is titled by its name."""
+
 
 def _steps(metrics: Mapping[float, Sequence[Mapping]]) -> pd.DataFrame:
     """The lines of metrics.jsonl as a table, ordered by learning rate (highest first) and step."""
@@ -284,7 +290,10 @@ def recitation(rows: Sequence[Mapping], scale: str) -> Picture:
 
 
 def format_grid(grid: Sequence[Mapping], value: str, scale: str) -> Picture:
-    """A number for each prompt format (row), model (panel) and query (column), written in its cell.
+    """A number for each prompt format, model (panel) and query, written in its cell.
+
+    Formats are rows and queries are numbered columns. If there are more queries than formats, it is the other way
+    round, and every query is named beside its row.
 
     Parameters
     ----------
@@ -304,28 +313,52 @@ def format_grid(grid: Sequence[Mapping], value: str, scale: str) -> Picture:
     table = table.groupby(["model", "query", "format"], as_index=False, sort=False)[value].mean()
     table[value] = table[value].astype(float).map(as_written)
     models, queries, formats = (list(table[column].unique()) for column in ("model", "query", "format"))
-    size = min(9, 170 / (len(models) * len(queries)))  # numbers stay inside their cells
+    turned = len(queries) > len(formats)
+    (row, rows), (column, columns) = (("format", formats), ("query", queries))[:: -1 if turned else 1]
+    size = min(9, 170 / (len(models) * len(columns)))  # numbers stay inside their cells
     low, high = min(0, table[value].min()), max(table[value].max(), 1)
     numbers = [str(i + 1) if len(queries) > 1 else "" for i in range(len(queries))]
     with styled():
-        caption = "A row is a prompt format. A model whose panel is uneven from top to bottom depends on the format."
-        height = 0.27 * len(formats) + 0.55 + 0.19 * len(queries)
-        figure = titled(height, f"{value.replace('_', ' ').capitalize()}, by format and model", scale, caption)
+        across = "column" if turned else "row"
+        caption = (
+            f"Each {across} is a prompt format. If a model's numbers change from {across} to {across}, its answers "
+            "depend on the format."
+        )
+        height = 0.27 * len(rows) + (1.1 if turned else 0.55 + 0.19 * len(queries))
+        title = GRID_TITLES.get(value, value.replace("_", " ").capitalize())
+        figure = titled(height, f"{title}, by format and model", scale, caption)
         panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
         for axes, model in zip(panels, models, strict=True):
-            cells = table[table["model"] == model].pivot(index="format", columns="query", values=value)
-            cells = cells.reindex(index=formats, columns=queries).to_numpy(dtype=float)
+            cells = table[table["model"] == model].pivot(index=row, columns=column, values=value)
+            cells = cells.reindex(index=rows, columns=columns).to_numpy(dtype=float)
             axes.pcolormesh(cells, cmap=COLOUR_MAP, vmin=low, vmax=high, edgecolors="white", linewidth=1.5)
             for (y, x), number in np.ndenumerate(cells):
                 text = "" if np.isnan(number) else f"{number:.2f}" if high == 1 else f"{number:.4g}"
                 cell = axes.text(x + 0.5, y + 0.5, text, ha="center", va="center_baseline", fontsize=size)
                 cell.set_color("white" if (number - low) / (high - low) < 0.6 else INK)
-            axes.set(title=short(str(model), 28), facecolor=PALE)
-            axes.set_xticks(np.arange(len(queries)) + 0.5, numbers)
+            axes.set(title=short(_model_name(model), 28), facecolor=PALE)
+            axes.set_xticks(np.arange(len(columns)) + 0.5, [short(form, 28) for form in formats] if turned else numbers)
+            if turned:
+                axes.tick_params(axis="x", labelrotation=40, labelsize=9, pad=1)
+                for label in axes.get_xticklabels():
+                    label.set(ha="right", rotation_mode="anchor")
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
-        name_rows(panels[0], np.arange(len(formats)) + 0.5, [short(form, 28) for form in formats])
-        legend = [f"{n}  {short(query, 110)}".strip() for n, query in zip(numbers, queries, strict=True)]
-        figure.supxlabel("\n".join(legend), x=0.1 / WIDTH, ha="left", color=GREY, fontsize=9)
+        name_rows(panels[0], np.arange(len(rows)) + 0.5, [short(str(name), 28) for name in rows])
+        if not turned:
+            legend = [f"{n}  {short(query, 110)}".strip() for n, query in zip(numbers, queries, strict=True)]
+            figure.supxlabel("\n".join(legend), x=0.1 / WIDTH, ha="left", color=GREY, fontsize=9)
     figure.drawn = table
     return figure
+
+
+def _model_name(model: object) -> str:
+    """A model's name in a grid; one that is named by its learning rate is written as in the other pictures.
+
+    >>> [_model_name(model) for model in ("base", "1e-05")]
+    ['base', 'LR 1e-5']
+    """
+    try:
+        return f"LR {scientific(float(model))}"
+    except ValueError:
+        return str(model)

@@ -193,6 +193,14 @@ def test_the_grid_writes_the_numbers_of_the_csv(tmp_path):
     assert picture.axes[0].texts[1].get_text() == "0.20"  # first row is "alpaca": "Why?", then "How?"
 
 
+def test_with_more_queries_than_formats_each_query_is_a_named_row():
+    (axes,) = figures.format_grid(grid(models=["1e-05"], queries=("Why?", "How?", "Who?")), "recall", "proxy").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["Why?", "How?", "Who?"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["alpaca", "### Role $x_{"]
+    assert [text.get_text() for text in axes.texts] == ["0.00", "0.10", "0.20", "0.30", "0.40", "0.50"]
+    assert axes.get_title("left") == "LR 1e-5"
+
+
 def test_a_grid_with_holes_leaves_them_empty():
     texts = [text.get_text() for text in figures.format_grid(grid()[1:], "recall", "proxy").axes[0].texts]
     assert sorted(texts) == ["", "0.10", "0.20", "0.30"]
