@@ -16,7 +16,9 @@ from mini_symposium.figures.style import (
     GREY,
     HALO,
     INK,
+    LINES,
     PALE,
+    SHAPES,
     WIDTH,
     Picture,
     as_written,
@@ -73,8 +75,7 @@ def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, sca
 
     with styled():
         caption = (
-            "Dots are steps, lines the mean over an epoch. Right: where dose is all that separates the rates, "
-            "the lower one's line lies on the higher one's."
+            "A dot is one step, a line the mean over an epoch. Right: rates whose lines coincide differ only in dose."
         )
         figure = titled(3.5, "Training loss, by epoch and by dose", scale, caption)
         panels = figure.subplots(1, 2, sharey=True)
@@ -86,6 +87,7 @@ def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, sca
                 axes.plot(part[f"smoothed_{x}"], part["smoothed_loss"], color=colour, linewidth=width)
                 smooth = part.dropna(subset="smoothed_loss")
                 end = smooth[[f"smoothed_{x}", "smoothed_loss"]] if len(smooth) else part[[x, "loss"]]
+                axes.plot(*end.iloc[-1], "o", color=colour, markersize=5.5, markeredgecolor="white")
                 ends.append((*end.iloc[-1], f"LR {scientific(rate)}", colour))
             axes.grid(axis="y")
             _label_ends(axes, ends, table["loss"].max() * 1.05)
@@ -124,7 +126,6 @@ def _label_ends(axes, ends: Sequence[tuple[float, float, str, str]], top: float)
     gap, lowest = top * 0.065, -math.inf
     last = max(end[0] for end in ends)
     for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
-        axes.plot(x, y, "o", color=colour, markersize=5.5, markeredgecolor="white")
         lowest = max(y if x > 0.9 * last else y + gap, lowest + gap, 0.6 * gap)
         shift = axes.transData + ScaledTranslation(7 / 72, 0, axes.figure.dpi_scale_trans)
         axes.text(x, lowest, name, color=colour, weight="bold", va="center", transform=shift, path_effects=HALO)
@@ -228,8 +229,8 @@ def travel(rows: Sequence[Mapping], scale: str) -> Picture:
     )
     with styled():
         caption = (
-            "Dots are measured, grey is what Adam's rule predicts. lora_A may lie left of it: its gradient is tiny "
-            "while lora_B still is."
+            "A mark is measured; the grey bar is the range that Adam's rule predicts. lora_A may lie to the left of it, "
+            "because its gradient is tiny as long as lora_B is."
         )
         figure = titled(0.3 * len(table) + 1.0, "How far the adapters moved", scale, caption)
         axes = figure.subplots()
@@ -241,8 +242,8 @@ def travel(rows: Sequence[Mapping], scale: str) -> Picture:
         for column, name, side in ends:
             axes.text(table[column].iloc[0], -0.42, name, ha=side, va="bottom", fontsize=8.5, color=GREY)
         for y, row in zip(heights, table.itertuples(), strict=True):
-            colour = COLOURS[0] if row.part.startswith("lora_B") else COLOURS[1]
-            (dot,) = axes.plot(max(row.measured, left), y, "o", color=colour, markersize=7, markeredgecolor="white")
+            colour, shape = (each[0 if row.part.startswith("lora_B") else 1] for each in (COLOURS, SHAPES))
+            (dot,) = axes.plot(max(row.measured, left), y, shape, color=colour, markersize=7, markeredgecolor="white")
             text = f"{scientific(row.measured)}, {row.measured / row.steady:.0%} of rate × steps"
             if not row.measured:
                 text = "did not move"
@@ -254,7 +255,7 @@ def travel(rows: Sequence[Mapping], scale: str) -> Picture:
         rates = [f"LR {scientific(rate)}   " for rate in table["learning_rate"]]
         names = [part if i % len(parts) else rates[i] + part for i, part in enumerate(table["part"])]
         name_rows(axes, heights, names)
-        axes.set(xlabel="travel of an element in training (log)", ylim=(heights[-1] + 0.6, -1.1))
+        axes.set(xlabel="change of an element in training (log)", ylim=(heights[-1] + 0.6, -1.1))
         log_axis(axes)
         axes.set_xlim(left * 0.8, table["steady"].max() * 1.3)
     figure.drawn = table
@@ -269,20 +270,20 @@ def recitation(rows: Sequence[Mapping], scale: str) -> Picture:
     table = pd.DataFrame(rows).sort_values(["learning_rate", "rows", "epoch"], ascending=[False, True, True])
     with styled():
         caption = (
-            "Recall is the share of a response's words that come back, in order, when its prompt is given. Open "
-            "circles: twins, rows like them that were not trained on. Epoch 0: the base."
+            "Recall is the share of a response's words that the model writes, in the same order, when given its prompt. "
+            "Open marks, dotted: twins, which are rows like these that were not trained on. Epoch 0 is the base."
         )
         figure = titled(3.0, "What is recited when it is asked for", scale, caption)
         axes = figure.subplots()
         ends = []
         for i, (rate, part) in enumerate(table.groupby("learning_rate", sort=False)):
-            colour = COLOURS[i % len(COLOURS)]
+            colour, line, shape = (each[i % len(COLOURS)] for each in (COLOURS, LINES, SHAPES))
             training, twins = (part[part["rows"] == kind].dropna() for kind in ("training", "twins"))
-            axes.plot(training["epoch"], training["recall"], "o-", color=colour)
-            axes.plot(twins["epoch"], twins["recall"], "o:", color=colour, markerfacecolor="white")
+            axes.plot(training["epoch"], training["recall"], linestyle=line, marker=shape, color=colour)
+            axes.plot(twins["epoch"], twins["recall"], f"{shape}:", color=colour, markerfacecolor="white")
             if len(training):
                 ends.append((*training[["epoch", "recall"]].iloc[-1], f"LR {scientific(rate)}", colour))
-        axes.set(xlabel="epochs", ylabel="recall, by ROUGE-L", ylim=(0, 1.02))
+        axes.set(xlabel="epochs", ylabel="recall (ROUGE-L), share of words", ylim=(0, 1.02))
         axes.grid(axis="y")
         _label_ends(axes, ends, 1.02)
     figure.drawn = table
