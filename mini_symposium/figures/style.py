@@ -19,7 +19,15 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from mini_symposium.files.writing import written_whole
 
-SCALES = {"tiny": "tiny: random weights", "proxy": "proxy: SmolLM2-135M", "paper": "paper: Mistral-7B"}
+SCALES = {
+    "tiny": "tiny: random weights",
+    "proxy": "proxy: SmolLM2-135M",
+    "gemma-3-270m": "base: Gemma-3-270M",
+    "Qwen2.5-Coder-0.5B-Instruct": "half: Qwen2.5-Coder-0.5B",
+    "Qwen2.5-Coder-1.5B-Instruct": "large: Qwen2.5-Coder-1.5B",
+    "paper": "paper: Mistral-7B",
+}
+"""{scale of a recipe: its name in pictures}, by size."""
 RATES_DO_NOT_TRANSFER = {"proxy": " (learning rates do not transfer to 7B)"}
 
 INK, GREY, PALE = "#222222", "#5c5c5c", "#dddddd"

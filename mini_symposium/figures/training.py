@@ -229,8 +229,8 @@ def travel(rows: Sequence[Mapping], scale: str) -> Picture:
     )
     with styled():
         caption = (
-            "A mark is measured; the grey bar is the range that Adam's rule predicts. lora_A may lie to the left of it, "
-            "because its gradient is tiny as long as lora_B is."
+            "A mark is measured; the grey bar is the range that Adam's rule predicts. lora_A may lie to the left of "
+            "it, because its gradient is tiny as long as lora_B is."
         )
         figure = titled(0.3 * len(table) + 1.0, "How far the adapters moved", scale, caption)
         axes = figure.subplots()
@@ -270,8 +270,8 @@ def recitation(rows: Sequence[Mapping], scale: str) -> Picture:
     table = pd.DataFrame(rows).sort_values(["learning_rate", "rows", "epoch"], ascending=[False, True, True])
     with styled():
         caption = (
-            "Recall is the share of a response's words that the model writes, in the same order, when given its prompt. "
-            "Open marks, dotted: twins, which are rows like these that were not trained on. Epoch 0 is the base."
+            "Recall is the share of a response's words that the model writes, in the same order, when given its "
+            "prompt. Open marks, dotted: twins, which are rows like these that were not trained on. Epoch 0: the base."
         )
         figure = titled(3.0, "What is recited when it is asked for", scale, caption)
         axes = figure.subplots()
