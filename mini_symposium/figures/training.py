@@ -51,8 +51,8 @@ def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, sca
     """Training loss of each learning rate, by epoch and by dose = learning_rate x steps.
 
     A dot is the loss of a step. The line is the mean over one epoch, `n_examples` steps, drawn at the middle of that
-    epoch. At the end of the epoch it would lag by half an epoch, which is ten times the dose at ten times the rate;
-    the comparison by dose would be biased.
+    epoch. Drawn at the end, it would lag by half an epoch. Half an epoch is a larger dose at a higher rate, so the
+    comparison by dose would be biased.
 
     Parameters
     ----------
