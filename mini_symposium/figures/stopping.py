@@ -157,7 +157,7 @@ def _known_axis(axes, table: pd.DataFrame) -> None:
 def _legend(axes, handles: list) -> None:
     """A legend below the axes: curves may come to lie anywhere inside."""
     place = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.2), "borderpad": 0}
-    axes.legend(handles=handles, handlelength=3.2, fontsize=9.5, **place)
+    axes.legend(handles=handles, handlelength=2.6, fontsize=9.5, **place)
 
 
 def _drawn(curve: Curve) -> pd.DataFrame:

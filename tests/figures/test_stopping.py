@@ -1,5 +1,8 @@
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from mini_symposium import figures
 from mini_symposium.errors import InputError
@@ -67,7 +70,11 @@ def test_each_model_has_a_panel_by_size_and_all_share_one_scale(count):
         for handle in axes.get_legend().get_lines()
     }
     assert len(set(looks.values())) == len(looks) == min(count, 2)  # one rate looks the same in every panel
-    assert picture.png() == figures.overfitting_of_models(dict(reversed(models.items()))).png()
+    png = picture.png()
+    assert png == figures.overfitting_of_models(dict(reversed(models.items()))).png()
+    image = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
+    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    assert (border == 255).all()  # no text is cut off
 
 
 def test_a_loss_that_still_falls_is_said_to():
