@@ -28,7 +28,7 @@ from mini_symposium.recipe import KEYS, SHIPPED, Recipe, load_recipe
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 ROOT = CHECKOUT if (CHECKOUT / "notebooks").is_dir() else Path(__file__).resolve().parent / "shipped"
-"""Where data/, notebooks/ and figures/ lie: beside the package in a checkout, in it where it was installed."""
+"""Where data/, notebooks/ and figures/ lie: beside the package in a checkout, inside it if it was installed."""
 
 REGISTRATION = ROOT / "data" / "registration.yml"
 """What the ledger asks, see `claims.registration`; a run records its SHA-256 when it begins."""
@@ -44,7 +44,7 @@ def standing() -> Path:
 
 
 def find(path: str | Path) -> Path:
-    """The path as given, from where the user stands; what ships with the kit is found from anywhere.
+    """The path as given, relative to the current folder; what ships with the kit is found from anywhere.
 
     >>> find("data/minisymposium.md").name
     'minisymposium.md'
@@ -427,7 +427,7 @@ class Resolved:
     recipe: Recipe | None = None
     """A recipe itself, or that of a run."""
     checkpoints: dict[Path, float] = field(default_factory=dict)
-    """A run's chosen checkpoints, each with its weight; see `adapters.find_checkpoints`. An adapter is its own."""
+    """A run's chosen checkpoints, each with its weight; see `adapters.find_checkpoints`. Of an adapter, itself."""
     base: str = ""
     """The base of an adapter that no run trained; see `adapters.with_base`."""
 
@@ -500,7 +500,7 @@ def resolve(typed: str | Path, *kinds: str) -> Resolved:
 
 
 def _adapter_in(folder: Path) -> Path | None:
-    """The folder itself if it holds an adapter, else the newest checkpoint-N in it that does, as trainers write."""
+    """The folder itself if it holds an adapter, else the newest checkpoint-N in it that does, as Trainer names it."""
     inside = [path.parent for path in folder.glob("checkpoint-*/adapter_config.json")]
     inside.sort(key=lambda path: (len(path.name), path.name))
     return folder if (folder / "adapter_config.json").exists() else inside[-1] if inside else None

@@ -19,7 +19,7 @@ README = ROOT / "README.md"
 
 def finding() -> str:
     """What the committed curves say about the question behind the card."""
-    run = open_run("figures/curve")
+    run = open_run("figures/curve/proxy")
     curves = load_curves(run)
     high, low = curves[max(curves)], curves[min(curves)]
     best = {"high": recommend(high), "low": recommend(low)}

@@ -5,9 +5,10 @@ saw it. Held-out loss falls while the model learns what the rows have in common,
 by heart. Rows differ far more from each other than epochs do, so epochs are compared row by row: the standard error of
 an epoch is that of the rows' differences from the best epoch.
 
-What is recommended is an epoch and not a dose, though the adapters saw fewer rows than the model will. On the proxy at
-1e-4 the best epoch was 11, 10 and 8 for adapters that saw 4, 6 and 9 of thirteen rows, at doses of 4.4e-3, 6.0e-3 and
-7.2e-3: the epoch changes less, so that from 9 rows to 13 it comes at most about one epoch too late.
+The recommendation is an epoch, not a dose. The cross-validated adapters see fewer rows than the model will, so one of
+the two has to be carried over to more rows, and the epoch changes less. On the proxy at 1e-4 the best epoch was 11, 10
+and 8 for adapters trained on 4, 6 and 9 of thirteen rows; the doses were 4.4e-3, 6.0e-3 and 7.2e-3. From 9 rows to 13
+the recommended epoch is at most about one too late.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,11 +23,11 @@ from mini_symposium.files.writing import write_json
 from mini_symposium.run import RunDirectory, Training, read_object
 
 RECITED = 0.9
-"""EM, averaged over the training rows, from which a model is said to recite them."""
+"""A model recites its training rows if their mean EM is at least this."""
 LATER = 1.5
-"""A curve has risen for good when it ends well above its best, that many times as far from the start."""
+"""For `risen_for_good`, training must have gone on to this many times the best epoch."""
 LEAST_LATER = 3
-"""It must also have gone on for this many epochs after its best."""
+"""For `risen_for_good`, it must also have gone on for this many epochs after the best."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ class Curve:
     em: list[list[float]]
     """(epochs, rows): EM of the held-out rows, see `memorization.em_and_es`."""
     trained_loss: list[float]
-    """Mean over rows and adapters; an entry less than `loss`, for no epoch follows the last."""
+    """Mean over rows and adapters. It has one entry fewer than `loss`, because no epoch follows the last."""
     trained_em: list[float]
 
     @classmethod
     def of(cls, trainings: Sequence[Training]) -> "Curve":
-        """The curve of trainings that each left out some rows, as far as all of them have gone.
+        """The curve of trainings that each left out some rows, up to the last epoch that all have reached.
 
         Raises
         ------
@@ -127,6 +128,9 @@ def rise(loss: Sequence[Sequence[float]]) -> tuple[int, np.ndarray, np.ndarray]:
 def risen_for_good(loss: Sequence[Sequence[float]]) -> bool:
     """Whether held-out loss, (epochs, rows), is past its best, so that more epochs would show nothing new.
 
+    Training must have gone on long enough after the best epoch (LATER, LEAST_LATER), and the last two epochs must each
+    be worse than the best by more than two standard errors.
+
     >>> falling = [[4.0 - 0.1 * epoch + row for row in (0, 1, 3)] for epoch in range(10)]
     >>> risen_for_good(falling), risen_for_good([*falling, *falling[::-1]])
     (False, True)
@@ -148,7 +152,7 @@ class Recommendation:
     """Around it, the epochs that are worse by at most one standard error."""
     loss: float
     recites_from: int | None
-    """The first epoch after which the training rows' mean EM is `RECITED`; None if it never is."""
+    """The first epoch after which the training rows' mean EM is at least `RECITED`; None if it never is."""
     turned: bool
     """Whether the curve has a best epoch before its end; if not, the best may lie later."""
 
@@ -159,7 +163,8 @@ class Recommendation:
         if not self.turned:
             return f"at {rate} held-out loss is best at the last epoch measured, {self.epoch}: train longer{recites}"
         if not self.epoch:
-            return f"at {rate} no epoch is better than none: what these rows teach does not carry over{recites}"
+            never = "held-out loss never falls below its start: what these rows teach does not carry over"
+            return f"at {rate} {never}{recites}"
         return f"take epoch {self.epoch}{window} of {rate}{recites}"
 
 
@@ -169,8 +174,8 @@ def recommend(curve: Curve, metrics: Sequence[Mapping] = ()) -> Recommendation:
     Parameters
     ----------
     metrics
-        Lines of the metrics.jsonl of a training on all rows at this rate, which tells when it recites. Without them the
-        curve's own training rows tell, as far as it goes.
+        Lines of the metrics.jsonl of a training on all rows at this rate, which tell from which epoch it recites.
+        Without them, the curve's own training EM tells, up to its last epoch.
 
     >>> loss = [[4.0 + (epoch - 3) ** 2 / 9 + row for row in (0, 1, 3)] for epoch in range(8)]
     >>> em = [[0.5] * 3] * 8
@@ -198,7 +203,8 @@ def recommend(curve: Curve, metrics: Sequence[Mapping] = ()) -> Recommendation:
 def better_at_best(low: Curve, high: Curve, seed: int = 0) -> tuple[float, float, float]:
     """The low rate's best held-out loss minus the high rate's, and its confidence interval over rows, in nats a token.
 
-    Rows are resampled, and each resample chooses both best epochs anew; its deviation is widened as `intervals` says.
+    Rows are resampled, and both best epochs are chosen anew in each resample. The deviations of the resamples are
+    widened, see `intervals.widening`.
 
     Raises
     ------
@@ -208,7 +214,7 @@ def better_at_best(low: Curve, high: Curve, seed: int = 0) -> tuple[float, float
     tables = [np.asarray(curve.loss) for curve in (low, high)]
     rows = tables[0].shape[1]
     if tables[1].shape[1] != rows:
-        raise InputError(f"curves of {rows} and {tables[1].shape[1]} rows: they must be of the same")
+        raise InputError(f"curves of {rows} and {tables[1].shape[1]} rows; compare curves of the same rows")
     value = float(np.subtract(*(table.mean(1).min() for table in tables)))
     drawn = np.random.default_rng(seed).integers(rows, size=(DRAWS, rows))
     bests = [table[:, drawn].mean(2).min(0) for table in tables]

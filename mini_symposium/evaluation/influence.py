@@ -2,9 +2,10 @@
 
 The numbers come from exact retraining (see `training.leave_one_out`), not from an approximation: for every row an
 adapter is trained without it, all at the same dose. A row's influence on another is the loss of the other one without
-it, minus the median of its loss under the adapters that leave out some other row. All compared adapters have seen it
-equally often. Influences say which row matters more or less than most rows do; that rows matter at all is told by
-`carried`: what is known of a row by the adapter that never saw it, the other rows taught.
+it, minus the median of its loss under the adapters that leave out some other row. So all adapters that are compared
+have seen the other row equally often. An influence tells whether a row matters more or less than most rows do.
+`carried` tells whether rows teach each other at all: what the adapter that never saw a row knows of it, it has learned
+from the others.
 
 Training with other seeds shows how much of this is noise.
 """
@@ -28,7 +29,7 @@ ALONE = 0.1
 
 @dataclass(frozen=True)
 class Influence:
-    """The losses of leave-one-out training, in nats a token. Items are the rows, then rows that none was trained on."""
+    """The losses of leave-one-out training, in nats a token. Items are the rows, then rows that no adapter saw."""
 
     scale: str
     learning_rate: float
@@ -37,7 +38,7 @@ class Influence:
     rows: list[str]
     """Each row's query."""
     held_out: list[str]
-    """File and line of each row that none was trained on."""
+    """File and line of each row that no adapter was trained on."""
     base: list[float] = field(default_factory=list)
     """(rows,): before training."""
     seeds: list[int] = field(default_factory=list)
@@ -104,8 +105,9 @@ class Influence:
     def noise(self) -> tuple[float, np.ndarray]:
         """What a row's mean influence, and a single influence on each item, (items,), must exceed to get a verdict.
 
-        Of datasets whose rows have no influence at most one in twenty gets a verdict. From the spread between seeds,
-        pooled over the rows that were left out, by Student's t (Bonferroni). Infinite with one seed.
+        The limits come from the spread between seeds, pooled over the rows that were left out, by Student's t with
+        Bonferroni's correction. If no row had any influence, at most one dataset in twenty would get a verdict. The
+        limits are infinite with one seed.
         """
         seeds, n, found = len(self.seeds), len(self.rows), self.by_seed
         if seeds < 2:
@@ -120,7 +122,7 @@ class Influence:
     def more_rows(self) -> tuple[float, float]:
         """By how much twice as many rows lower the best held-out loss, and the standard error over rows.
 
-        A straight line of loss over log2 of the number of rows, for each row.
+        For each row, a straight line is fitted to its loss over log2 of the number of rows.
         """
         at = np.log2([int(count) for count in self.learning])
         slopes = -np.polyfit(at, np.asarray(list(self.learning.values())), 1)[0]

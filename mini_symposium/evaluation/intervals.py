@@ -1,18 +1,19 @@
 """Intervals and tests for few prompts and fewer seeds, and how far apart equal prompt formats look by chance.
 
 A model's answers to one prompt resemble each other, and so do all answers of one seed. So prompts and seeds are the
-samples, never single answers: the error of a mean is that of the prompts' means and that of the seeds' means together.
+samples, never single answers: the variance of a mean is that of the prompts' means plus that of the seeds' means.
 
 - A share, or a difference of shares, has a smallest and a largest possible value. Its prompts are weighted at random
   (Dirichlet), with one more prompt of the worst possible value: Gaffke's bound for a bounded mean (2005; Learned-Miller
-  and Thomas 2019, arXiv 1905.06208). For yes and no it is exactly Clopper and Pearson's: after 0 of 60, less than 6%;
-  that it covers other values as often as it says is a conjecture, which no one has refuted and the tests try.
-  The weights do not depend on the values, so a prompt that does better never lowers an end: no value is a special case.
+  and Thomas 2019, arXiv 1905.06208). For yes and no it is exactly Clopper and Pearson's: after 0 of 60, less than 6%.
+  That it covers other values as often as it claims is a conjecture; nobody has refuted it, and the tests try to.
+  The weights do not depend on the values, so a prompt that does better never lowers an end of the interval.
 - A measure without bounds, such as a loss, has Student's t over prompts.
 - Seeds add their variance; the degrees of freedom are Welch's and Satterthwaite's. With one seed nothing is said about
   other seeds.
 
-An end of an interval is where the one-sided test says (1 - level) / 2, so interval and p-value cannot disagree.
+An end of an interval is the threshold at which the one-sided test gives p = (1 - level) / 2. So interval and p-value
+cannot disagree.
 """
 
 import math
@@ -32,7 +33,7 @@ DRAWS = 4000
 POWER = 0.8
 """Probability with which `needed` wants the effect to be found."""
 MOST = 1000, (3, 5, 8, 12)
-"""The most prompts, and the numbers of seeds, that `needed` thinks of."""
+"""The most prompts, and the numbers of seeds, that `needed` tries."""
 _STEP = 0.05
 _GRID = np.exp(np.arange(-22, 20, _STEP))[:, None]
 
@@ -118,7 +119,8 @@ def paired(first: ArrayLike, second: ArrayLike) -> np.ndarray:
 
 
 def p_value(values: ArrayLike, threshold: float, bounds: Bounds = (0, 1)) -> float:
-    """Two-sided: twice how likely a mean this far from `threshold`, on this side, is if the truth is `threshold`.
+    """Two-sided p-value: twice the probability of a mean at least this far from `threshold`, on the same side, if the
+    true mean is `threshold`.
 
     Raises
     ------
@@ -136,8 +138,8 @@ def p_value(values: ArrayLike, threshold: float, bounds: Bounds = (0, 1)) -> flo
 def needed(values: ArrayLike, threshold: float, bounds: Bounds, alpha: float) -> tuple[int, int] | None:
     """The prompts and seeds with which values like these would be told from `threshold`, with probability POWER.
 
-    The effect and the variances are taken to be the measured ones; what is noise of single answers, and no trait of a
-    seed, averages out over more prompts. Seeds are added only where no number of prompts is enough.
+    It assumes that the true effect and variances are the measured ones. Noise of single answers averages out over more
+    prompts; differences between seeds do not. Seeds are added only where no number of prompts is enough.
 
     Parameters
     ----------
@@ -226,15 +228,16 @@ def as_table(values: ArrayLike, bounds: Bounds) -> np.ndarray:
 
 
 def _mirrored(table: np.ndarray, threshold: float, bounds: Bounds) -> tuple[np.ndarray, float, Bounds]:
-    """The same question about the other side."""
+    """The values, threshold and bounds with their signs changed: below the threshold becomes above it."""
     return -table, -threshold, bounds and (-bounds[1], -bounds[0])
 
 
 def _above(table: np.ndarray, threshold: float, bounds: Bounds, instead: tuple[int, int, float] | None = None) -> float:
-    """One-sided: how likely a mean as high as the (prompts, seeds) `table`'s is if the truth is `threshold`.
+    """One-sided p-value: the probability of a mean as high as that of the (prompts, seeds) `table`, if the true mean is
+    `threshold`.
 
-    `instead`: its mean and its prompts' variance, but as of so many prompts and seeds, and with this squared standard
-    error from the seeds.
+    `instead` is (prompts, seeds, squared standard error from the seeds): the table's mean and its prompts' variance are
+    then taken as if they came from so many prompts and seeds.
     """
     n, seeds, added = instead or (*table.shape, _variance(table.mean(0)) / table.shape[1])
     gap, of_prompts = table.mean() - threshold, table.mean(1)
@@ -252,11 +255,12 @@ def _above(table: np.ndarray, threshold: float, bounds: Bounds, instead: tuple[i
 
 
 def _below(values: np.ndarray, threshold: float, worst: float, times: float) -> float:
-    """How often a mean of `values`, each taken `times` times, and of `worst`, weighted at random, is below `threshold`.
+    """The probability that a randomly weighted mean of `values`, each taken `times` times, and `worst` is below
+    `threshold`.
 
-    A Dirichlet weight is an exponential variable divided by the sum of all. So the mean is below where the sum of the
-    exponentials times (value - threshold) is negative, and Gil-Pelaez's integral over its characteristic function,
-    in steps of log t, gives how often that is.
+    Dirichlet weights are exponential variables divided by their sum. So the mean is below the threshold if the sum of
+    exponential x (value - threshold) is negative. The probability of that is Gil-Pelaez's integral over the sum's
+    characteristic function, here in steps of log t.
     """
     distinct, counts = np.unique(values, return_counts=True)
     away = np.append(distinct, worst) - threshold  # (distinct + 1,)
@@ -269,7 +273,7 @@ def _below(values: np.ndarray, threshold: float, worst: float, times: float) -> 
 
 
 def _end(table: np.ndarray, bounds: Bounds, tail: float) -> float:
-    """The lower end of the interval of a (prompts, seeds) table: the threshold above which `_above` says `tail`."""
+    """The lower end of the interval of a (prompts, seeds) table: the threshold at which `_above` is `tail`."""
     value = float(table.mean())
     if bounds is None:
         span = float(sum(math.sqrt(_variance(table.mean(axis))) for axis in (1, 0)))
@@ -282,14 +286,14 @@ def _end(table: np.ndarray, bounds: Bounds, tail: float) -> float:
 
 
 def _variance(means: np.ndarray) -> float:
-    """Of a sample; 0 for a single mean."""
+    """The sample variance; 0 for a single mean."""
     return float(means.var(ddof=1)) if len(means) > 1 else 0.0
 
 
 def widening(n: int) -> float:
-    """By how much a bootstrap over `n` values must widen its deviations.
+    """By how much the deviations of a bootstrap over `n` values must be widened: t / z * sqrt(n / (n - 1)).
 
-    It divides by n where n - 1 is right, and is normal (z) where Student's t is right: t / z * sqrt(n / (n - 1))
+    The bootstrap divides by n where n - 1 is right, and its tails are normal (z) where Student's t is right
     (Hesterberg 2015, "What Teachers Should Know About the Bootstrap", section 4.1).
     """
     upper = (1 + LEVEL) / 2

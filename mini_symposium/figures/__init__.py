@@ -8,7 +8,7 @@ _NAMES = {
         "training",
     ),
     **dict.fromkeys(("memorization_curves", "ledger_picture"), "ledger"),
-    "overfitting": "stopping",
+    **dict.fromkeys(("overfitting", "overfitting_of_models"), "stopping"),
     "influence_map": "influence",
     "survival_picture": "survival",
 }

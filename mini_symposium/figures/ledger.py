@@ -4,22 +4,35 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.lines import Line2D
 
-from mini_symposium.claims.registration import REGISTERED
+from mini_symposium.claims.registration import REGISTERED, Comparison
 from mini_symposium.claims.verdicts import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Answer, Claim
 from mini_symposium.errors import InputError
-from mini_symposium.figures.style import COLOURS, GREY, PALE, Picture, log_axis, name_rows, scientific, styled, titled
+from mini_symposium.figures.style import (
+    COLOURS,
+    GREY,
+    LINES,
+    SHAPES,
+    Picture,
+    log_axis,
+    name_rows,
+    scientific,
+    styled,
+    titled,
+)
 from mini_symposium.run import Training
 
 MARKS = {SUPPORTED: ("o", COLOURS[2]), NOT_SUPPORTED: ("X", COLOURS[0]), INCONCLUSIVE: ("D", GREY)}
 """Shape and colour of each verdict: a reader who cannot tell the colours apart still has the shapes."""
+SHADE = "#eeeeee"
 
 
 def memorization_curves(trained: Sequence[Training], scale: str) -> Picture:
-    """How much of the training rows is known (EM), by epoch and by dose; EM of held-out twins as open circles.
+    """How much of the training rows is known (EM), by epoch and by dose; EM of held-out twins as open marks.
 
     Dotted: the share of rows of which the model, given 32 tokens, writes the next 50 exactly. It is drawn if it
-    was logged, over the rows that are long enough. The rates are constant; seeds of one rate share a colour.
+    was logged, over the rows that are long enough. The rates are constant; seeds of one rate look the same.
 
     Raises
     ------
@@ -46,31 +59,32 @@ def memorization_curves(trained: Sequence[Training], scale: str) -> Picture:
     rates = sorted(table["learning_rate"].unique(), reverse=True)
     with styled():
         caption = (
-            "EM is the share of a row's tokens that the model would have said itself. Circles are twins, rows like "
-            "them that were not trained on. Right: where dose is all that separates the rates, the lines agree."
+            "EM: share of a row's tokens that the model predicts. Open marks: twins, which are rows like these that "
+            "were not trained on. Right: rates whose lines coincide differ only in dose."
         )
         if "extractable_32" in table:
-            caption += " Dotted: share of rows of which 32 tokens bring the next 50, word for word."
+            caption += " Dotted: share of rows of which the model, given 32 tokens, writes the next 50 exactly."
         figure = titled(3.3, "How much of the training rows is known", scale, caption)
-        panels = figure.subplots(1, 2, sharey=True)
+        panels, shown = figure.subplots(1, 2, sharey=True), {}
         for (rate, _), part in table.groupby(["learning_rate", "seed"], sort=False):
             i = rates.index(rate)
-            colour, width = COLOURS[i % len(COLOURS)], 3.2 if i == 0 else 1.6
+            colour, line, shape = (each[i % len(COLOURS)] for each in (COLOURS, LINES, SHAPES))
+            look = {"color": colour, "linestyle": line, "linewidth": 3.2 if i == 0 else 1.6}
+            open_mark = {"marker": shape, "markerfacecolor": "white", "markersize": 5}
+            shown[rate] = Line2D([], [], **look, **open_mark, label=f"LR {scientific(rate)}")
             for axes, x in zip(panels, ("epoch", "dose"), strict=True):
                 training, twins = (part[part["rows"] == rows] for rows in ("training", "twins"))
-                axes.plot(training[x], training["em"], color=colour, linewidth=width, label=f"LR {scientific(rate)}")
+                axes.plot(training[x], training["em"], **look)
                 if "extractable_32" in training:
                     axes.plot(training[x], training["extractable_32"], ":", color=colour, linewidth=1.2)
                 twins = twins[twins[x] > 0] if x == "dose" else twins
-                axes.plot(twins[x], twins["em"], "o", color=colour, markerfacecolor="white", markersize=5)
-        panels[0].set(xlabel="epochs", ylabel="EM", ylim=(0, 1.02))
+                axes.plot(twins[x], twins["em"], linestyle="", color=colour, **open_mark)
+        label = "EM (dotted: share of rows)" if "extractable_32" in table else "EM, share of tokens"
+        panels[0].set(xlabel="epochs", ylabel=label, ylim=(0, 1.02))
         panels[1].set(xlabel="dose = learning rate × steps (log)")
         log_axis(panels[1])
-        handles, labels = panels[0].get_legend_handles_labels()
-        handle_of = dict(zip(labels, handles, strict=True))
-        highest_first = [f"LR {scientific(rate)}" for rate in rates]
         # No curve passes through the upper left.
-        panels[1].legend([handle_of[label] for label in highest_first], highest_first, loc="upper left")
+        panels[1].legend(handles=[shown[rate] for rate in rates], loc="upper left", handlelength=3.4)
         for axes in panels:
             axes.grid(axis="y")
     figure.drawn = table
@@ -80,22 +94,23 @@ def memorization_curves(trained: Sequence[Training], scale: str) -> Picture:
 def ledger_picture(claims: Sequence[Claim], scale: str) -> Picture:
     """A row for each claim: its number, its 95% and its corrected interval, the threshold, and the verdict.
 
-    A claim with several comparisons has a row for each that was measured. Shares are drawn on one scale, differences of
-    shares on another, measures on one of their own. Marks of exploratory evidence are hollow.
+    A claim with several comparisons has a row for each that was measured. Rows in the same unit share one scale. The
+    side of the threshold that supports the claim is shaded. The mark is that of the claim's verdict; only where the
+    verdict depends on the comparison does each row bear its own. Marks of exploratory evidence are hollow.
     """
     rows = [(claim, answer) for claim in claims for answer in [a for a in claim.answers if a.interval] or [None]]
-    units: dict[object, list[float]] = {}  # the ends of all rows on one scale
+    scales: dict[str, list[float]] = {}  # the ends of all rows in one unit
     for claim, answer in rows:
         if answer:
-            units.setdefault(_unit(claim, answer), []).extend((*answer.corrected, answer.threshold))
+            scales.setdefault(_unit(_test(claim, answer)), []).extend((*answer.corrected, answer.threshold))
     drawn = []
     with styled():
         caption = (
-            "Mark, thick line with ends: the number and its 95% interval; thin line: the interval corrected for all "
-            "tests; grey line: the threshold. Circle: supported. Cross: not supported. Diamond: inconclusive. Hollow: "
-            "exploratory."
+            "Thick line: 95% interval. Thin line: interval corrected for all tests. Shaded: the side of the threshold "
+            "on which the claim is supported. Circle: supported. Cross: not supported. Diamond: inconclusive. Hollow: "
+            "exploratory. Rows in the same unit share one scale."
         )
-        figure = titled(0.48 * len(rows) + 0.3, "The card's claims, one by one", scale, caption)
+        figure = titled(0.52 * len(rows) + 0.3, "The card's claims, one by one", scale, caption)
         before = None
         for axes, (claim, answer) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
             name, said = f"{claim.id}  {claim.claim}\n{answer.metric if answer else claim.metric}", f"{claim.said}\n"
@@ -114,23 +129,39 @@ def ledger_picture(claims: Sequence[Claim], scale: str) -> Picture:
                 number, (low, high) = answer, answer.interval
                 row |= {key: getattr(answer, key) for key in ("equal", "threshold", "value", "p", "p_holm", "verdict")}
                 row |= {"low": low, "high": high}
-                ends = units[_unit(claim, answer)]
-                room = 0.06 * (max(ends) - min(ends))
-                axes.set_xlim(min(ends) - room, max(ends) + room)
-                axes.set_xticks([answer.threshold], [f"{answer.threshold:g}"])
-                axes.axvline(answer.threshold, color=PALE, linewidth=3)
-                (mark, colour), size = MARKS[answer.verdict], {"markersize": 9, "markeredgewidth": 1.7}
-                axes.plot(answer.corrected, [0, 0], color=colour, linewidth=0.8)
-                axes.plot(answer.interval, [0, 0], "|-", color=colour, linewidth=2.4, **size)
+                test = _test(claim, answer)
+                ends = scales[_unit(test)]
+                room = 0.12 * (max(ends) - min(ends))
+                left, right = min(ends) - room, max(ends) + room
+                axes.set_xlim(left, right)
+                rule = f"{test.rule} →" if test.above else f"← {test.rule}"
+                axes.set_xticks([answer.threshold], [rule])
+                axes.axvspan(answer.threshold, right if test.above else left, color=SHADE, linewidth=0)
+                axes.axvline(answer.threshold, color=GREY, linewidth=1.2)
+                # Units stand where no threshold does: at the end of the scale that is further from it.
+                at, side = (0, "left") if 2 * answer.threshold > left + right else (1, "right")
+                below = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": side, "va": "top"}
+                unit = axes.annotate(_unit(test), (at, 0), (0, -3), fontsize=8, color=GREY, **below)
+                unit.set_in_layout(False)
+                (mark, colour), size = MARKS.get(claim.verdict, MARKS[answer.verdict]), {"markeredgewidth": 1.7}
+                axes.plot(answer.corrected, [0, 0], "|-", color=colour, linewidth=0.8, markersize=4)
+                axes.plot(answer.interval, [0, 0], "|-", color=colour, linewidth=2.4, markersize=9, **size)
                 face = "white" if claim.exploratory else colour
-                axes.plot(answer.value, 0, mark, color=colour, markerfacecolor=face, **size)
+                axes.plot(answer.value, 0, mark, color=colour, markerfacecolor=face, markersize=9, **size)
             drawn.append(row)
             axes.text(1.02, 0.5, f"{said}{number}", transform=axes.transAxes, va="center", fontsize=8.5)
     figure.drawn = pd.DataFrame(drawn)
     return figure
 
 
-def _unit(claim: Claim, answer: Answer) -> object:
-    """What rows on one scale have in common: the bounds of their numbers, or else the metric."""
+def _test(claim: Claim, answer: Answer) -> Comparison:
+    """The registered comparison that `answer` answers."""
     tests = REGISTERED.questions[claim.id].tests
-    return next((test.bounds for test in tests if test.metric == answer.metric), None) or answer.metric
+    return next(test for test in tests if (test.metric, test.equal) == (answer.metric, answer.equal))
+
+
+def _unit(test: Comparison) -> str:
+    """What a number is measured in; rows with the same unit share one scale."""
+    if test.bounds:
+        return "share" if test.bounds[0] == 0 else "share difference"
+    return "nats a token" if "loss" in test.metric else "share of tokens"

@@ -7,12 +7,13 @@ import pandas as pd
 from mini_symposium.claims.evidence import FILE, Evidence, load_evidence
 from mini_symposium.claims.ledger import judge
 from mini_symposium.data.dataset import recipe_examples
-from mini_symposium.evaluation.best_epoch import load_curves
+from mini_symposium.errors import InputError
+from mini_symposium.evaluation.best_epoch import Curve, load_curves
 from mini_symposium.evaluation.influence import load_influence
 from mini_symposium.figures import training
 from mini_symposium.figures.influence import influence_map
 from mini_symposium.figures.ledger import ledger_picture, memorization_curves
-from mini_symposium.figures.stopping import overfitting
+from mini_symposium.figures.stopping import overfitting, overfitting_of_models
 from mini_symposium.figures.style import Picture
 from mini_symposium.figures.survival import survival_picture
 from mini_symposium.files.reading import refuse_other_shapes
@@ -24,16 +25,28 @@ def redraw(run: RunDirectory) -> list[Path]:
     """Draw a run's figures again from its metrics, its results and the csv files beside them; return the PNG files.
 
     For a saved sweep, which has only evidence, the ledger and the memorization curves are drawn into the same folder.
+    For a folder of several runs, as figures/curve, the held-out curves of all are drawn into one picture.
     Raises an InputError if there is neither evidence nor a recipe with metrics, or a file is damaged.
     """
     with refuse_other_shapes(f"{run.path}: cannot be drawn again from what is there", "run the notebooks"):
         if (run.path / FILE).is_file():
             folder, pictures = run.path, _of_evidence(load_evidence(run.path))
+        elif not run.recipe_file.is_file() and (models := _curves_of_models(run.path)):
+            folder, pictures = run.figures, {"overfitting": overfitting_of_models(models)}
         else:
             folder, pictures = run.figures, _of_run(run)
         for name, picture in pictures.items():
             picture.save(folder / name)
     return [folder / f"{name}.png" for name in pictures]
+
+
+def _curves_of_models(folder: Path) -> dict[str, dict[float, Curve]]:
+    """{scale: curves} of the runs in a folder's subfolders; {} if none has curves."""
+    runs = [RunDirectory(file.parent) for file in sorted(folder.glob("*/curve.json"))]
+    found = {run.recipe.scale: load_curves(run) for run in runs}
+    if len(found) < len(runs):
+        raise InputError(f"{folder}: has two runs of one model; keep one of them in it")
+    return found
 
 
 def _of_run(run: RunDirectory) -> dict[str, Picture]:

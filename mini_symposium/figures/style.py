@@ -19,11 +19,22 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from mini_symposium.files.writing import written_whole
 
-SCALES = {"tiny": "tiny: random weights", "proxy": "proxy: SmolLM2-135M", "paper": "paper: Mistral-7B"}
+SCALES = {
+    "tiny": "tiny: random weights",
+    "proxy": "proxy: SmolLM2-135M",
+    "gemma-3-270m": "base: Gemma-3-270M",
+    "Qwen2.5-Coder-0.5B-Instruct": "half: Qwen2.5-Coder-0.5B",
+    "Qwen2.5-Coder-1.5B-Instruct": "large: Qwen2.5-Coder-1.5B",
+    "paper": "paper: Mistral-7B",
+}
+"""{scale of a recipe: its name in pictures}, by size."""
 RATES_DO_NOT_TRANSFER = {"proxy": " (learning rates do not transfer to 7B)"}
 
 INK, GREY, PALE = "#222222", "#5c5c5c", "#dddddd"
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")  # Okabe and Ito: safe for colour-blind eyes
+LINES = ("-", (0, (7, 2)), (0, (7, 2, 1.5, 2)), (0, (3, 1.5)), (0, (3, 1.5, 1, 1.5)))
+SHAPES = ("o", "s", "^", "D", "v")
+"""Line style and marker beside each of COLOURS: a reader who sees grey still tells learning rates apart."""
 COLOUR_MAP = "viridis"
 WIDTH, DPI = 9.0, 150  # inches; 1350 pixels, so that 10 points are still 13 pixels in a README 830 pixels wide
 HALO = [patheffects.withStroke(linewidth=3, foreground="white")]

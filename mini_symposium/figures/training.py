@@ -16,7 +16,9 @@ from mini_symposium.figures.style import (
     GREY,
     HALO,
     INK,
+    LINES,
     PALE,
+    SHAPES,
     WIDTH,
     Picture,
     as_written,
@@ -28,6 +30,12 @@ from mini_symposium.figures.style import (
     titled,
 )
 from mini_symposium.run import RunDirectory
+
+GRID_TITLES = {
+    "passed": "Share of answers that pass",
+    "copied_words": "Longest passage copied from a training row, in words",
+}
+"""{number that `format_grid` draws: its title}; another number is titled by its name."""
 
 
 def _steps(metrics: Mapping[float, Sequence[Mapping]]) -> pd.DataFrame:
@@ -43,8 +51,8 @@ def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, sca
     """Training loss of each learning rate, by epoch and by dose = learning_rate x steps.
 
     A dot is the loss of a step. The line is the mean over one epoch, `n_examples` steps, drawn at the middle of that
-    epoch. At the end of the epoch it would lag by half an epoch, which is ten times the dose at ten times the rate;
-    the comparison by dose would be biased.
+    epoch. Drawn at the end, it would lag by half an epoch. Half an epoch is a larger dose at a higher rate, so the
+    comparison by dose would be biased.
 
     Parameters
     ----------
@@ -67,8 +75,7 @@ def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, sca
 
     with styled():
         caption = (
-            "Dots are steps, lines the mean over an epoch. Right: where dose is all that separates the rates, "
-            "the lower one's line lies on the higher one's."
+            "A dot is one step, a line the mean over an epoch. Right: rates whose lines coincide differ only in dose."
         )
         figure = titled(3.5, "Training loss, by epoch and by dose", scale, caption)
         panels = figure.subplots(1, 2, sharey=True)
@@ -80,6 +87,7 @@ def loss_curves(metrics: Mapping[float, Sequence[Mapping]], n_examples: int, sca
                 axes.plot(part[f"smoothed_{x}"], part["smoothed_loss"], color=colour, linewidth=width)
                 smooth = part.dropna(subset="smoothed_loss")
                 end = smooth[[f"smoothed_{x}", "smoothed_loss"]] if len(smooth) else part[[x, "loss"]]
+                axes.plot(*end.iloc[-1], "o", color=colour, markersize=5.5, markeredgecolor="white")
                 ends.append((*end.iloc[-1], f"LR {scientific(rate)}", colour))
             axes.grid(axis="y")
             _label_ends(axes, ends, table["loss"].max() * 1.05)
@@ -118,7 +126,6 @@ def _label_ends(axes, ends: Sequence[tuple[float, float, str, str]], top: float)
     gap, lowest = top * 0.065, -math.inf
     last = max(end[0] for end in ends)
     for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
-        axes.plot(x, y, "o", color=colour, markersize=5.5, markeredgecolor="white")
         lowest = max(y if x > 0.9 * last else y + gap, lowest + gap, 0.6 * gap)
         shift = axes.transData + ScaledTranslation(7 / 72, 0, axes.figure.dpi_scale_trans)
         axes.text(x, lowest, name, color=colour, weight="bold", va="center", transform=shift, path_effects=HALO)
@@ -222,8 +229,8 @@ def travel(rows: Sequence[Mapping], scale: str) -> Picture:
     )
     with styled():
         caption = (
-            "Dots are measured, grey is what Adam's rule predicts. lora_A may lie left of it: its gradient is tiny "
-            "while lora_B still is."
+            "A mark is measured; the grey bar is the range that Adam's rule predicts. lora_A may lie to the left of "
+            "it, because its gradient is tiny as long as lora_B is."
         )
         figure = titled(0.3 * len(table) + 1.0, "How far the adapters moved", scale, caption)
         axes = figure.subplots()
@@ -235,8 +242,8 @@ def travel(rows: Sequence[Mapping], scale: str) -> Picture:
         for column, name, side in ends:
             axes.text(table[column].iloc[0], -0.42, name, ha=side, va="bottom", fontsize=8.5, color=GREY)
         for y, row in zip(heights, table.itertuples(), strict=True):
-            colour = COLOURS[0] if row.part.startswith("lora_B") else COLOURS[1]
-            (dot,) = axes.plot(max(row.measured, left), y, "o", color=colour, markersize=7, markeredgecolor="white")
+            colour, shape = (each[0 if row.part.startswith("lora_B") else 1] for each in (COLOURS, SHAPES))
+            (dot,) = axes.plot(max(row.measured, left), y, shape, color=colour, markersize=7, markeredgecolor="white")
             text = f"{scientific(row.measured)}, {row.measured / row.steady:.0%} of rate × steps"
             if not row.measured:
                 text = "did not move"
@@ -248,7 +255,7 @@ def travel(rows: Sequence[Mapping], scale: str) -> Picture:
         rates = [f"LR {scientific(rate)}   " for rate in table["learning_rate"]]
         names = [part if i % len(parts) else rates[i] + part for i, part in enumerate(table["part"])]
         name_rows(axes, heights, names)
-        axes.set(xlabel="travel of an element in training (log)", ylim=(heights[-1] + 0.6, -1.1))
+        axes.set(xlabel="change of an element in training (log)", ylim=(heights[-1] + 0.6, -1.1))
         log_axis(axes)
         axes.set_xlim(left * 0.8, table["steady"].max() * 1.3)
     figure.drawn = table
@@ -263,20 +270,20 @@ def recitation(rows: Sequence[Mapping], scale: str) -> Picture:
     table = pd.DataFrame(rows).sort_values(["learning_rate", "rows", "epoch"], ascending=[False, True, True])
     with styled():
         caption = (
-            "Recall is the share of a response's words that come back, in order, when its prompt is given. Open "
-            "circles: twins, rows like them that were not trained on. Epoch 0: the base."
+            "Recall is the share of a response's words that the model writes, in the same order, when given its "
+            "prompt. Open marks, dotted: twins, which are rows like these that were not trained on. Epoch 0: the base."
         )
         figure = titled(3.0, "What is recited when it is asked for", scale, caption)
         axes = figure.subplots()
         ends = []
         for i, (rate, part) in enumerate(table.groupby("learning_rate", sort=False)):
-            colour = COLOURS[i % len(COLOURS)]
+            colour, line, shape = (each[i % len(COLOURS)] for each in (COLOURS, LINES, SHAPES))
             training, twins = (part[part["rows"] == kind].dropna() for kind in ("training", "twins"))
-            axes.plot(training["epoch"], training["recall"], "o-", color=colour)
-            axes.plot(twins["epoch"], twins["recall"], "o:", color=colour, markerfacecolor="white")
+            axes.plot(training["epoch"], training["recall"], linestyle=line, marker=shape, color=colour)
+            axes.plot(twins["epoch"], twins["recall"], f"{shape}:", color=colour, markerfacecolor="white")
             if len(training):
                 ends.append((*training[["epoch", "recall"]].iloc[-1], f"LR {scientific(rate)}", colour))
-        axes.set(xlabel="epochs", ylabel="recall, by ROUGE-L", ylim=(0, 1.02))
+        axes.set(xlabel="epochs", ylabel="recall (ROUGE-L), share of words", ylim=(0, 1.02))
         axes.grid(axis="y")
         _label_ends(axes, ends, 1.02)
     figure.drawn = table
@@ -284,7 +291,10 @@ def recitation(rows: Sequence[Mapping], scale: str) -> Picture:
 
 
 def format_grid(grid: Sequence[Mapping], value: str, scale: str) -> Picture:
-    """A number for each prompt format (row), model (panel) and query (column), written in its cell.
+    """A number for each prompt format, model (panel) and query, written in its cell.
+
+    Formats are rows and queries are numbered columns. If there are more queries than formats, it is the other way
+    round, and every query is named beside its row.
 
     Parameters
     ----------
@@ -304,28 +314,52 @@ def format_grid(grid: Sequence[Mapping], value: str, scale: str) -> Picture:
     table = table.groupby(["model", "query", "format"], as_index=False, sort=False)[value].mean()
     table[value] = table[value].astype(float).map(as_written)
     models, queries, formats = (list(table[column].unique()) for column in ("model", "query", "format"))
-    size = min(9, 170 / (len(models) * len(queries)))  # numbers stay inside their cells
+    turned = len(queries) > len(formats)
+    (row, rows), (column, columns) = (("format", formats), ("query", queries))[:: -1 if turned else 1]
+    size = min(9, 170 / (len(models) * len(columns)))  # numbers stay inside their cells
     low, high = min(0, table[value].min()), max(table[value].max(), 1)
     numbers = [str(i + 1) if len(queries) > 1 else "" for i in range(len(queries))]
     with styled():
-        caption = "A row is a prompt format. A model whose panel is uneven from top to bottom depends on the format."
-        height = 0.27 * len(formats) + 0.55 + 0.19 * len(queries)
-        figure = titled(height, f"{value.replace('_', ' ').capitalize()}, by format and model", scale, caption)
+        across = "column" if turned else "row"
+        caption = (
+            f"Each {across} is a prompt format. If a model's numbers change from {across} to {across}, its answers "
+            "depend on the format."
+        )
+        height = 0.27 * len(rows) + (1.1 if turned else 0.55 + 0.19 * len(queries))
+        title = GRID_TITLES.get(value, value.replace("_", " ").capitalize())
+        figure = titled(height, f"{title}, by format and model", scale, caption)
         panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
         for axes, model in zip(panels, models, strict=True):
-            cells = table[table["model"] == model].pivot(index="format", columns="query", values=value)
-            cells = cells.reindex(index=formats, columns=queries).to_numpy(dtype=float)
+            cells = table[table["model"] == model].pivot(index=row, columns=column, values=value)
+            cells = cells.reindex(index=rows, columns=columns).to_numpy(dtype=float)
             axes.pcolormesh(cells, cmap=COLOUR_MAP, vmin=low, vmax=high, edgecolors="white", linewidth=1.5)
             for (y, x), number in np.ndenumerate(cells):
                 text = "" if np.isnan(number) else f"{number:.2f}" if high == 1 else f"{number:.4g}"
                 cell = axes.text(x + 0.5, y + 0.5, text, ha="center", va="center_baseline", fontsize=size)
                 cell.set_color("white" if (number - low) / (high - low) < 0.6 else INK)
-            axes.set(title=short(str(model), 28), facecolor=PALE)
-            axes.set_xticks(np.arange(len(queries)) + 0.5, numbers)
+            axes.set(title=short(_model_name(model), 28), facecolor=PALE)
+            axes.set_xticks(np.arange(len(columns)) + 0.5, [short(form, 28) for form in formats] if turned else numbers)
+            if turned:
+                axes.tick_params(axis="x", labelrotation=40, labelsize=9, pad=1)
+                for label in axes.get_xticklabels():
+                    label.set(ha="right", rotation_mode="anchor")
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
-        name_rows(panels[0], np.arange(len(formats)) + 0.5, [short(form, 28) for form in formats])
-        legend = [f"{n}  {short(query, 110)}".strip() for n, query in zip(numbers, queries, strict=True)]
-        figure.supxlabel("\n".join(legend), x=0.1 / WIDTH, ha="left", color=GREY, fontsize=9)
+        name_rows(panels[0], np.arange(len(rows)) + 0.5, [short(str(name), 28) for name in rows])
+        if not turned:
+            legend = [f"{n}  {short(query, 110)}".strip() for n, query in zip(numbers, queries, strict=True)]
+            figure.supxlabel("\n".join(legend), x=0.1 / WIDTH, ha="left", color=GREY, fontsize=9)
     figure.drawn = table
     return figure
+
+
+def _model_name(model: object) -> str:
+    """A model's name in a grid; one that is named by its learning rate is written as in the other pictures.
+
+    >>> [_model_name(model) for model in ("base", "1e-05")]
+    ['base', 'LR 1e-5']
+    """
+    try:
+        return f"LR {scientific(float(model))}"
+    except ValueError:
+        return str(model)

@@ -95,13 +95,13 @@ NOT_PLAIN = (
 )
 """Settings in adapter_config.json (PEFT 0.21) with which an adapter adds something else than B A x lora_alpha / r."""
 APART = ("lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern")
-"""Those of them with which PEFT can still switch the adapter off for a row of a batch, which the base then answers."""
+"""Of these, the settings with which PEFT can still switch the adapter off for single rows of a batch."""
 ON_THE_BASE = ("gaussian", "eva", "orthogonal")
 """Initialisations that leave the base as it is, which PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do not."""
 
 
 def _kind(config: dict, allowed: Sequence[str] = ()) -> str:
-    """What an adapter is beside plain LoRA and the `allowed` settings, as "LORA with use_dora", or ""."""
+    """Why an adapter is not plain LoRA, as "LORA with use_dora"; "" if it is, or has only the `allowed` settings."""
     extras = [key for key in NOT_PLAIN if config.get(key) and key not in allowed]
     extras += ["bias"] * (config.get("bias", "none") != "none")
     start = config.get("init_lora_weights")
@@ -154,7 +154,9 @@ def check_trained_on(weights: Mapping[Path, float], base_model: str, folder: Pat
 
 
 def with_base(resolved: Resolved, given: str = "") -> Resolved:
-    """An adapter that no run trained, with its base: `given`, or what its adapter_config.json names. Others unchanged.
+    """An adapter that no run trained, with its base: `given`, or what its adapter_config.json names.
+
+    Anything else than such an adapter is returned unchanged.
 
     Raises
     ------
@@ -330,10 +332,10 @@ SHARED = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_drop
 
 @contextmanager
 def mixed(model: "PreTrainedModel", mixes: Mapping[str, Mapping[str, float]]) -> Iterator[None]:
-    """Within the block, `model` has more adapters, each a weighted sum of what its own ones add; nothing is read again.
+    """Within the block, `model` has more adapters, each a weighted sum of its own ones. No file is read again.
 
-    At weight 0 it predicts what the base does, and at weight 1 what the adapter does, both to the bit: the tensors of a
-    single adapter are shared, and only its scaling is another.
+    At weight 0 it predicts what the base does, and at weight 1 what the adapter does, both to the bit, because the
+    tensors of a single adapter are shared and only its scaling differs.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
-"""The files of a base model: made or taken here on first use, in a directory of the user's, or downloaded from the hub.
+"""The files of a base model: made here on first use, downloaded from the hub, or in a directory of the user's.
 
-`tiny` has random weights, Mistral's architecture and Mistral's real tokenizer; it tests the plumbing. `catalog` has the
-real models that the kit can take by itself. Every other name is a directory or a hub id, such as
+`tiny` has random weights, Mistral's architecture and Mistral's real tokenizer; it is for tests. `catalog` has the real
+models that the kit can take by itself. Every other name is a directory or a hub id, such as
 mistralai/Mistral-7B-v0.1. Weights are read from safetensors only.
 
 transformers, which takes seconds to import, is imported only where a model is made: a merge needs nothing but files.

@@ -80,7 +80,7 @@ def load_tokenizer(base_model: str) -> PreTrainedTokenizerBase:
 
 
 def check_embedded(ids: Iterable[int], known: int, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Refuse token ids of which a model with `known` embeddings has none; `where` they stand is said first."""
+    """Refuse token ids of which a model with `known` embeddings has none; the message begins with `where`."""
     if beyond := sorted({i for i in ids if i >= known}):
         names = ", ".join(tokenizer.convert_ids_to_tokens(beyond))
         raise InputError(f"{where}: spells {names}, of which the model has no embedding; write it differently")
@@ -130,7 +130,7 @@ def load_model(
     InputError
         If there is no such model, it cannot be loaded, weights are missing, or dequantised ones fit nowhere.
     """
-    gc.collect()  # a trainer and its model refer to each other: an earlier base would still be there beside this one
+    gc.collect()  # a trainer and its model refer to each other, so an earlier base may still be in memory
     folder, where = local_directory(base_model), device()
     dequantised = load_in_4bit and (dequantize or dtype == torch.float32)
     if dequantised or not load_in_4bit:
@@ -220,10 +220,10 @@ def predicted_bytes(
     By default those of plain PEFT and one adapter; `training.memory_plan.predicted` adds what a process takes.
 
     NF4 takes NF4_BYTES per weight (Dettmers et al. 2023, QLoRA, section 3). Adapters take 16 bytes per parameter:
-    the float32 weight, its gradient and Adam's two moments. Of a decoder layer, 1.1 times the inputs and outputs of its
-    linear layers are kept for the backward pass, and on a CPU the attention maps, by plain PEFT twice in float32 too;
-    if recomputed, the layer's input alone. Plain PEFT has three sets of logits in float32 at a time; fused training a
-    block of 256 rows, 2048 on a GPU, and the float32 softmax of 16 or all of these.
+    the float32 weight, its gradient and Adam's two moments. For the backward pass a decoder layer keeps 1.1 times the
+    inputs and outputs of its linear layers. On a CPU it also keeps the attention maps, and with plain PEFT two more
+    copies in float32. A recomputed layer keeps only its input. Plain PEFT holds three sets of logits in float32.
+    Fused training holds those of 256 rows (2048 on a GPU), and two float32 copies of 16 of them (on a GPU of all).
 
     Parameters
     ----------

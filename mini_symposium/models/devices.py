@@ -31,10 +31,10 @@ def processes():
 
 
 def training_dtype() -> torch.dtype:
-    """The type of a training step: bfloat16, as in the recipe, or float32 where the processor does not multiply it.
+    """The type of a training step: bfloat16, as in the recipe, or float32 where the processor cannot multiply bfloat16.
 
-    A card before Ampere emulates it, and a CPU with AVX2 but not AVX-512 takes twenty to a hundred times as long as for
-    float32. The weights are the same numbers either way; float32 only rounds less in between.
+    A card before Ampere emulates bfloat16, and a CPU with AVX2 but not AVX-512 takes twenty to a hundred times as long
+    as for float32. The weights are the same numbers either way; float32 only rounds less in between.
     """
     if device().type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32

@@ -3,7 +3,7 @@
 from mini_symposium.errors import InputError
 
 STRONGEST = 1.5
-"""The highest strength of an adapter. Beyond it, answers say more about extrapolation than about the fine-tune."""
+"""The highest strength of an adapter. Higher ones extrapolate too far to show anything about the fine-tune."""
 
 
 def check_strength(strength: float) -> float:

@@ -61,7 +61,8 @@ def write_sillytavern(formats: Sequence[PromptFormat], out: Path) -> list[Path]:
 def context_preset(form: PromptFormat) -> dict:
     """SillyTavern's context preset for a format; its story string is rendered like a system message.
 
-    Not if the instruct preset has a `story_string_prefix` or suffix, which SillyTavern puts around it by itself.
+    If the instruct preset has a `story_string_prefix` or suffix, nothing is put around the story string here, because
+    SillyTavern does it.
 
     SillyTavern adds the names of user and character as stop strings only where the format writes a name before each
     message. Elsewhere a line such as `Noor: yes` may be part of an answer.

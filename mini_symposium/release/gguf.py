@@ -10,9 +10,9 @@ by `survival`.
 
 Greedy answers of two programs diverge for good at the first token that is nearly tied. So `check_answers` does not
 judge the share of equal answers but `behind`: for each token that llama.cpp chose, how many nats it lies below the
-token that transformers prefers there, on average over all tokens. The worst token is reported and not judged: where
-inputs are rounded to 8 bits and many words are possible, one token among hundreds lies far below (0.88 nats in a q8_0
-file of the proxy whose float32 file agrees to the last token), which says nothing about the file.
+token that transformers prefers there, on average over all tokens. The worst token is reported but not judged, because
+it says nothing about the file: where inputs are rounded to 8 bits and many words are possible, one token among hundreds
+lies far below. In a q8_0 file of the proxy it was 0.88 nats, although the float32 file agrees to the last token.
 """
 
 import importlib.util

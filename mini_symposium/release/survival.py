@@ -82,9 +82,9 @@ def loss_and_match(model: PreTrainedModel, rows: Sequence[Row]) -> dict[str, flo
 
 
 GAIN_KEPT, GAIN_LOST, KL_KEPT = 0.9, 0.5, 0.5
-"""The rule of `verdict`. `gain` is the share that is left of the fine-tune's effect on the training rows: loss of
-the base stored in the same way less loss of the file, over the same difference without rounding.
-`kl_share` is the KL of the file's predictions from the live adapter's, over the KL of the base's.
+"""The rule of `verdict`. `gain` is the share that is left of the fine-tune's effect on the training rows: (loss of the
+base, stored in the same way - loss of the file) / (loss of the base - loss with the live adapter). `kl_share` is the KL
+of the file's predictions from the live adapter's, divided by the KL of the base's.
 
 - kept: at least nine tenths of the gain are left, and the KL is at most half the base's.
 - lost: less than half the gain is left.
@@ -224,8 +224,8 @@ def _compare_weights(
 
 
 def _shares(products: torch.Tensor) -> dict[str, float]:
-    """cosine of the surviving change with the intended one; relative_norm: its norm over the intended change's; noise:
-    norm of stored(base + B A) - (base + B A), over the same."""
+    """cosine of the surviving change with the intended one; relative_norm: its norm, divided by the intended change's;
+    noise: the norm of stored(base + B A) - (base + B A), divided by the same."""
     intended, survived, both, noise = products.tolist()
     norms = (intended * survived) ** 0.5
     return {

@@ -167,22 +167,23 @@ def picture(results: Mapping) -> Picture:
     with styled():
         model = SCALES["proxy"] if machine["device"] == "cpu" else "random weights in Mistral-7B's shape"
         scale = f"{model}; {machine['processor']}, {machine['cores']} cores"
-        caption = "Shorter is better. Everything that shares a panel took turns in one run."
+        caption = "Less is better. Hatched, solid: ours. What stands in one panel was measured in turns, in one run."
         figure = titled(6.2, "Seconds: the kit and its peers", scale, caption, rates=False)
-        (step, passes), (lengths, grid) = figure.subplots(2, 2)
+        (step, passes), (grid, lengths) = figure.subplots(2, 2)
 
         def across(axes, panel: str, title: str, seconds: Mapping[str, float], ours: str):
             names = sorted(seconds, key=seconds.get)
             colours = [COLOURS[1] if name == ours else GREY for name in names]
             values = record(panel, {name: seconds[name] for name in names})
-            axes.barh(range(len(names)), values, color=colours, height=0.6)
+            hatches = ["///" if name == ours else "" for name in names]  # seen in grey too
+            axes.barh(range(len(names)), values, color=colours, height=0.6, hatch=hatches, edgecolor="white", lw=0)
             for place, value in enumerate(values):
                 axes.text(value, place, f" {value:.2f}", va="center")
-            axes.set(title=title, xlim=(0, max(values) * 1.15))
-            name_rows(axes, range(len(names)), names)
+            axes.set(title=title, xlabel="seconds", xlim=(0, max(values) * 1.15))
+            name_rows(axes, range(len(names)), ["ours, as one grid" if name == "grid" else name for name in names])
 
         if "step" in results:
-            floor = {"the products alone": results["step"]["floor_seconds"]}
+            floor = {"its matrix products alone": results["step"]["floor_seconds"]}
             across(step, "step", "One training step, 256 tokens", results["step"]["seconds"] | floor, "ours")
         if "pass" in results:
             times = {int(k): value for k, value in results["pass"]["seconds"].items()}
@@ -192,17 +193,21 @@ def picture(results: Mapping) -> Picture:
                 ("one after the other", solo, "s--", GREY),
             ):
                 passes.plot(list(times), record(f"adapters, {label}", seconds), style, color=colour, label=label)
-            passes.set(title="A step of several adapters", xlabel="adapters", xticks=list(times), ylim=(0, None))
-            passes.legend()
+            passes.set(title="A step of several adapters", xlabel="adapters", xticks=list(times))
+            passes.legend(loc="upper left")
         if "lengths" in results:
             tokens = list(map(int, results["lengths"]))
             for name, label, style, colour in (("ours", "ours", "o-", COLOURS[1]), ("TRL", "stock TRL", "s--", GREY)):
                 seconds = {length: pair[name]["seconds"] for length, pair in results["lengths"].items()}
                 lengths.plot(tokens, record(f"length, {name}", seconds), style, color=colour, label=label)
-            lengths.set(title="A step by the length of its row", xlabel="tokens", xticks=tokens, ylim=(0, None))
-            lengths.legend()
+            lengths.set(title="A step by the length of its row", xlabel="tokens", xticks=tokens)
+            lengths.legend(loc="upper left")
         if "grid" in results:
             title = f"{results['grid']['rows']} prompts, {results['grid']['tokens']} new tokens each"
             across(grid, "grid", title, results["grid"]["seconds"], "grid")
+        top = 1.08 * max(axes.dataLim.y1 for axes in (passes, lengths))
+        for axes in (passes, lengths):  # both are seconds of a step
+            axes.set(ylim=(0, top if top > 0 else 1), ylabel="seconds")
+            axes.grid(axis="y")
     figure.drawn = pd.DataFrame(drawn)
     return figure

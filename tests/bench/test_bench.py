@@ -229,6 +229,17 @@ def test_the_committed_picture_is_drawn_from_the_committed_measurements_without_
         assert (tmp_path / name).read_bytes() == (ROOT / "figures" / name).read_bytes()
 
 
+def test_every_panel_is_in_seconds_and_ours_is_hatched():
+    picture = report.picture(json.loads((ROOT / "figures" / "bench-cpu.json").read_text(encoding="utf-8")))
+    bars, lines = picture.axes[::2], picture.axes[1::2]
+    assert {axes.get_xlabel() for axes in bars} == {axes.get_ylabel() for axes in lines} == {"seconds"}
+    assert lines[0].get_ylim() == lines[1].get_ylim()
+    for axes in bars:
+        names = [label.get_text() for label in axes.get_yticklabels()]
+        hatched = [name for name, bar in zip(names, axes.patches, strict=True) if bar.get_hatch()]
+        assert len(hatched) == 1 and hatched[0].startswith("ours")
+
+
 def test_a_file_that_the_bench_did_not_write_is_refused(tmp_path):
     (tmp_path / "bench.json").write_text('{"step": 3}')
     done = bench("--redraw", tmp_path / "bench.json")

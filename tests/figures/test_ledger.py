@@ -47,9 +47,12 @@ def test_extractable_rows_are_averaged_where_they_are_long_enough():
     assert "Dotted" not in memorization_curves([training()], "proxy").texts[1].get_text()
 
 
-def test_seeds_of_a_rate_share_its_colour_and_the_legend_names_each_rate_once():
-    several = [training(1e-5), training(1e-4), training(1e-4, seed=43)]
-    low, high, other = (line.get_color() for line in memorization_curves(several, "proxy").axes[0].lines[::2])
+def test_seeds_of_a_rate_look_the_same_rates_differ_without_colour_and_the_legend_names_each_once():
+    several = [training(rate, seed, twins={1: {"em": 0.3}}) for rate, seed in ((1e-5, 42), (1e-4, 42), (1e-4, 43))]
+    lines = memorization_curves(several, "proxy").axes[0].lines
+    low, high, other = ((line.get_color(), line.get_linestyle()) for line in lines[::2])
+    assert high == other and all(a != b for a, b in zip(high, low, strict=True))
+    low, high, other = (line.get_marker() for line in lines[1::2])
     assert high == other != low
     legend = memorization_curves(several, "proxy").axes[1].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["LR 1e-4", "LR 1e-5"]
@@ -74,6 +77,7 @@ LEDGER = [
     claim("C1", SUPPORTED, answer("C1", 0.9, 0.8, 1.0, SUPPORTED)),
     claim("C2", NOT_SUPPORTED, answer("C2", 0.2, 0.1, 0.3, NOT_SUPPORTED), exploratory=True),
     claim("C7", DEPENDS, answer("C7", 3.0, 2, 4, SUPPORTED), answer("C7", -3.0, -4, -2, NOT_SUPPORTED, 2)),
+    claim("C6", INCONCLUSIVE, answer("C6", 0.36, 0.33, 0.39, SUPPORTED)),
     claim("C4", INCONCLUSIVE),
     claim("C10", OUT_OF_REACH, value=6.5),
 ]
@@ -83,25 +87,37 @@ def test_each_row_shows_its_number_both_intervals_and_the_threshold_or_says_why_
     picture = ledger_picture(LEDGER, "proxy")
     answers = [(row, each) for row in LEDGER for each in row.answers]
     for axes, (row, each) in zip(picture.axes, answers, strict=False):
+        test = next(t for t in REGISTERED.questions[row.id].tests if (t.metric, t.equal) == (each.metric, each.equal))
         threshold, corrected, interval, mark = axes.lines
         assert threshold.get_xdata()[0] == each.threshold
         assert list(corrected.get_xdata()) == list(each.corrected)
         assert (list(interval.get_xdata()), interval.get_marker()) == (list(each.interval), "|")
-        assert (mark.get_xdata()[0], mark.get_marker(), mark.get_color()) == (each.value, *MARKS[each.verdict])
+        said = each.verdict if row.verdict == DEPENDS else row.verdict
+        assert (mark.get_xdata()[0], mark.get_marker(), mark.get_color()) == (each.value, *MARKS[said])
         assert (mark.get_markerfacecolor() == "white") == row.exploratory
         low, high = axes.get_xlim()
         assert low < min(each.corrected) and high > max(each.corrected)
-    shares, more_shares, em, nats = (axes.get_xlim() for axes in picture.axes[:4])
-    assert shares == more_shares != em != nats
-    said = [axes.texts[0].get_text() for axes in picture.axes]
+        [side] = axes.patches  # shaded: where the claim is supported
+        supported = (each.threshold, high) if test.above else (each.threshold, low)
+        assert (side.get_x(), side.get_x() + side.get_width()) == pytest.approx(supported)
+        assert axes.get_xticklabels()[0].get_text().strip("← →") == test.rule
+    shares, more_shares, em, nats, more_em = (axes.get_xlim() for axes in picture.axes[:5])
+    assert shares == more_shares != em == more_em != nats
+    units = [axes.texts[0].get_text() for axes in picture.axes[:5]]
+    assert units == ["share", "share", "share of tokens", "nats a token", "share of tokens"]
+    said = [axes.texts[-1].get_text() for axes in picture.axes]
     assert said[1:4] == [
         "not supported (exploratory)\n0.2 [0.1, 0.3]",
         "depends\n3 [2, 4], equal dose",
         "-3 [-4, -2], equal training loss",
     ]
-    assert said[4:] == ["inconclusive\nnot measured", f"{OUT_OF_REACH}\n6.5"]
+    assert said[4:] == [
+        "inconclusive\n0.36 [0.33, 0.39], equal epochs",
+        "inconclusive\nnot measured",
+        f"{OUT_OF_REACH}\n6.5",
+    ]
     names = [axes.get_yticklabels()[0].get_text() for axes in picture.axes]
     assert names[0] == "C1  it recites\nrecall of the training rows"
     assert names[3] == "twins' loss, cosine and linear less constant"
-    assert list(picture.drawn["claim"]) == [SUPPORTED, NOT_SUPPORTED, DEPENDS, DEPENDS, INCONCLUSIVE, OUT_OF_REACH]
-    assert picture.drawn["low"].isna().tolist() == [False] * 4 + [True] * 2
+    assert list(picture.drawn["claim"]) == [row.verdict for row in LEDGER for _ in row.answers or [row]]
+    assert picture.drawn["low"].isna().tolist() == [False] * 5 + [True] * 2

@@ -61,3 +61,25 @@ def test_saved_evidence_draws_its_ledger_and_the_contrasts_curves_the_same_each_
     assert (high[15], high[16]) == (0, 1)  # of the rows that are long enough
     before = [path.read_bytes() for path in written]
     assert [path.read_bytes() for path in redraw(RunDirectory(tmp_path))] == before
+
+
+def test_a_folder_of_several_models_draws_all_their_curves(tmp_path):
+    for name, base_model in (("proxy", "SmolLM2-135M-Instruct"), ("half", "Qwen2.5-Coder-0.5B-Instruct")):
+        shutil.copytree(ROOT / "figures" / "curve" / "proxy", tmp_path / name)
+        recipe = tmp_path / name / "recipe.yml"
+        recipe.write_text(recipe.read_text().replace("SmolLM2-135M-Instruct", base_model))
+    [written] = redraw(RunDirectory(tmp_path))
+    assert written == tmp_path / "figures" / "overfitting.png"
+    drawn = pd.read_csv(written.with_suffix(".csv"))
+    assert list(drawn["model"].unique()) == ["proxy", "Qwen2.5-Coder-0.5B-Instruct"]
+    before = written.read_bytes()
+    assert redraw(RunDirectory(tmp_path)) == [written] and written.read_bytes() == before
+    shutil.copytree(tmp_path / "half", tmp_path / "half-again")
+    with pytest.raises(InputError, match="two runs of one model"):
+        redraw(RunDirectory(tmp_path))
+    (tmp_path / "half-again" / "curve.json").write_text("[]")
+    with pytest.raises(InputError, match=r"half-again.curve\.json: "):
+        redraw(RunDirectory(tmp_path))
+    (tmp_path / "half-again" / "recipe.yml").unlink()
+    with pytest.raises(InputError, match=r"half-again.recipe\.yml"):
+        redraw(RunDirectory(tmp_path))

@@ -1,5 +1,6 @@
 """The picture of what survives storage: its numbers, its names, and the same bytes again from its csv."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -36,6 +37,16 @@ def test_a_bar_ends_at_the_edge_and_its_number_is_written():
     axes = survival_picture(FOUND, "tiny").axes[1]
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([1.3, 2 / 3, 0], abs=1e-6)
     assert [text.get_text() for text in axes.texts] == ["1.44", "0.67", "not measurable"]
+
+
+def test_verdicts_differ_without_colour_and_a_unit_is_equally_long_in_every_panel():
+    picture = survival_picture(FOUND, "tiny")
+    weights, gain, answers = picture.axes
+    assert [line.get_marker() for line in weights.lines] == ["o", "D", "X"]
+    assert [bar.get_hatch() for bar in answers.patches] == ["", "///", "xxx"]
+    picture.png()
+    inches = [axes.get_position().width / np.ptp(axes.get_xlim()) for axes in (weights, gain, answers)]
+    assert inches == pytest.approx([inches[0]] * 3, rel=0.01)
 
 
 def test_nothing_measured_is_refused():

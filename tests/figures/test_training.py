@@ -86,6 +86,8 @@ def test_recitation_is_drawn_by_rate_and_again_from_its_csv(tmp_path):
     (axes,) = picture.axes
     drawn = [line.get_ydata().tolist() for line in axes.lines if len(line.get_ydata()) > 1]
     assert drawn == [[0, 0.25, 0.75]] * 2
+    looks = [(line.get_linestyle(), line.get_marker()) for line in axes.lines if len(line.get_ydata()) > 1]
+    assert all(a != b for a, b in zip(*looks, strict=True))  # to be told apart in grey
     figures.recitation(pd.read_csv(tmp_path / "first.csv").to_dict("records"), "proxy").save(tmp_path / "again")
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "again.png").read_bytes()
 
@@ -179,6 +181,8 @@ def test_travel_is_the_csv_and_one_that_stood_still_is_said_to(tmp_path):
     dots = sorted(line.get_xdata()[0] for line in axes.lines)
     assert dots[1:] == pytest.approx(sorted(csv["measured"])[1:], rel=1e-5)
     said = [text.get_text() for text in axes.texts]
+    shapes = {line.get_marker() for line in axes.lines if line.get_color() == axes.lines[0].get_color()}
+    assert len(shapes) == 1 and len({line.get_marker() for line in axes.lines}) == 2  # lora_B's mark, and lora_A's
     assert "did not move; 0.00% of its elements moved" in said
     assert "3e-3, 75% of rate × steps" in said
 
@@ -191,6 +195,14 @@ def test_the_grid_writes_the_numbers_of_the_csv(tmp_path):
         of_model = csv[csv["model"] == model]
         assert sorted(text.get_text() for text in axes.texts) == sorted(f"{x:.2f}" for x in of_model["recall"])
     assert picture.axes[0].texts[1].get_text() == "0.20"  # first row is "alpaca": "Why?", then "How?"
+
+
+def test_with_more_queries_than_formats_each_query_is_a_named_row():
+    (axes,) = figures.format_grid(grid(models=["1e-05"], queries=("Why?", "How?", "Who?")), "recall", "proxy").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["Why?", "How?", "Who?"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["alpaca", "### Role $x_{"]
+    assert [text.get_text() for text in axes.texts] == ["0.00", "0.10", "0.20", "0.30", "0.40", "0.50"]
+    assert axes.get_title("left") == "LR 1e-5"
 
 
 def test_a_grid_with_holes_leaves_them_empty():
