@@ -9,6 +9,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from fnmatch import fnmatchcase
@@ -220,6 +221,10 @@ def _checked(values: dict, places: dict[str, str], name: str) -> Recipe:
 
     given = dict(values)
     _translate(values, notes, fault)
+    unwritten = [key for key in OTHERWISE if values.get(key) is None]
+    if values.get("warmup_ratio") or values.get("lr_scheduler") in (None, "constant"):
+        unwritten = [key for key in unwritten if key != "warmup_steps"]
+    notes += [f"no {key}: read as {getattr(Recipe, key)}; {OTHERWISE[key]} in Axolotl" for key in unwritten]
     base = {"base_model_config", "tokenizer_config"} if "base_model" in values else ()
     same = [key for key in base if values.get(key) == values["base_model"]]
     passed = [key for key in values if key not in KEYS and (key in same or _harmless(key, values[key]))]
@@ -266,6 +271,13 @@ STAND_INS = {
 """The keys that a recipe needs. Where it lacks one, this value takes its place while the others are checked."""
 
 
+OTHERWISE = {
+    "adapter": "all weights are trained",
+    "lora_target_linear": "the layers that PEFT chooses are adapted",
+    "lr_scheduler": "the schedule is cosine",
+    "warmup_steps": "a warmup over 3 % of the steps",
+}
+"""Keys that mean something else in Axolotl than here if a recipe does not have them, and what."""
 ALL_LINEAR = [
     set(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
     set(["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
@@ -376,6 +388,8 @@ def _harmless(key: str, value) -> bool:
     patterns, not_followed = _axolotl_keys()
     if key in not_followed:
         kernels = key == "plugins" and isinstance(value, list) and all(any(k in str(v) for k in KERNELS) for v in value)
+        with suppress(TypeError, ValueError):  # YAML 1.1 reads 1e-8 as a string
+            value = float(value)
         return not value or kernels or value in not_followed[key]
     off = value in (None, False, "", [], {})
     typed_wrong = off and difflib.get_close_matches(key, KEYS, 1, 0.8)
