@@ -288,9 +288,8 @@ NARROW = ("paged_", "adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit", "adamw_t
 
 def _translate(values: dict, notes: list[str], fault: Callable) -> None:
     """Write Axolotl's other words for the same thing in the kit's, and note what was read as something else."""
-    epochs = values.get("num_epochs")
-    if isinstance(epochs, float) and epochs.is_integer():
-        values["num_epochs"] = int(epochs)
+    whole = {k: v for k, v in values.items() if TYPES.get(k) is int and isinstance(v, float) and v.is_integer()}
+    values |= {key: int(value) for key, value in whole.items()}  # 3.0 epochs are 3
     for key in ("bf16", "tf32"):
         values |= {key: True} if values.get(key) == "auto" else {}
     if values.get("gradient_checkpointing") in ("offload", "unsloth"):
@@ -336,8 +335,8 @@ def _translate(values: dict, notes: list[str], fault: Callable) -> None:
         dropped = [key for key, value in kept.items() if key in read and _safely(read[key], value)]
         values["datasets"] = [{key: value for key, value in kept.items() if key not in dropped}]
     tokens = values.get("special_tokens")
-    if isinstance(tokens, dict) and "pad_token" in tokens:  # a batch here is one row, which nothing pads
-        values["special_tokens"] = {key: value for key, value in tokens.items() if key != "pad_token"}
+    if isinstance(tokens, dict):  # a batch here is one row, which nothing pads
+        values["special_tokens"] = {key: value for key, value in tokens.items() if key != "pad_token" and value}
 
 
 CHATS = ("messages", "conversations", "conversation")
@@ -447,7 +446,7 @@ def _rules(r: Recipe) -> Iterator[tuple[str, bool, str]]:
     yield "warmup_ratio", not 0 <= r.warmup_ratio < 1, "must be at least 0 and below 1"
     yield "warmup_ratio", r.warmup_ratio > 0 and r.warmup_steps > 0, "warmup_steps is set too; keep one"
     texts = all(isinstance(key, str) and isinstance(token, str) for key, token in r.special_tokens.items())
-    yield "special_tokens", not texts, "takes lines such as eos_token: </s>"
+    yield "special_tokens", not texts, "takes lines such as eos_token: </s>; no token is added here"
     adams = ("adamw_torch", "adamw_torch_fused")
     yield (
         "optimizer",

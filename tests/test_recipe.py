@@ -234,11 +234,12 @@ def test_other_words_for_the_same_are_read_and_noted(write):
     recipe = load_recipe(
         write(
             GOOD.replace("num_epochs: 3", "num_epochs: 3.0").replace("type: completion", "type: alpaca, split: train")
-            + "bf16: auto\noptimizer: paged_adamw_8bit\nmicro_batch_size: 2\ngradient_accumulation_steps: 4\n"
+            + "bf16: auto\noptimizer: paged_adamw_8bit\nmicro_batch_size: 2.0\ngradient_accumulation_steps: 4\n"
             "lora_target_modules: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]\nwandb_project: a\n"
             "lr_scheduler: cosine\nwarmup_ratio: 0.1\nlora_dropout: 0.05\nval_set_size: 0.25\nfp16:\n"
             "load_in_8bit: false\n"
-            "special_tokens: {pad_token: <pad>, eos_token: </s>}\nflash_attention: true\nmax_grad_norm: 1.0\n"
+            "special_tokens: {pad_token: <pad>, eos_token: </s>, unk_token: , additional_special_tokens: []}\n"
+            "flash_attention: true\nmax_grad_norm: 1.0\n"
         )
     )
     assert (recipe.num_epochs, recipe.bf16, recipe.optimizer, recipe.batch) == (3, True, "adamw_torch", 8)
