@@ -336,10 +336,19 @@ def _parquet(path: Path) -> list[dict]:
     import pyarrow
     from pyarrow import parquet
 
+    rows, size = [], 0
     try:
-        return parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                size += batch.nbytes
+                if size > LARGEST:
+                    break
+                rows += batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path}: not Parquet ({str(error).partition(chr(10))[0]})") from error
+    if size > LARGEST:
+        raise InputError(f"{path}: over {LARGEST:,} bytes when unpacked, which is the limit; take fewer rows of it")
+    return rows
 
 
 def _from_table(rows: Sequence[tuple[object, str]], faults: Faults, names: tuple[dict, dict]) -> list[Example]:

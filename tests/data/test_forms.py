@@ -385,6 +385,13 @@ def test_a_file_that_would_not_fit_in_memory_is_refused_before_it_is_read(tmp_pa
         load_examples(tmp_path / "big.jsonl")
 
 
+def test_a_small_parquet_of_much_text_is_refused(tmp_path):
+    parquet.write_table(pyarrow.table({"text": ["A long text of a row. " * 500] * 10_000}), tmp_path / "big.parquet")
+    assert (tmp_path / "big.parquet").stat().st_size < 2**20
+    with pytest.raises(InputError, match=r"big\.parquet: over 67,108,864 bytes when unpacked"):
+        load_examples(tmp_path / "big.parquet")
+
+
 NUMBERED = "### Question {0}\nWhy {0}?\n\n### Answer {0}\nBecause of {0}, I say.\n\n"
 
 
