@@ -454,7 +454,7 @@ def read_chat_log(rows: Sequence[Mapping], places: Sequence[str]) -> tuple[str, 
             user = bool(row.get("is_user"))
             heading = " ".join(name.split())
             turns.append(Turn("user" if user else "assistant", text.strip(), None if user else True, heading))
-            if len(row.get("swipes") or ()) > 1:
+            if isinstance(swipes := row.get("swipes"), list) and len(swipes) > 1:
                 notes.append("swipes that were not chosen are left out")
         notes += [f"`{key}` of a message is not used" for key in MEDIA if not _absent(extra.get(key))]
     faults.refuse()
