@@ -454,7 +454,8 @@ def read_chat_log(rows: Sequence[Mapping], places: Sequence[str]) -> tuple[str, 
             user = bool(row.get("is_user"))
             heading = " ".join(name.split())
             turns.append(Turn("user" if user else "assistant", text.strip(), None if user else True, heading))
-            if isinstance(swipes := row.get("swipes"), list) and len(swipes) > 1:
+            swipes = row["swipes"] if isinstance(row.get("swipes"), list) else [row.get("swipes")]
+            if any(swipe != text and not _absent(swipe) for swipe in swipes):
                 notes.append("swipes that were not chosen are left out")
         notes += [f"`{key}` of a message is not used" for key in MEDIA if not _absent(extra.get(key))]
     faults.refuse()

@@ -289,7 +289,8 @@ def test_what_sillytavern_keeps_beside_the_texts_is_named_once(read):
     assert any("`display_text` of a message is not used" in note for note in notes)
     [beside] = [note for note in notes if "beside the texts" in note]
     assert beside.endswith(": `chat_metadata.note_prompt`, `send_date`, `extra.api`")
-    assert read([header, said[0], said[1] | {"swipes": 1}])[0].completion == "Good evening to you."
+    for swipes, named in (("Go.", True), (1, True), (["Go."], True), (["Good evening to you."], False), (None, False)):
+        assert any("swipes" in note for note in lint(read([header, said[0], said[1] | {"swipes": swipes}]))) == named
     with pytest.raises(InputError, match=r'mine\.jsonl:2: `is_user` is "true"; it takes true or false'):
         read([header, said[0] | {"is_user": "true"}, said[1]])
 
