@@ -9,6 +9,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from fnmatch import fnmatchcase
@@ -220,6 +221,10 @@ def _checked(values: dict, places: dict[str, str], name: str) -> Recipe:
 
     given = dict(values)
     _translate(values, notes, fault)
+    unwritten = [key for key in OTHERWISE if values.get(key) is None]
+    if values.get("warmup_ratio") or values.get("lr_scheduler") in (None, "constant"):
+        unwritten = [key for key in unwritten if key != "warmup_steps"]
+    notes += [f"no {key}: read as {getattr(Recipe, key)}; {OTHERWISE[key]} in Axolotl" for key in unwritten]
     base = {"base_model_config", "tokenizer_config"} if "base_model" in values else ()
     same = [key for key in base if values.get(key) == values["base_model"]]
     passed = [key for key in values if key not in KEYS and (key in same or _harmless(key, values[key]))]
@@ -266,6 +271,13 @@ STAND_INS = {
 """The keys that a recipe needs. Where it lacks one, this value takes its place while the others are checked."""
 
 
+OTHERWISE = {
+    "adapter": "all weights are trained",
+    "lora_target_linear": "the layers that PEFT chooses are adapted",
+    "lr_scheduler": "the schedule is cosine",
+    "warmup_steps": "a warmup over 3 % of the steps",
+}
+"""Keys that mean something else in Axolotl than here if a recipe does not have them, and what."""
 ALL_LINEAR = [
     set(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
     set(["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
@@ -276,9 +288,8 @@ NARROW = ("paged_", "adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit", "adamw_t
 
 def _translate(values: dict, notes: list[str], fault: Callable) -> None:
     """Write Axolotl's other words for the same thing in the kit's, and note what was read as something else."""
-    epochs = values.get("num_epochs")
-    if isinstance(epochs, float) and epochs.is_integer():
-        values["num_epochs"] = int(epochs)
+    whole = {k: v for k, v in values.items() if TYPES.get(k) is int and isinstance(v, float) and v.is_integer()}
+    values |= {key: int(value) for key, value in whole.items()}  # 3.0 epochs are 3
     for key in ("bf16", "tf32"):
         values |= {key: True} if values.get(key) == "auto" else {}
     if values.get("gradient_checkpointing") in ("offload", "unsloth"):
@@ -324,8 +335,8 @@ def _translate(values: dict, notes: list[str], fault: Callable) -> None:
         dropped = [key for key, value in kept.items() if key in read and _safely(read[key], value)]
         values["datasets"] = [{key: value for key, value in kept.items() if key not in dropped}]
     tokens = values.get("special_tokens")
-    if isinstance(tokens, dict) and "pad_token" in tokens:  # a batch here is one row, which nothing pads
-        values["special_tokens"] = {key: value for key, value in tokens.items() if key != "pad_token"}
+    if isinstance(tokens, dict):  # a batch here is one row, which nothing pads
+        values["special_tokens"] = {key: value for key, value in tokens.items() if key != "pad_token" and value}
 
 
 CHATS = ("messages", "conversations", "conversation")
@@ -376,6 +387,8 @@ def _harmless(key: str, value) -> bool:
     patterns, not_followed = _axolotl_keys()
     if key in not_followed:
         kernels = key == "plugins" and isinstance(value, list) and all(any(k in str(v) for k in KERNELS) for v in value)
+        with suppress(TypeError, ValueError):  # YAML 1.1 reads 1e-8 as a string
+            value = float(value)
         return not value or kernels or value in not_followed[key]
     off = value in (None, False, "", [], {})
     typed_wrong = off and difflib.get_close_matches(key, KEYS, 1, 0.8)
@@ -433,7 +446,7 @@ def _rules(r: Recipe) -> Iterator[tuple[str, bool, str]]:
     yield "warmup_ratio", not 0 <= r.warmup_ratio < 1, "must be at least 0 and below 1"
     yield "warmup_ratio", r.warmup_ratio > 0 and r.warmup_steps > 0, "warmup_steps is set too; keep one"
     texts = all(isinstance(key, str) and isinstance(token, str) for key, token in r.special_tokens.items())
-    yield "special_tokens", not texts, "takes lines such as eos_token: </s>"
+    yield "special_tokens", not texts, "takes lines such as eos_token: </s>; no token is added here"
     adams = ("adamw_torch", "adamw_torch_fused")
     yield (
         "optimizer",

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -81,6 +81,22 @@ def main_of(*arguments):
     with pytest.raises(SystemExit) as ended:
         main(list(arguments))
     assert ended.value.code == 0
+
+
+def test_an_adapter_of_the_embedding_too_answers(elsewhere, tmp_path):
+    base = load_model(str(elsewhere["base"]), load_in_4bit=False, dtype=torch.float32)
+    config = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    cells = ask(str(tmp_path / "adapter"), "Why?", ["bare"], max_new_tokens=2)
+    assert [cell["model"] for cell in cells] == ["base", "adapter"]
+
+
+def test_a_chat_template_that_only_the_adapter_has_is_named_by_a_merge(elsewhere, tmp_path, capsys):
+    adapter = shutil.copytree(elsewhere["lora"] / "checkpoint-10", tmp_path / "adapter")
+    for template, named in (("", False), ("{{ messages }}", True)):
+        (adapter / "chat_template.jinja").write_text(template)
+        main_of("merge", str(adapter), "--out", str(tmp_path / f"merged-{named}"))
+        assert ("its chat template is not the base's" in capsys.readouterr().out) == named
 
 
 def test_a_release_of_it_is_named_after_its_folder(elsewhere):

@@ -192,15 +192,54 @@ def test_what_would_change_nothing_is_passed_over(write):
         load_recipe(write(GOOD + "base_model_config: other\n"))
 
 
+def test_what_axolotl_would_do_without_a_key_is_said_where_it_is_something_else(write):
+    def missing(text):
+        notes = [note.partition(": no ")[2] for note in load_recipe(write(text)).notes]
+        return [note.partition(":")[0] for note in notes if note]
+
+    assert missing(GOOD) == ["adapter", "lora_target_linear", "lr_scheduler"]
+    whole = GOOD + "adapter: qlora\nlora_target_linear: true\nlr_scheduler: cosine\n"
+    assert missing(whole) == ["warmup_steps"] and missing(whole + "warmup_ratio: 0.1\n") == []
+    assert not any(": no " in note for name in SHIPPED for note in load_recipe(name).notes)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "dataset_exact_deduplication: true",
+        "dataset_shard_num: 4",
+        "min_sample_len: 50",
+        "rl_beta: 0.1",
+        "adam_epsilon: 1e-6",
+    ],
+)
+def test_what_changes_the_rows_or_the_loss_is_refused(write, line):
+    with pytest.raises(InputError, match=r"mine\.yml:9: .*changes the result and is not followed"):
+        load_recipe(write(GOOD + line))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "adam_epsilon: 1e-8",
+        "max_grad_norm: 1",
+        "bnb_config_kwargs: {bnb_4bit_quant_type: nf4, bnb_4bit_use_double_quant: true}",
+    ],
+)
+def test_what_the_kit_does_anyway_is_passed_over(write, line):
+    assert load_recipe(write(GOOD + line)).notes[-1].endswith(f"result: {line.partition(':')[0]}")
+
+
 def test_other_words_for_the_same_are_read_and_noted(write):
     recipe = load_recipe(
         write(
             GOOD.replace("num_epochs: 3", "num_epochs: 3.0").replace("type: completion", "type: alpaca, split: train")
-            + "bf16: auto\noptimizer: paged_adamw_8bit\nmicro_batch_size: 2\ngradient_accumulation_steps: 4\n"
+            + "bf16: auto\noptimizer: paged_adamw_8bit\nmicro_batch_size: 2.0\ngradient_accumulation_steps: 4\n"
             "lora_target_modules: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]\nwandb_project: a\n"
             "lr_scheduler: cosine\nwarmup_ratio: 0.1\nlora_dropout: 0.05\nval_set_size: 0.25\nfp16:\n"
             "load_in_8bit: false\n"
-            "special_tokens: {pad_token: <pad>, eos_token: </s>}\nflash_attention: true\nmax_grad_norm: 1.0\n"
+            "special_tokens: {pad_token: <pad>, eos_token: </s>, unk_token: , additional_special_tokens: []}\n"
+            "flash_attention: true\nmax_grad_norm: 1.0\n"
         )
     )
     assert (recipe.num_epochs, recipe.bf16, recipe.optimizer, recipe.batch) == (3, True, "adamw_torch", 8)

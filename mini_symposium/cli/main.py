@@ -270,6 +270,7 @@ def merge(
     check_strength(strength)
     resolved = resolve(run, "adapter", "run")
     from mini_symposium.models.adapters import find_checkpoints, with_base
+    from mini_symposium.models.merge import chat_template
     from mini_symposium.models.merge import merge as write
 
     own = resolved.kind == "run"
@@ -285,6 +286,9 @@ def merge(
     made = write(weights, with_base(resolved, base_model).base_model, target, base, dtype, by_chance)
     for adapter in made["checkpoints"]:
         say(f"{adapter['weight']:g} x {adapter['checkpoint']}, scaled by {adapter['scaling']:g}")
+    for path in weights:
+        if chat_template(path) not in ("", chat_template(target)):
+            say(f"{path}: its chat template is not the base's, which the merge has; copy it from there to use it")
     predicted, measured = (made["memory"][key] / 2**20 for key in ("predicted", "measured"))
     say(f"onto the {base} base in {dtype}: {target}")
     say(f"peak memory: {predicted:,.0f} MiB predicted, {measured:,.0f} MiB measured")

@@ -204,12 +204,13 @@ TAGS = {"role_tag": "role", "content_tag": "content"}
 
 
 def _described(file: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """How LLaMA-Factory's dataset_info.json beside a file names its columns, and keys and roles of its messages: for
-    each of the two {name there: name here}, empty if it does not describe the file."""
-    described = file.with_name("dataset_info.json")
-    entries = parse_json(read_text(described), described) if described.is_file() else None
+    """How LLaMA-Factory's dataset_info.json beside a file, or in the folder above, names its columns, and keys and
+    roles of its messages: for each of the two {name there: name here}, empty if it does not describe the file."""
+    beside = [folder / "dataset_info.json" for folder in file.parents[:2]]
+    described = next((path for path in beside if path.is_file()), None)
+    entries = parse_json(read_text(described), described) if described else None
     for entry in entries.values() if isinstance(entries, dict) else ():
-        if isinstance(entry, dict) and entry.get("file_name") == file.name:
+        if isinstance(entry, dict) and entry.get("file_name") == file.relative_to(described.parent).as_posix():
             columns, tags = (
                 {ours: theirs for ours, theirs in given.items() if isinstance(theirs, str)}
                 if isinstance(given := entry.get(key), dict)
@@ -227,7 +228,11 @@ def _renamed(row: object, columns: dict[str, str], tags: dict[str, str]) -> obje
     """A row with its columns, and the keys and roles of its messages, named as forms have them."""
     if not isinstance(row, dict):
         return row
-    row = {columns.get(key, key): value for key, value in row.items()}
+    taken = set(columns.values()) - columns.keys()
+    row = {
+        columns.get(key, f"{key} (not in dataset_info.json)" if key in taken else key): value
+        for key, value in row.items()
+    }
     if tags and isinstance(chat := row.get("conversations"), list) and all(isinstance(each, dict) for each in chat):
         chat = [{tags.get(key, key): value for key, value in message.items()} for message in chat]
         roles = {theirs: role for theirs, role in tags.items() if role not in TAGS.values()}
@@ -331,10 +336,19 @@ def _parquet(path: Path) -> list[dict]:
     import pyarrow
     from pyarrow import parquet
 
+    rows, size = [], 0
     try:
-        return parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                size += batch.nbytes
+                if size > LARGEST:
+                    break
+                rows += batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path}: not Parquet ({str(error).partition(chr(10))[0]})") from error
+    if size > LARGEST:
+        raise InputError(f"{path}: over {LARGEST:,} bytes when unpacked, which is the limit; take fewer rows of it")
+    return rows
 
 
 def _from_table(rows: Sequence[tuple[object, str]], faults: Faults, names: tuple[dict, dict]) -> list[Example]:
@@ -466,7 +480,14 @@ def _from_markdown(text: str, name: str, faults: Faults) -> Iterator[Example]:
     if left_open:
         raise InputError(f"{name}:{left_open}: a code fence that is never closed would hide every heading below it")
     sections, starts = _openings(sections, name, notes)
-    if len(starts) == 1 and (len(sections) > 4 or sections[0].heading.endswith(("?", "？"))):
+    if sections and len(sections[0].heading) <= LONGEST_HEADING:
+        alike = re.compile(rf" {{0,3}}[#*_ ]*({re.escape(sections[0].heading)})[\W_]*$", re.I)
+        lines = {section.line for section in sections}
+        for other in split_sections(text, alike)[1] if level == "###" else ():
+            if other.line not in lines:
+                told = f"if it begins an example, write `### {sections[0].heading}`"
+                notes.append((f"{name}:{other.line}", f"the line `{other.heading}` is read as text; {told}"))
+    if len(starts) == 1 and (len(sections) > 3 or sections[0].heading.endswith(("?", "？"))):
         told = f"one example of {len(sections)} sections, because no other heading is `### {sections[0].heading}`"
         notes.append((f"{name}:{sections[0].line}", f"{told}; begin each example with the same heading"))
     for start, end in pairwise([*starts, len(sections)]):
@@ -548,7 +569,7 @@ def _numbered(heading: str) -> tuple[str, str]:
         return heading, ""
     if match := re.fullmatch(r"(\d{1,6})(?:[.):：]?\s+|、\s*)(.*[^\W\d].*)", heading):
         return match[2].rstrip(" :："), match[1]
-    match = re.fullmatch(r"(.*?[^\W\d])[\s#.-]*(\d{1,6})[\s:：.)]*", heading)
+    match = re.fullmatch(r"(.*?[^\W\d])[\s#.(\[-]*(\d{1,6})[\s:：.)\]]*", heading)
     return (match[1], match[2]) if match else (heading, "")
 
 
@@ -781,6 +802,8 @@ def _oddities(example: Example) -> Iterator[str]:
         yield f"spells {', '.join(tokens)}: trained as special tokens where the base model has them, else refused"
     if macros := re.findall(r"\{\{(?:user|char)\}\}", example.text, re.I):
         yield f"spells {', '.join(dict.fromkeys(macros))}: trained as it is written; write a name instead"
+    if re.search(r"(?m)^ {0,3}<!--", example.text):
+        yield "holds a comment (<!--): trained as it is written, and headings in it are headings; remove it"
     if split_sections(example.text)[2]:
         yield "a code fence is never closed, so the headings below it are text"
     if (count := count_words(example.completion)) < 4:

@@ -86,6 +86,13 @@ def _parsed(value):
     return value
 
 
+def _spoken(value):
+    """A list of messages, which a cell of CSV holds as JSON. Any other text stays text, also if it is JSON."""
+    parsed = _parsed(value)
+    listed = parsed if isinstance(parsed, list) else []
+    return parsed if listed and all(isinstance(m, Mapping) and set(SPEAKER) & set(m) for m in listed) else value
+
+
 PREFERENCES = ("chosen", "rejected", "preferred_output", "non_preferred_output")
 NOT_TRAINED = ("tools", "functions", "images", "image", "videos", "video", "audio", "audios", *PREFERENCES)
 """Fields without which a row would mean something else, and which are not trained on."""
@@ -109,7 +116,8 @@ def read_row(row: object, where: str) -> TableRow:
         raise InputError(f"{where}: a {type(row).__name__}; each row is an object")
     fields = {str(key).strip().lower(): value for key, value in row.items()}
     read = TableRow(fields if len(fields) == len(row) else {str(key): value for key, value in row.items()}, where)
-    reader, faults = find_form(read.fields), Faults()
+    said = {name: value for name, value in read.fields.items() if name not in CHATS or not _absent(value)}
+    reader, faults = find_form(said) or find_form(read.fields), Faults()
     for name in NOT_TRAINED:
         if not _absent(_parsed(read.fields.get(name))):  # `tools` may be "[]"
             way = "rename the better one to completion or messages, remove the other" if name in PREFERENCES else ""
@@ -129,7 +137,7 @@ def read_row(row: object, where: str) -> TableRow:
         reader(read)
     faults.refuse()
     unused = [name for name, value in read.fields.items() if name not in read.used and not _absent(value)]
-    read.notes += [f"`{name}` is not used" for name in unused]
+    read.notes += [f"{f'`{name}`' if name else 'a column without a name'} is not used" for name in unused]
     return read
 
 
@@ -165,7 +173,8 @@ def _chat(name: str) -> Callable[[TableRow], None]:
 def _prompt_completion(row: TableRow) -> None:
     """TRL's form: two texts, or two lists of messages of which those of the completion are learned."""
     row.system()
-    if not isinstance(row.fields["prompt"], list) and not isinstance(row.fields["completion"], list):
+    values = {name: _spoken(row.fields[name]) for name in ("prompt", "completion")}
+    if not any(isinstance(value, list) for value in values.values()):
         prompt, completion = row.text("prompt"), row.text("completion").rstrip()
         if not prompt[-1].isspace() and not completion[0].isspace():
             row.notes.append("the completion follows the prompt without a space; end the prompt with a newline")
@@ -173,9 +182,10 @@ def _prompt_completion(row: TableRow) -> None:
         row.query = prompt.strip()
         return
     asked, answered = (
-        [{"role": role, "content": value}] if isinstance(value := row.take(name), str) else value
+        [{"role": role, "content": values[name]}] if isinstance(values[name], str) else values[name]
         for name, role in (("prompt", "user"), ("completion", "assistant"))
     )
+    row.used |= values.keys()
     context = [Turn(turn.role, turn.text, None) for turn in _turns(row, asked, "prompt")]
     _write_turns(row, context + _turns(row, answered, "completion"))
 
@@ -238,11 +248,12 @@ PAIRS = (
     ("text_input", "output"),
 )
 FORMS = [
-    *(((name,), _chat(name)) for name in CHATS),
+    *(((name,), _chat(name)) for name in CHATS[:3]),
     (("segments",), _segments),
     (("prompt", "completion"), _prompt_completion),
     *((("instruction", answer), _alpaca(answer)) for answer in ANSWERS[::-1]),
     *((names, _pair(*names)) for names in PAIRS),
+    *(((name,), _chat(name)) for name in CHATS[3:]),
     (("text",), _text),
 ]
 """[(the fields that a form needs, its reader)], the first that fits is taken."""
@@ -273,7 +284,7 @@ ROLES = {
 
 SPEAKER = ("role", "from", "speaker")
 SAID = ("content", "value", "parts", "text")
-LABELS = ("weight", "train", "training")
+LABELS = ("weight", "train", "training", "loss")
 """Keys of a message. Of each kind, the first that is there is read."""
 SPOKEN = ROLES | {"input": "user", "question": "user", "output": "assistant", "answer": "assistant"}
 """Keys of a round of a chat, {"human": ..., "assistant": ...}, as XTuner's and Firefly's users write it."""
@@ -292,7 +303,9 @@ def _messages(value: object) -> object:
 
 def _turns(row: TableRow, messages: object, name: str) -> list[Turn]:
     """The turns in a list of messages in OpenAI's form (role, content), ShareGPT's (from, value), Gemini's (parts)."""
-    messages = _messages(messages)
+    given, messages = _parsed(messages), _messages(messages)
+    if isinstance(given, list) and any(isinstance(each, str) for each in given):
+        row.notes.append(f"`{name}` names no speakers: read as the user and the assistant in turn")
     if not isinstance(messages, list) or not messages or not all(isinstance(each, Mapping) for each in messages):
         raise InputError(f"{row.where}: `{name}` is {_quoted(messages)}; it takes a list of messages")
     faults, turns = Faults(), []
@@ -301,7 +314,11 @@ def _turns(row: TableRow, messages: object, name: str) -> list[Turn]:
     roles = {said.lower(): "assistant" for said in named} | ROLES if name == "completion" else _roles(row, named)
     for number, (message, said) in enumerate(zip(messages, named, strict=True), start=1):
         where = f"{row.where}, message {number}"
-        calls = [key for key in ("tool_calls", "function_call", "train_detail") if not _absent(message.get(key))]
+        calls = [
+            key
+            for key in ("tool_calls", "function_call", "train_detail", *NOT_TRAINED)
+            if not _absent(message.get(key))
+        ]
         if calls or ROLES.get(said.lower()) == "":
             faults.append(
                 f"{where}: {', '.join(calls) or f'the role {said}'} cannot be trained on here; remove the row"
@@ -358,7 +375,7 @@ def _content(content: object, where: str) -> str:
 
 
 def _learned(message: Mapping, where: str) -> bool:
-    """Whether an assistant's message is learned, by OpenAI's `weight` or Axolotl's `train` and `training`."""
+    """Whether an assistant's message is learned, by OpenAI's `weight`, Axolotl's `train` or ms-swift's `loss`."""
     for key in LABELS:
         value = message.get(key)
         if value is not None and value not in (0, 1):
@@ -395,8 +412,11 @@ def is_chat_log(rows: Sequence) -> bool:
     return len(rows) > 1 and all(isinstance(row, Mapping) for row in rows) and all("mes" in row for row in rows[1:])
 
 
-MEDIA = ("reasoning", "image", "media", "file", "files")
+MEDIA = ("reasoning", "image", "media", "file", "files", "display_text", "tool_invocations")
 """Keys of a message's `extra` with content that is not in its text."""
+READ = {"user_name", "character_name", "name", "is_user", "is_system", "mes", "swipes", "extra.type"}
+READ |= {f"extra.{key}" for key in MEDIA}
+"""Keys of a chat log that are read, or that another note names."""
 
 
 def read_chat_log(rows: Sequence[Mapping], places: Sequence[str]) -> tuple[str, str, list[Turn], list[str]]:
@@ -413,26 +433,33 @@ def read_chat_log(rows: Sequence[Mapping], places: Sequence[str]) -> tuple[str, 
         If a message has no text or no name.
     """
     header = {} if "mes" in rows[0] else rows[0]
-    turns, notes, faults = [], [], Faults()
+    turns, notes, faults, unused = [], [], Faults(), {}
     for row, where in zip(rows, places, strict=True):
         text, name = row.get("mes"), row.get("name")
         extra = row["extra"] if isinstance(row.get("extra"), Mapping) else {}
+        for key, value in row.items():
+            inner = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
+            unused |= {f"`{k}`": None for k, v in inner.items() if k not in READ and not _absent(v)}
         if row is header:
             continue
-        if row.get("is_system"):
+        if odd := [key for key in ("is_user", "is_system") if row.get(key) not in (None, True, False)]:
+            faults.append(f"{where}: `{odd[0]}` is {_quoted(row[odd[0]])}; it takes true or false")
+        elif row.get("is_system"):
             notes.append("a message that SillyTavern hides from the model (is_system) is left out")
         elif not isinstance(text, str) or not isinstance(name, str) or blank(text) or blank(name):
             faults.append(f"{where}: takes a name and a text in `mes`; write them, or remove the line")
         elif extra.get("type") == "narrator":
             turns.append(Turn("system", text.strip()))
         else:
-            user = row.get("is_user") is True
+            user = bool(row.get("is_user"))
             heading = " ".join(name.split())
             turns.append(Turn("user" if user else "assistant", text.strip(), None if user else True, heading))
-            if len(row.get("swipes") or ()) > 1:
+            swipes = row["swipes"] if isinstance(row.get("swipes"), list) else [row.get("swipes")]
+            if any(swipe != text and not _absent(swipe) for swipe in swipes):
                 notes.append("swipes that were not chosen are left out")
         notes += [f"`{key}` of a message is not used" for key in MEDIA if not _absent(extra.get(key))]
     faults.refuse()
+    notes += [f"what SillyTavern keeps beside the texts is not used: {', '.join(unused)}"] * bool(unused)
     last = {turn.role: turn.heading for turn in turns}  # newer versions write "unused" for the names in the header
     names = [
         last.get(role) or header.get(key) or default

@@ -322,19 +322,19 @@ def load_preset(path: str | Path) -> PromptFormat:
     known = {f.name: f.type for f in fields(PromptFormat) if f.name not in ("other", "parts")}
     if not {"input_sequence", "output_sequence"} & set(preset):
         raise InputError(f"{path}: neither input_sequence nor output_sequence; not an instruct preset or Master export")
-    values = {}
+    values, faults = {}, Faults()
     for key, kind in known.items():
         value = preset.pop(key, None)
         if kind is bool and value in ("true", 0, 1):  # as SillyTavern takes them
             value = bool(value)
-        if value is not None:
-            if not isinstance(value, kind):
-                raise InputError(
-                    f"{path}: {key} is {json.dumps(value)[:40]}; it takes {'text' if kind is str else 'true or false'}"
-                )
+        if value is not None and not isinstance(value, kind):
+            takes = "text" if kind is str else "true or false"
+            faults.append(f"{path}: {key} is {json.dumps(value)[:40]}; it takes {takes}")
+        elif key == "names_behavior" and value not in (None, "none", "force", "always"):
+            faults.append(f"{path}: names_behavior is {value!r}; it is none, force or always")
+        elif value is not None:
             values[key] = value
-    if values.get("names_behavior", "none") not in ("none", "force", "always"):
-        raise InputError(f"{path}: names_behavior is {values['names_behavior']!r}; it is none, force or always")
+    faults.refuse()
     return PromptFormat(**values, other=preset, parts=parts)
 
 

@@ -114,7 +114,8 @@ def _each_key_once(pairs: list[tuple[str, object]]) -> dict:
 def json_values(text: str, name: str | Path, faults: Faults) -> list[tuple[object, int]]:
     """The values in a text of JSON, each with its line.
 
-    The text is a value on each line (JSON Lines), values over several lines, or one list, whose items are returned.
+    The text is a value on each line (JSON Lines, also with a comma after it), values over several lines, or one list,
+    whose items are returned.
 
     Parameters
     ----------
@@ -122,7 +123,8 @@ def json_values(text: str, name: str | Path, faults: Faults) -> list[tuple[objec
         Gets what is wrong with each line; after a fault in a value over several lines, nothing more is read.
     """
     if text.lstrip()[:1] != "[":
-        lines = [(line, number) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        lines = [(line.rstrip().rstrip(","), number) for number, line in enumerate(text.split("\n"), start=1)]
+        lines = [(line, number) for line, number in lines if line.strip()]
         if any(_is_object(line) for line, _ in (*lines[:1], *lines[-1:])):
             values = []
             for line, number in lines:

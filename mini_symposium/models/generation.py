@@ -254,7 +254,7 @@ def generate(
         return []
     stops = [[]] * len(prompts) if stops is None else stops
     ids = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-    room, known = getattr(model.config, "max_position_embeddings", None), model.get_input_embeddings().num_embeddings
+    room, known = getattr(model.config, "max_position_embeddings", None), len(model.get_input_embeddings().weight)
     width = max(map(len, ids))
     check_embedded((i for row in ids for i in row), known, tokenizer, "the prompt")
     if room and width + max_new_tokens > room:

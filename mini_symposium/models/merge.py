@@ -23,11 +23,13 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from mini_symposium import __version__
 from mini_symposium.errors import InputError, RunError, reason
+from mini_symposium.files.reading import read_text
 from mini_symposium.files.writing import check_new, check_room, clear_away, write_json, written_whole
 from mini_symposium.models.adapters import Factors, check_trained_on, read_adapters
 from mini_symposium.models.base_files import local_directory
 from mini_symposium.models.devices import device, process_peak
 from mini_symposium.models.safetensors_files import Header, read_header, read_tensor, weight_files, write_tensors
+from mini_symposium.run import read_object
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BASES = ("original", "nf4")
@@ -142,6 +144,14 @@ def _check_tokenizer(merged: Path, source: Path) -> None:
         raise InputError(f"{source}: its tokenizer cannot be loaded ({reason(error)})") from error
     if ours(SPOKEN).input_ids != theirs(SPOKEN).input_ids or ours.chat_template != theirs.chat_template:
         raise RunError(f"{merged}: its tokenizer gives other tokens than that of {source}; a file was not copied")
+
+
+def chat_template(folder: Path) -> str:
+    """The chat template of a tokenizer's folder, which older versions of transformers keep in its configuration."""
+    if (folder / "chat_template.jinja").is_file():
+        return read_text(folder / "chat_template.jinja").strip()
+    file = folder / "tokenizer_config.json"
+    return str(read_object(file).get("chat_template") or "").strip() if file.is_file() else ""
 
 
 def _check_inside(path: Path, source: Path) -> None:

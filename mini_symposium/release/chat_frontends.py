@@ -101,6 +101,8 @@ def modelfile(
     """
     if macros := form.unfilled_macros():
         note += f"\nonly SillyTavern fills {', '.join(macros)}; here they stay as they are written"
+    if form.parts.get("sysprompt"):
+        note += "\nthe preset's system prompt is not in here; give it as a system message"
     lines = [f"# {line}" for line in note.splitlines() if line] + [f"FROM ./{model}"]
     lines += [f"ADAPTER ./{adapter}"] if adapter else []
     lines.append(f"TEMPLATE {_quoted(ollama_template(form, user, char), form)}")

@@ -410,6 +410,9 @@ def train(
     probed = held_out_rows(recipe, held_out, print if main else lambda line: None)
     for note in recipe.notes if main else ():
         print(note)
+    if main and (told := dict.fromkeys(what for example in examples for _, what in example.notes)):
+        more = f" and {len(told) - 1} more notes" if len(told) > 1 else ""
+        print(f"{recipe.dataset}: {next(iter(told))}{more}; see mini-symposium inspect {recipe.dataset}")
     with locked([run.path]):
         if main:
             data = fingerprint(examples)

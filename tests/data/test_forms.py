@@ -129,7 +129,7 @@ def test_a_row_may_be_its_messages_alone(read):
     assert [e.text for e in read(json.dumps([turns(*CHAT)]), "a.json")] == [TEXT]
 
 
-@pytest.mark.parametrize("label", [{"train": False}, {"training": False}, {"weight": 0.0}])
+@pytest.mark.parametrize("label", [{"train": False}, {"training": False}, {"weight": 0.0}, {"loss": False}])
 def test_what_a_message_says_of_the_loss_is_followed_or_named(read, label):
     asked, bad, again, good = turns(*CHAT[1:])
     [example] = read([{"messages": [asked | label, bad | label, again, good]}])
@@ -160,6 +160,7 @@ csv.DictWriter(TABLE, ROWS[0], quoting=csv.QUOTE_ALL).writerows([{k: k for k in 
     [
         ("\n".join(map(json.dumps, ROWS)), "rows.ndjson"),
         ("\n".join(map(json.dumps, ROWS)), "rows.data"),
+        (",\n".join(map(json.dumps, ROWS)) + ",\n", "rows.jsonl"),
         ("\n".join(json.dumps(row, indent=2) for row in ROWS), "rows.jsonl"),
         (json.dumps(ROWS), "rows.jsonl"),
         (json.dumps(ROWS, indent=1), "rows.json"),
@@ -261,6 +262,67 @@ def test_fields_that_are_not_used_are_named_once(read):
     assert note.endswith("mine.jsonl:1 and 2 more: `id` is not used")
 
 
+def test_a_column_that_would_take_the_place_of_a_described_one_is_named(tmp_path):
+    for n, row in enumerate(({"q": PEAS[0], "instruction": "other"}, {"instruction": "other", "q": PEAS[0]})):
+        (tmp_path / f"{n}.json").write_text(json.dumps([row | {"output": PEAS[1]}]))
+    info = {str(n): {"file_name": f"{n}.json", "columns": {"prompt": "q", "response": "output"}} for n in range(2)}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    examples = load_examples(tmp_path)
+    assert [e.query for e in examples] == [PEAS[0]] * 2
+    assert sum("not in dataset_info.json" in note for e in examples for _, note in e.notes) == 2
+
+
+def test_a_file_in_a_folder_is_described_by_the_dataset_info_above(read, tmp_path):
+    read(json.dumps(ROWS), "all/rows/mine.json")
+    (tmp_path / "all/rows/mine.json").write_text(json.dumps([{"q": PEAS[0], "a": PEAS[1]}]))
+    info = {"mine": {"file_name": "rows/mine.json", "columns": {"prompt": "q", "response": "a"}}}
+    (tmp_path / "all/dataset_info.json").write_text(json.dumps(info))
+    assert [(e.query, e.completion) for e in load_examples(tmp_path / "all")] == [PEAS]
+
+
+def test_what_sillytavern_keeps_beside_the_texts_is_named_once(read):
+    header = {"user_name": "Mira", "chat_metadata": {"note_prompt": "Be dark.", "variables": {}}}
+    extra = {"display_text": "Auf Deutsch.", "api": "koboldcpp"}
+    said = [{"name": "Mira", "is_user": True, "mes": "Hello?"}]
+    said += [{"name": "Tom", "is_user": False, "mes": "Good evening to you.", "send_date": "May 2", "extra": extra}]
+    notes = lint(read([header, *said]))
+    assert any("`display_text` of a message is not used" in note for note in notes)
+    [beside] = [note for note in notes if "beside the texts" in note]
+    assert beside.endswith(": `chat_metadata.note_prompt`, `send_date`, `extra.api`")
+    for swipes, named in (("Go.", True), (1, True), (["Go."], True), (["Good evening to you."], False), (None, False)):
+        assert any("swipes" in note for note in lint(read([header, said[0], said[1] | {"swipes": swipes}]))) == named
+    with pytest.raises(InputError, match=r'mine\.jsonl:2: `is_user` is "true"; it takes true or false'):
+        read([header, said[0] | {"is_user": "true"}, said[1]])
+
+
+def test_a_list_of_texts_is_a_chat_only_where_nothing_else_is_and_a_note_says_so(read):
+    [listed] = read([{"instruction": PEAS[0], "output": PEAS[1], "items": ["peas", "beans"], "turns": 2}])
+    assert listed.query == PEAS[0] and sum("is not used" in note for note in lint([listed])) == 2
+    [chat] = read([{"turns": list(PEAS)}])
+    assert chat.completion == PEAS[1] and any("`turns` names no speakers" in note for note in lint([chat]))
+
+
+def test_an_empty_chat_hides_no_other_form(read):
+    """As in Parquet of two joined tables."""
+    rows = [{"messages": None, "prompt": "Why?\n", "completion": "So it is."}, {"messages": [], "text": "A text here."}]
+    assert [e.text for e in read(rows)] == ["Why?\nSo it is.", "A text here."]
+    with pytest.raises(InputError, match="`messages` is null"):
+        read([{"messages": None}])
+
+
+def test_messages_in_cells_are_messages_and_other_json_is_text(read):
+    cells = [json.dumps(turns(each)) for each in CHAT[1:3]]
+    table = io.StringIO()
+    csv.writer(table).writerows([("prompt", "completion"), cells, ("As JSON:\n", '[{"name": "a"}]'), ("None:\n", "[]")])
+    chat, text, none = read(table.getvalue(), "mine.csv")
+    assert chat.text == (ASKED + ANSWERED).format(*PEAS)
+    assert (text.completion, none.completion) == ('[{"name": "a"}]', "[]")
+
+
+def test_a_column_without_a_name_is_called_that(read):
+    assert any("a column without a name is not used" in n for n in lint(read(",text\n0,A text here.\n", "mine.csv")))
+
+
 def test_all_faults_of_a_file_are_said_at_once_the_first_twenty_with_a_count(read):
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "c"}]}
     rows = [{"messages": [*turns(CHAT[1]), call, {"role": "tool", "content": "4"}], "tools": [{"type": "function"}]}]
@@ -301,6 +363,7 @@ def test_all_faults_of_a_file_are_said_at_once_the_first_twenty_with_a_count(rea
             "mine.jsonl",
             r"message 1: train_detail cannot",
         ),
+        ([{"messages": [{**turns(CHAT[1])[0], "images": ["a.png"]}]}], "mine.jsonl", r"message 1: images cannot"),
         (gzip.compress(b"{}", mtime=0), "mine.jsonl.gz", r"mine\.jsonl\.gz: is compressed; unpack it first"),
         (
             "version https://git-lfs.github.com/spec/v1\noid",
@@ -322,6 +385,13 @@ def test_a_file_that_would_not_fit_in_memory_is_refused_before_it_is_read(tmp_pa
         file.truncate(2**30)
     with pytest.raises(InputError, match="1,073,741,824 bytes; at most 67,108,864 are read"):
         load_examples(tmp_path / "big.jsonl")
+
+
+def test_a_small_parquet_of_much_text_is_refused(tmp_path):
+    parquet.write_table(pyarrow.table({"text": ["A long text of a row. " * 500] * 10_000}), tmp_path / "big.parquet")
+    assert (tmp_path / "big.parquet").stat().st_size < 2**20
+    with pytest.raises(InputError, match=r"big\.parquet: over 67,108,864 bytes when unpacked"):
+        load_examples(tmp_path / "big.parquet")
 
 
 NUMBERED = "### Question {0}\nWhy {0}?\n\n### Answer {0}\nBecause of {0}, I say.\n\n"
@@ -352,7 +422,8 @@ def test_a_heading_that_is_meant_to_be_the_opening_one_is_read_as_it(read, typed
 
 
 @pytest.mark.parametrize(
-    "heading", ["### Question\n", "### Question {0}:\n", "### Question{0}：\n", "### {0}. Question\n"]
+    "heading",
+    ["### Question\n", "### Question {0}:\n", "### Question{0}：\n", "### {0}. Question\n", "### Question ({0})\n"],
 )
 def test_numbers_of_headings_and_answers_are_left_out(read, heading):
     text = "".join(f"{heading.format(n)}Why {n}?\n\n### Answer {n}\nBecause of {n}, I say.\n\n" for n in (1, 2, 3))
@@ -399,6 +470,26 @@ def test_a_heading_that_may_be_the_opening_one_is_asked_about(read):
     examples = read("### New Query\nWhy?\n\n### Answer\nSo.\n\n### New Qurey\nWho?\n\n### Answer\nMe.\n", "a.md")
     assert len(examples) == 1
     assert any("a.md:7: `### New Qurey` is nearly `### New Query`" in note for note in lint(examples))
+
+
+@pytest.mark.parametrize("typed", ["## New Query", "#### new query:", "**New Query**", "New Query"])
+def test_a_line_that_may_be_a_heading_of_another_kind_is_asked_about(read, typed):
+    one = "### New Query\nWhy?\n\n### Answer\n```\n## New Query\n```\nSo it is.\n\n"
+    [example] = read(one + one.replace("### New Query", typed), "a.md")
+    [note] = [note for note in lint([example]) if "is read as text" in note]
+    assert "a.md:10: " in note and note.endswith("write `### New Query`")
+
+
+def test_comments_are_asked_about_because_they_hide_no_heading(read):
+    one = "### New Query\nWhy?\n\n### Answer\nSo it is, as ever.\n\n"
+    examples = read(one + "<!--\n" + one.replace("Why", "Who") + "-->\n\n" + one.replace("Why", "How"), "a.md")
+    assert any("a.md:1: holds a comment" in note for note in lint(examples))
+    assert not any("comment" in note for note in lint(read(one.replace("So", "`<!--` So"), "a.md")))
+
+
+def test_four_headings_that_are_all_different_are_asked_about(read):
+    text = "".join(f"### Question {n}\nWhy?\n\n### Answer {n}\nSo it is.\n\n" for n in ("one", "two"))
+    assert any("one example of 4 sections" in note for note in lint(read(text, "a.md")))
 
 
 def test_titles_and_front_matter_are_left_out_with_a_note(read):

@@ -231,3 +231,15 @@ def test_in_a_group_each_character_has_its_own_name(tmp_path):
     assert rendered["none"] == "A\nLate!\n*Rain.*\nU\nThe tram.\nA\nSit.\n\nA\n"
     assert rendered["force"] == "A\nTomas: Late!\n*Rain.*\nU\nThe tram.\nA\nInes: Sit.\n\nA\nInes:"
     assert rendered["always"] == rendered["force"].replace("The tram", "Mira: The tram")
+
+
+def test_all_that_is_wrong_with_a_preset_is_said_at_once(tmp_path):
+    wrong = {"input_sequence": "a", "stop_sequence": ["b"], "wrap": "yes", "names_behavior": "sometimes"}
+    (tmp_path / "wrong.json").write_text(json.dumps(wrong))
+    with pytest.raises(InputError) as refused:
+        load_preset(tmp_path / "wrong.json")
+    assert [fault.split(": ", 1)[1].split(" ")[0] for fault in refused.value.faults] == [
+        "stop_sequence",
+        "wrap",
+        "names_behavior",
+    ]

@@ -105,6 +105,8 @@ def test_the_parts_of_a_master_export_are_written_as_they_came(tmp_path):
     written = write_sillytavern([form], tmp_path / "out")
     assert [path.parent.name for path in written] == ["instruct", "context", "sysprompt"]
     assert [json.loads(path.read_text()) for path in written[1:]] == list(parts.values())
+    assert "# the preset's system prompt is not in here" in modelfile("a.gguf", form)
+    assert "system prompt" not in modelfile("a.gguf", replace(form, parts={}))
 
 
 def test_a_story_string_that_the_preset_wraps_is_not_wrapped_again():

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -277,6 +277,12 @@ def test_a_second_interrupt_does_not_wait(recipe, examples, tmp_path, interrupti
         finetune.train(recipe, examples[:3], run, [1e-4], [1], watch=lambda epoch: (interruptible(), interruptible()))
     assert list(run.checkpoints(1e-4)) == [0]
     assert "stopping at the end of this epoch; interrupt again to stop at once" in capsys.readouterr().out
+
+
+def test_training_says_that_something_of_its_rows_is_not_used(recipe, examples, tmp_path, capsys):
+    noted = [replace(examples[0], notes=(("a.jsonl:1", "`id` is not used"), ("a.jsonl:1", "`b` is not used")))]
+    finetune.train(recipe, noted, RunDirectory(tmp_path / "run"), [1e-3], checkpoint_epochs=[3])
+    assert "`id` is not used and 1 more notes; see mini-symposium inspect" in capsys.readouterr().out
 
 
 def test_a_line_a_checkpoint_tells_how_it_goes(recipe, examples, tmp_path, capsys):
