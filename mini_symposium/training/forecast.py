@@ -43,8 +43,8 @@ from mini_symposium.training.finetune import add_adapters, as_rows
 from mini_symposium.training.trainer import EpochOrder, schedule
 
 TRAININGS = "figures/forecasts/trainings.csv"
-"""Measured trainings at a constant rate: model, dataset, r, alpha, learning_rate, steps (of an epoch), first, second and
-loss (see `Slopes`), and the epochs `known` and `recited`, empty where that was not reached."""
+"""Measured trainings at a constant rate: model, dataset, r, alpha, learning_rate, steps (of an epoch), first, second
+and loss (see `Slopes`), and the epochs `known` and `recited`, empty where that was not reached."""
 MOMENTS = {"known": ("half known", 0.5), "recited": ("recited", 0.9)}
 """{column: (what it is called, the EM of the training rows at it)}. Held-out loss is best a little before the first: on
 the proxy at an EM of 0.43 to 0.46."""
