@@ -52,9 +52,10 @@ figures: setup
 	.venv/bin/mini-symposium figures figures/proxy figures/claims figures/curve figures/examples
 	PYTHONPATH=tests .venv/bin/python -m bench --redraw figures/bench-cpu.json
 
-# write the results in README.md from the committed data
+# write the results in README.md from the committed data, and the project's address into the notebooks
 readme: setup
 	PYTHONPATH=tests .venv/bin/python -m readme
+	PYTHONPATH=tests .venv/bin/python -m address
 
 # put the outputs of runs/proxy into notebooks/, and its metrics and figures into figures/
 notebooks: reproduce

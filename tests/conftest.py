@@ -1,6 +1,7 @@
 """Real models and real runs, made once per session; nothing here stands in for the thing under test."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -165,6 +166,19 @@ def reciting_run(tmp_path_factory) -> RunDirectory:
     import reciting
 
     return reciting.make(tmp_path_factory.mktemp("reciting"))
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """The package as a wheel, built without a network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("mini_symposium", "data", "notebooks", "figures"):
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--no-build-isolation", "-w", str(folder), str(folder / "source")], check=True)
+    return next(folder.glob("*.whl"))
 
 
 @pytest.fixture(scope="session")

@@ -18,19 +18,22 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_contract(path):
     cells = nbformat.read(path, as_version=4).cells
-    first = cells[0].source.splitlines()
-    assert first[0].startswith("# ")
-    assert first[2].startswith("> ") and first[2].rstrip().endswith("?")
+    head = cells[0].source.splitlines()
+    assert head[0].startswith("# ")
+    assert head[2].startswith("> ") and head[2].rstrip().endswith("?")
     code = [cell for cell in cells if cell.cell_type == "code"]
     lengths = [len(cell.source.splitlines()) for cell in code]
     assert max(lengths) <= 15
     assert 3 <= statistics.median(lengths) <= 5.5
-    assert code[1].metadata.tags == ["parameters"]
-    for node in ast.parse(code[1].source).body:
+    first, imports, parameters = code[:3]
+    assert f'hosted.make_ready("{path.stem}")' in first.source
+    assert parameters.metadata.tags == ["parameters"]
+    for node in ast.parse(parameters.source).body:
         assert node.targets[0].id.isupper()
         ast.literal_eval(node.value)
     assert code[-1].source.splitlines()[-1].strip() == ")" and "run.record(" in code[-1].source
-    assert 1 <= sum(line.startswith("from mini_symposium") for line in code[0].source.splitlines()) <= 3
+    assert 1 <= sum(line.startswith("from mini_symposium") for line in imports.source.splitlines()) <= 3
+    assert not any("pip" in cell.source for cell in code[1:])
     for cell in code:
         assert not cell.source.lstrip().startswith(("!", "%", "pip "))
         assert "notebook_login" not in cell.source

@@ -1,26 +1,23 @@
 """The playground, and notebook 02's Stop button, in a real browser: the system's Chromium, on a real JupyterLab,
 Notebook 7 and Voila.
 
-Without Chromium these tests are skipped, in CI they fail. `SCREENSHOTS=figures pytest tests/test_playground_browser.py
--k proxy` writes figures/playground.png, from a real trained run.
+Without Chromium these tests are skipped, in CI they fail. `python -m playground_picture` takes README's picture.
 """
 
 import json
 import os
 import re
-import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import axe_playwright_python
 import pytest
 import torch
+from browser import ARGUMENTS, CHROMIUM, TIMED, slider_answers
+from browser import serve as start_server
+from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 from reciting import HOSTILE
 from safetensors.torch import load_file
@@ -32,18 +29,9 @@ from mini_symposium.release.report import write_report
 from mini_symposium.run import ROOT, RunDirectory, open_run
 from mini_symposium.training.finetune import train
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(
     not CHROMIUM and not os.environ.get("CI"), reason="no chromium; install it, for example by apt-get install chromium"
 )
-ARGUMENTS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
-SETTINGS = {
-    "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
-    "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
-}
 WAIT = 180_000
 
 
@@ -55,62 +43,26 @@ def browser():
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory):
-    """Start servers of one notebook: `serve("lab", "notebook" or "voila", run)` is its address, opened on that run.
-
-    It is notebook 07, or another one, with some of its text replaced.
-    """
+    """`serve("lab", "notebook" or "voila", run)` is the address of a server of notebook 07, as `browser.serve`."""
     started = []
 
-    def start(
-        kind: str, run, name: str = "07_playground.ipynb", changes: Mapping[str, str] = MappingProxyType({})
-    ) -> str:
-        home, text = tmp_path_factory.mktemp(kind), (ROOT / "notebooks" / name).read_text(encoding="utf-8")
-        for before, after in changes.items():
-            assert before in text
-            text = text.replace(before, after)
-        (home / name).write_text(text, encoding="utf-8")
-        (home / "labconfig").mkdir()
-        (home / "labconfig" / "default_setting_overrides.json").write_text(json.dumps(SETTINGS))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        editor = ["--allow-root", f"--ServerApp.root_dir={home}", "--IdentityProvider.token="]
-        command = {
-            "lab": ["jupyterlab", *editor],
-            "notebook": ["notebook", *editor],
-            "voila": ["voila", name],
-        }[kind]
-        names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR", "HOME")
-        own = {name: str(home) for name in names if name != "HOME"} | {"MINI_SYMPOSIUM_RUN": str(run.path)}
-        env = {k: v for k, v in os.environ.items() if k != "MINI_SYMPOSIUM_HEADLESS"} | own
-        env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        line = [sys.executable, "-m", *command, "--no-browser", f"--port={port}"]
-        with (home / "log").open("w") as log:
-            started.append(subprocess.Popen(line, cwd=home, env=env, stdout=log, stderr=log))
-        address = f"http://127.0.0.1:{port}/"
-        for _ in range(300):
-            try:
-                if kind == "voila":  # asked for the page, it would start a kernel
-                    socket.create_connection(("127.0.0.1", port)).close()
-                else:
-                    urllib.request.urlopen(address + "api").close()
-                break
-            except OSError:
-                assert started[-1].poll() is None, (home / "log").read_text()[-3000:]
-                time.sleep(0.1)
-        return address + {"lab": f"lab/tree/{name}", "notebook": f"notebooks/{name}"}.get(kind, "")
+    def start(kind: str, run: RunDirectory, *more) -> str:
+        server, address = start_server(kind, tmp_path_factory.mktemp(kind), run.path, *more)
+        started.append(server)
+        return address
 
     yield start
-    for process in started:
-        process.terminate()
-    for process in started:
-        process.wait(30)
+    for server in started:
+        server.terminate()
+    for server in started:
+        server.wait(30)
 
 
 def open_page(browser, kind: str, address: str) -> Page:
     """A tab with the playground in it, its models loaded."""
     page = browser.new_context(viewport={"width": 1280, "height": 1100}, accept_downloads=True).new_page()
     page.set_default_timeout(WAIT)
+    page.add_init_script(TIMED)
     page.goto(address)
     if kind != "voila":
         run_all(page)
@@ -281,10 +233,15 @@ def test_bad_input_is_said_and_the_page_stays_usable(page, tmp_path):
 
 
 @pytest.mark.parametrize("page", ["voila"], indirect=True)  # of so small a window JupyterLab leaves nothing
-def test_heads_stay_in_sight_and_on_a_narrow_page_a_card_at_a_time(page):
+@pytest.mark.parametrize("turned", [False, True])
+def test_heads_stay_in_sight_and_on_a_narrow_page_a_card_at_a_time(page, turned):
+    page.get_by_role("button", name="Models as columns").click()
+    if not turned:
+        page.get_by_role("button", name="Models as columns").click()
     grid = page.locator(".ms-grid")
-    column, row = grid.locator("> .widget-html").nth(2), grid.locator("> .ms-row").nth(1)
-    card = grid.locator("> .widget-vbox:not(.ms-row)").nth(1)  # the first row's, in the second format
+    column, row = grid.locator("> .ms-top").nth(2), grid.locator("> .ms-left").last
+    expect(column if turned else row).to_contain_text("1e-03/epoch-")
+    card = grid.locator("> .widget-vbox:not(.ms-row)").nth(1)  # the first row's, in the second column
     for width, height in ((1280, 420), (380, 520)):
         page.set_viewport_size({"width": width, "height": height})
         grid.scroll_into_view_if_needed()
@@ -292,7 +249,7 @@ def test_heads_stay_in_sight_and_on_a_narrow_page_a_card_at_a_time(page):
         frame = grid.bounding_box()
         if width == 1280:  # the same row, the same column
             assert abs(card.bounding_box()["x"] - column.bounding_box()["x"]) < 2
-            assert grid.locator("> .ms-row").first.bounding_box()["y"] == card.bounding_box()["y"]
+            assert grid.locator("> .ms-left").first.bounding_box()["y"] == card.bounding_box()["y"]
         else:
             assert card.bounding_box()["width"] > 0.95 * frame["width"]
             assert page.evaluate("document.documentElement.scrollWidth") <= 380
@@ -301,6 +258,8 @@ def test_heads_stay_in_sight_and_on_a_narrow_page_a_card_at_a_time(page):
         expect(row.locator(".ms-name")).to_be_in_viewport()
         assert abs(column.bounding_box()["y"] - frame["y"]) < 3
     page.set_viewport_size({"width": 1280, "height": 1100})
+    if turned:
+        page.get_by_role("button", name="Models as columns").click()
 
 
 def test_a_slider_answers_at_its_strength_by_keyboard(page):
@@ -312,9 +271,9 @@ def test_a_slider_answers_at_its_strength_by_keyboard(page):
     card = cards.nth(cards.count() // 2)  # the second row's, in the first format
     base, trained = cards.first.locator(".ms-answer"), card.locator(".ms-answer")
     expect(trained).not_to_have_text(base.inner_text())
+    took = slider_answers(page)
+    assert took["said"] < 0.5 and took["answers, less decoding"] < 0.5, took
     slider = page.get_by_role("slider", name="strength 1e-03/epoch-0")
-    slider.focus()
-    page.keyboard.press("Home")
     status(page, "1e-03/epoch-0 x 0:")
     expect(trained).to_have_text(base.inner_text())
     expect(card.locator("header")).to_contain_text("1e-03/epoch-0 x 0")
@@ -452,6 +411,16 @@ def test_the_stop_button_of_notebook_2_keeps_all_and_goes_on_to_the_same_bits(br
         assert all(torch.equal(ended[key], alone[key]) for key in alone)
 
 
+def test_the_picture_for_the_readme_is_whole_and_comes_with_the_times(reciting_run, tmp_path):
+    script = [sys.executable, "-m", "playground_picture", reciting_run.path, "--save", tmp_path / "playground.png"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(script, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"'{what}': " in done.stdout for what in ("first paint", "controls", "answers", "decoding"))
+    with Image.open(tmp_path / "playground.png") as picture:
+        assert picture.width == 1280 and picture.height > 1100  # higher than the window: the page's whole height
+
+
 def test_on_the_proxy_a_trained_run_recites_in_the_page(browser, serve, proxy_run):
     page = open_page(browser, "voila", serve("voila", proxy_run))
     offered = page.locator(".ms-row .ms-name").all_inner_texts()
@@ -464,5 +433,3 @@ def test_on_the_proxy_a_trained_run_recites_in_the_page(browser, serve, proxy_ru
     assert base.locator(".ms-recited").count() == 0
     page.get_by_role("button", name="Inspect prompt").first.click()
     expect(page.get_by_label("Prompt inspector")).to_be_visible()
-    where = os.environ.get("SCREENSHOTS")
-    page.screenshot(path=Path(where or proxy_run.path) / "playground.png", full_page=True)

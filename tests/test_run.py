@@ -1,5 +1,4 @@
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,14 +49,9 @@ def test_a_path_is_the_users_and_only_what_ships_is_found_elsewhere(elsewhere, m
     assert RunDirectory("runs/x").path == ROOT / "runs" / "x"
 
 
-def test_an_installed_package_brings_recipes_data_and_notebooks(tmp_path):
-    for name in ("mini_symposium", "data", "notebooks", "figures"):
-        shutil.copytree(ROOT / name, tmp_path / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path / "source")
+def test_an_installed_package_brings_recipes_data_and_notebooks(wheel, tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps"]
-    subprocess.run([*pip, "--target", str(tmp_path / "site"), str(tmp_path / "source")], check=True)
-    shutil.rmtree(tmp_path / "source")
+    subprocess.run([*pip, "--target", str(tmp_path / "site"), str(wheel)], check=True)
     code = (
         "from mini_symposium.cli.main import main; from mini_symposium.run import ROOT; import sys\n"
         "assert ROOT.parts[-2:] == ('mini_symposium', 'shipped'), ROOT\n"

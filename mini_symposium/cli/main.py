@@ -365,6 +365,7 @@ def claims(
 ):
     """Judge the card's claims by what a run or a sweep has measured; writes claims.json into it."""
     from mini_symposium.claims import ledger
+    from mini_symposium.claims.crate import write_crate
     from mini_symposium.claims.evidence import load_evidence
     from mini_symposium.figures.redraw import redraw
     from mini_symposium.run import RunDirectory
@@ -381,6 +382,8 @@ def claims(
         evidence.save(Path(save))
         redraw(RunDirectory(save))
     say(ledger.save(rows, Path(save or RunDirectory(run).path)))
+    if save:
+        say(write_crate(Path(save)))
 
 
 @app.command()
@@ -405,12 +408,16 @@ def figures(
     ],
 ):
     """Draw a run's figures again from its metrics and csv files; needs no model and no torch."""
+    from mini_symposium.claims.crate import CRATE, write_crate
     from mini_symposium.figures.redraw import redraw
     from mini_symposium.run import RunDirectory
 
     for run in runs:
-        for path in redraw(RunDirectory(run)):
+        directory = RunDirectory(run)
+        for path in redraw(directory):
             say(path)
+        if (directory.path / CRATE).is_file():  # it holds the pictures' hashes
+            say(write_crate(directory.path))
 
 
 @app.command()

@@ -7,6 +7,7 @@ are made once and reused, so that the hundredth answer costs no more memory than
 import base64
 from collections.abc import Callable, Container, Iterable, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from ipywidgets import (
@@ -90,7 +91,10 @@ class Row:
 
 
 class Compare:
-    """The grid: a row for each chosen model, a column for each format; a card's button shows its prompt below."""
+    """The grid: a row for each chosen model, a column for each format; a card's button shows its prompt below.
+
+    It can be turned. Here a row is always a model and a column a format, and only the layout knows.
+    """
 
     title = "Compare"
 
@@ -100,12 +104,14 @@ class Compare:
         self.shown: list[Row] = []
         self.grid = GridBox()
         self.grid.add_class("ms-grid")
+        self.columns[""].add_class("ms-top")
         self.inspector = HTML(cards.hint("Press a card's button to see its exact prompt and the tokens in it."))
         self.reference = Dropdown(description="Show differences from", options=[("nothing", ("", 0))], style=WIDE)
         self.only = ToggleButton(description="Only different")
-        for control in (self.reference, self.only):
+        self.turned = ToggleButton(description="Models as columns")
+        for control in (self.reference, self.only, self.turned):
             control.observe(lambda _: page.attempt(self.show), "value")
-        self.box = VBox([self.grid, Box([self.reference, self.only], layout=WRAP), self.inspector])
+        self.box = VBox([self.grid, Box([self.reference, self.only, self.turned], layout=WRAP), self.inspector])
 
     def answer(self) -> str:
         """The job behind the button Generate: show the cards, fill in the answers, and return the summary."""
@@ -151,10 +157,17 @@ class Compare:
         rows = sorted({row for row, _ in kept} | ({number} if kind == "row" else set()))
         columns = sorted({column for _, column in kept} | ({number} if kind == "column" else set()))
         names = [self.cells[column]["format"] for column in columns]
-        children = [self.columns[name] for name in ("", *names)]
-        for row in rows:
-            children += [self.shown[row].box, *(self.cards[row * width + column][0] for column in columns)]
-        self.grid.layout.grid_template_columns = f"var(--head) repeat({len(columns)}, var(--card))"
+        top, left = [self.columns[name] for name in names], [self.shown[row].box for row in rows]
+        lines = [[self.cards[row * width + column][0] for column in columns] for row in rows]
+        if self.turned.value:
+            top, left, lines = left, top, list(zip(*lines, strict=True))
+        for heads, here, away in ((top, "ms-top", "ms-left"), (left, "ms-left", "ms-top")):
+            for head in heads:
+                head.remove_class(away)
+                head.add_class(here)
+        children = [self.columns[""], *top, *chain(*([head, *line] for head, line in zip(left, lines, strict=True)))]
+        (self.grid.add_class if self.turned.value else self.grid.remove_class)("ms-turned")
+        self.grid.layout.grid_template_columns = f"var(--head) repeat({len(top)}, var(--card))"
         self.grid.children = children if kept else []
         if self.only.value and not kept:
             self.page.say("no answer differs" if kind else "choose what the answers shall differ from")
@@ -220,7 +233,7 @@ class Series:
             description="Epoch", options=[("–", 0)], style=WIDE, layout=Layout(width="auto"), continuous_update=True
         )
         self.card = HTML()
-        self.bars = HTML(cards.hint("Generate, then move the slider to see where recitation begins."))
+        self.bars = HTML()
         card = Box([self.card])
         card.add_class("ms-card")
         self.box = VBox([HBox([self.series, self.format, button], layout=WRAP), self.step, card, self.bars])
@@ -246,7 +259,10 @@ class Series:
         self.cells = {}
         self.step.description = "Strength" if (self.series.value or "").endswith(BY_STRENGTH) else "Epoch"
         self.step.options = [(f"{step:g}", step) for step in steps] if steps else [("–", 0)]
-        self.card.value = self.bars.value = ""
+        self.card.value, self.bars.value = (
+            "",
+            cards.hint("Generate, then move the slider to see where recitation begins."),
+        )
 
     def _answer(self) -> str:
         page, steps = self.page, self._all().get(self.series.value)

@@ -1,6 +1,7 @@
 """The panes without a front end; test_page presses the buttons of the first."""
 
 import json
+import re
 
 import pytest
 from html_page import Page, press
@@ -28,6 +29,7 @@ def test_the_slider_shows_how_recitation_changes_by_epoch_and_by_strength(page, 
     page.bench.shelf.recommended["1e-03"] = 0  # so that this checkpoint is offered beside the last
     pane.refresh()
     pane.series.value = series
+    assert "Generate, then move the slider" in pane.bars.value
     press(page, "Generate all")
     assert f"{steps} answers in" in page.status.value and len(pane.step.options) == steps
     for step, recited in ((recites, True), (does_not, False)):
@@ -86,6 +88,38 @@ def test_differences_from_a_row_or_a_column_and_only_what_differs(page):
     compare.reference.value = ("", 0)
     assert "<ins>" not in "".join(card.value for card in shown.values())
     assert len(compare.grid.children) == 3 + 3 * 3
+    page.chips.offer(page.chips.names, ["new-query"])
+
+
+def test_a_turned_grid_has_a_column_for_each_model_and_the_same_answers(page):
+    compare = page.compare
+    page.chips.offer(page.formats, ["new-query", "alpaca"])
+    page.models.offer(page.models.names, ["base", "1e-03/epoch-0", "1e-03/epoch-2"])
+    press(page, "Generate")
+
+    def grid() -> list[list[str]]:
+        """The names of the heads and of the cards, line by line."""
+        width = 1 + int(compare.grid.layout.grid_template_columns.partition("repeat(")[2].partition(",")[0])
+        names = [
+            " ".join(re.findall(r"base|1e-03/epoch-.|new-query|alpaca", child.children[0].value))
+            if hasattr(child, "children")
+            else "".join(re.findall(r"new-query|alpaca", child.value))
+            for child in compare.grid.children
+        ]
+        return [names[at : at + width] for at in range(0, len(names), width)]
+
+    upright = grid()
+    assert upright[0] == ["", "new-query", "alpaca"]
+    assert upright[2] == ["1e-03/epoch-0", "new-query 1e-03/epoch-0", "alpaca 1e-03/epoch-0"]
+    compare.turned.value = True
+    assert grid() == [list(line) for line in zip(*upright, strict=True)]
+    heads = [child for child in compare.grid.children if {"ms-top", "ms-left"} & {*child._dom_classes}]
+    assert [len({"ms-top", "ms-left"} & {*head._dom_classes}) for head in heads] == [1] * 6
+    compare.reference.value = ("column", 0)
+    compare.only.value = True
+    assert [line[0] for line in grid()] == ["", "new-query", "alpaca"] and grid()[0] == ["", "1e-03/epoch-0"]
+    compare.only.value, compare.reference.value, compare.turned.value = False, ("", 0), False
+    assert grid() == upright
     page.chips.offer(page.chips.names, ["new-query"])
 
 
