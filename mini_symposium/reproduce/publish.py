@@ -1,7 +1,7 @@
 """Copy the files of a run that are committed: notebooks with cleaned outputs, figures, and the numbers behind them.
 
 A committed output must be shown by GitHub, and stay the same after another run on the same machine. So it has no
-execution counts, progress bars, widget state, paths of this machine, or injected parameters.
+progress bars, widget state, paths of this machine, or injected parameters, and its cells are counted from 1.
 """
 
 import re
@@ -20,14 +20,21 @@ ABSOLUTE_PATH = re.compile(r"(?<![\w.])/(?:home|root|tmp|work|Users|usr|var)/\S+
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Remove in place what is not committed; raise an InputError if an output holds a path of this machine."""
+    """Remove in place what is not committed, and count the cells that are left.
+
+    Raises
+    ------
+    InputError
+        If an output holds a path of this machine.
+    """
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    number = 0
     for cell in notebook.cells:
         tags = [tag for tag in cell.metadata.get("tags", []) if tag == "parameters"]
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         if cell.cell_type == "code":
-            cell.execution_count = None
+            cell.execution_count = number = number + 1
             cell.outputs = [
                 output
                 for output in cell.outputs
@@ -35,7 +42,7 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             ]
             for output in cell.outputs:
                 if "execution_count" in output:
-                    output.execution_count = None
+                    output.execution_count = number
                 text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
                 if path := ABSOLUTE_PATH.search(text):
                     raise InputError(f"an output names {path.group()}; print paths relative to the run")

@@ -38,6 +38,8 @@ def test_committed_notebooks_are_clean_and_say_their_scale(path):
     notebook = nbformat.read(path, as_version=4)
     before = json.dumps(notebook)
     assert json.dumps(clean(notebook)) == before
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == [*range(1, len(counts) + 1)]
     text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert "proxy scale: SmolLM2-135M-Instruct" in text
 
