@@ -51,7 +51,7 @@ def leave_one_out(
     Raises
     ------
     InputError
-        If there are fewer than four rows, or all are alike; if no epoch is better than none; if the run was measured
+        If there are fewer than four rows, or all are alike; if no epoch lowers held-out loss; if the run was measured
         otherwise before; and as `train`.
     """
     rows, apart = as_rows(recipe, examples), held_out_rows(recipe, held_out)
