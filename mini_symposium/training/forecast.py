@@ -46,7 +46,9 @@ from mini_symposium.models.base_models import compute_in_float32, load_model
 from mini_symposium.recipe import Recipe
 from mini_symposium.run import RunDirectory, Training, environment, find, read_jsonl
 from mini_symposium.training.finetune import add_adapters, as_rows
-from mini_symposium.training.trainer import EpochOrder, schedule
+from mini_symposium.training.fused_lora import FusedAdapters
+from mini_symposium.training.memory_plan import choose
+from mini_symposium.training.trainer import EpochOrder, adapter_name, schedule
 
 TRAININGS = "figures/forecasts/trainings.csv"
 """Measured trainings at a constant rate: model, dataset, r, alpha, learning_rate, steps (of an epoch), first, second
@@ -93,35 +95,50 @@ class Slopes:
 
 
 def slopes(recipe: Recipe, rows: Sequence[Row]) -> Slopes:
-    """Measure the slopes by two forward and backward passes over `rows`, through PEFT's own layers; trains nothing."""
+    """Measure the slopes by two forward and backward passes over `rows`, as training computes them; trains nothing."""
+    recipe = recipe.replace(lora_dropout=0.0)
+    chosen = choose(recipe, 1, max(len(row.input_ids) for row in rows), len(rows))
     model = load_model(recipe.base_model, recipe.load_in_4bit)
     if model.device.type == "cpu":
         compute_in_float32(model)
-    model = add_adapters(model, [Training.of(recipe.replace(lora_dropout=0.0), Path())]).train()
+    model = add_adapters(model, [Training.of(recipe, Path())]).train()
     parts: dict[str, list[torch.nn.Parameter]] = {"lora_A": [], "lora_B": []}
     for name, parameter in model.named_parameters():
         for part in parts if parameter.requires_grad else ():
             if part in name:
                 parameter.data = parameter.data.float()
                 parts[part].append(parameter)
+    fused = None
+    if chosen.fused:
+        fused = FusedAdapters(model, [adapter_name(0)], chosen.resident, chosen.checkpointing)
+        own = fused.adapters[adapter_name(0)]
 
-    def measure(part: str) -> tuple[float, float]:
-        for other, parameters in parts.items():
+    def measure(part: str) -> tuple[float, dict[torch.nn.Parameter, torch.Tensor]]:
+        trained = own.vectors if fused else parts[part]
+        for name, parameters in parts.items():
             for parameter in parameters:
-                parameter.requires_grad_(other == part)
+                parameter.requires_grad_(name == part and not fused)
         total = 0.0
         for row in rows:
             ids, labels = (torch.tensor([each], device=model.device) for each in (row.input_ids, row.labels))
-            loss = model(input_ids=ids, labels=labels, use_cache=False).loss / len(rows)
-            loss.backward()
-            total += loss.item()
-        return total, sum(parameter.grad.abs().sum().item() for parameter in parts[part])
+            loss = fused.losses(ids, labels)[0] if fused else model(input_ids=ids, labels=labels, use_cache=False).loss
+            (loss / len(rows)).backward()
+            total += loss.item() / len(rows)
+        gradients = [each.grad for each in trained]
+        found = zip(own.places, own.pieces(gradients), strict=True) if fused else zip(trained, gradients, strict=True)
+        found = dict(found)
+        return total, {parameter: found[parameter].clone() for parameter in parts[part]}
 
-    loss, first = measure("lora_B")
+    def size(gradients: Mapping[torch.nn.Parameter, torch.Tensor]) -> float:
+        return sum(gradient.abs().sum().item() for gradient in gradients.values())
+
+    loss, of_b = measure("lora_B")
     with torch.no_grad():
-        for parameter in parts["lora_B"]:
-            parameter.copy_(-PROBE * parameter.grad.sign())
-    return Slopes(first, measure("lora_A")[1] / PROBE, loss)
+        for parameter, gradient in of_b.items():
+            parameter.copy_(-PROBE * gradient.sign())
+        for vector in own.vectors if fused else ():
+            vector.grad = None
+    return Slopes(size(of_b), size(measure("lora_A")[1]) / PROBE, loss)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import astuple
 
 import numpy as np
 import pandas as pd
@@ -30,6 +31,7 @@ from mini_symposium.training.forecast import (
     slopes,
     trainings,
 )
+from mini_symposium.training.memory_plan import Acceleration
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,11 @@ def test_the_slopes_are_the_falls_of_the_loss(recipe, rows, found, tmp_path):
         for p in parts["lora_A"]:
             p.sub_(step * p.grad.sign())
     assert moved - loss() == pytest.approx(found.second * step**2, rel=0.2)
+
+
+def test_through_pefts_own_layers_the_slopes_are_the_same(recipe, rows, found, monkeypatch):
+    monkeypatch.setattr(module, "choose", lambda *_: Acceleration.off("asked for"))
+    assert slopes(recipe, rows) == Slopes(*(pytest.approx(each, rel=0.01) for each in astuple(found)))
 
 
 def test_both_slopes_grow_with_alpha_and_not_with_the_rank(recipe, rows, found):
