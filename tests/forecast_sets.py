@@ -20,7 +20,7 @@ def sets() -> dict[str, list[dict]]:
     )
     found = {"rows-1-6": rows[:6], "rows-7-13": rows[6:], "rows-1-4": rows[:4], "rows-5-8": rows[4:8]}
     found |= {"rows-9-13": rows[8:], "twins": twins, "rows-and-twins": rows + twins, "german": german}
-    for prompt in load_held_out():
+    for prompt in (prompt for prompt in load_held_out() if prompt.split != "more"):
         found.setdefault(prompt.category, []).append({"prompt": f"{prompt.query}\n", "completion": prompt.good})
     return found
 

@@ -137,7 +137,8 @@ def sweep(
     examples, twins = recipe_examples(chosen)[0], load_examples("data/twins.md")
     twins = apart(twins, examples, say)
     measured = measure or (measure is None and not is_grid)
-    prompts = apart(load_held_out(split="test"), examples, say) if measured else []
+    asked = [prompt for split in ("test", "more") for prompt in load_held_out(split)] if measured else []
+    prompts = apart(asked, examples, say) if measured else []
     with alone(whole.root):
         whole.run(examples, twins, names, say, engine, cpus)
         if measured:

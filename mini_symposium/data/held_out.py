@@ -1,7 +1,7 @@
 """Held-out prompts: requests unlike any training row, each with checks that a program can make.
 
-Prompts that were not trained on show what a fine-tune has learned. `data/held_out.yml` holds them by category. A prompt
-that shares its wording with a training row is refused, because a good answer to it may be memorized.
+Prompts that were not trained on show what a fine-tune has learned. FILES hold them by category. A prompt that shares
+its wording with a training row is refused, because a good answer to it may be memorized.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,8 +17,10 @@ from mini_symposium.errors import InputError, one_line
 from mini_symposium.files.reading import parse_yaml, read_text
 from mini_symposium.run import ROOT
 
-SPLITS = ("test", "dev")
-"""`test` is for measuring, `dev` for experiments before that."""
+FILES = ("data/held_out.yml", "data/held_out_more.yml")
+SPLITS = ("test", "dev", "more")
+"""`test` is for measuring, `dev` for experiments before that. `more` makes intervals narrow enough for a verdict: a
+sweep asks it beside `test`, a notebook does not."""
 
 SHARED_WORDS, LEAST_ROUGE_L = 8, 0.3
 """A prompt shares its wording with a row if this many words in a row are in both, or if their ROUGE-L is this high."""
@@ -78,12 +80,12 @@ def passes(prompt: HeldOut, answer: str) -> bool:
 
 
 def load_held_out(split: str | None = None) -> list[HeldOut]:
-    """The prompts of data/held_out.yml, which has a list of them for each category.
+    """The prompts of FILES, which have a list of them for each category.
 
     Parameters
     ----------
     split
-        "test" or "dev"; None for both.
+        One of SPLITS; None for all.
 
     Raises
     ------
@@ -92,17 +94,19 @@ def load_held_out(split: str | None = None) -> list[HeldOut]:
     """
     if split not in (None, *SPLITS):
         raise InputError(f"split {split!r}: is one of {', '.join(SPLITS)}")
-    path = ROOT / "data" / "held_out.yml"
-    data, root = parse_yaml(read_text(path), path, "held-out prompts are lists below their category, as `fact:`")
     prompts = []
-    for key, nodes in root.value:
-        for node, values in zip(nodes.value, data[key.value], strict=True):
-            checks = [Check(kind, value) for each in values.pop("checks") for kind, value in each.items()]
-            if key.value == "character":
-                checks += [Check("leaves_to", values["user"]), Check("no_heading", True)]
-            texts = {name: text.strip() for name, text in values.items()}
-            source = f"{path.relative_to(ROOT)}:{node.start_mark.line + 1}"
-            prompts.append(HeldOut(category=key.value, checks=tuple(checks), source=source, **texts))
+    for name in FILES:
+        data, root = parse_yaml(
+            read_text(ROOT / name), name, "held-out prompts are lists below their category, as `fact:`"
+        )
+        for key, nodes in root.value:
+            for node, values in zip(nodes.value, data[key.value], strict=True):
+                checks = [Check(kind, value) for each in values.pop("checks") for kind, value in each.items()]
+                if key.value == "character":
+                    checks += [Check("leaves_to", values["user"]), Check("no_heading", True)]
+                texts = {key: text.strip() for key, text in values.items()}
+                source = f"{name}:{node.start_mark.line + 1}"
+                prompts.append(HeldOut(category=key.value, checks=tuple(checks), source=source, **texts))
     return [prompt for prompt in prompts if split in (None, prompt.split)]
 
 

@@ -22,12 +22,14 @@ from mini_symposium.evaluation.memorization import PROBES, recite
 from mini_symposium.files.writing import write_json
 from mini_symposium.models.base_files import cached
 from mini_symposium.models.base_models import load_tokenizer, predicted_bytes
-from mini_symposium.models.generation import answer_grid, generate
+from mini_symposium.models.generation import answer_cells, generate, grid_cells
 from mini_symposium.recipe import load_recipe
 from mini_symposium.run import read_object
 
 ENGINEER = prompt_format("### Software Engineer")
 """The card's own example of a heading that changes the answer."""
+FEW = "new-query", "alpaca", "character"
+"""In these formats prompts of the split `more` are asked: that of the training rows, and the two that C9 compares."""
 
 
 def evaluate(
@@ -162,13 +164,15 @@ def _answers(
     examples: Sequence[Example],
     max_new_tokens: int,
 ) -> list[dict]:
-    """Answers to every prompt in every format. If a prompt has names of its own, they replace the usual ones."""
-    by_query = {prompt.query: prompt for prompt in prompts}
+    """Answers to every prompt in every format, to those of the split `more` in FEW. If a prompt has names of its own,
+    they replace the usual ones."""
+    by_query, few = {prompt.query: prompt for prompt in prompts}, [form for form in formats if form.name in FEW]
     cells = []
-    for names in dict.fromkeys((prompt.user, prompt.char) for prompt in prompts):
-        queries = [prompt.query for prompt in prompts if (prompt.user, prompt.char) == names]
-        user, char = (given or usual for given, usual in zip(names, ("User", "Assistant"), strict=True))
-        cells += answer_grid(model, tokenizer, [name], formats, queries, max_new_tokens, user, char)
+    for prompt in prompts:
+        asked = few or formats if prompt.split == "more" else formats
+        user, char = prompt.user or "User", prompt.char or "Assistant"
+        cells += grid_cells([name], asked, [prompt.query], user, char)
+    cells = answer_cells(model, tokenizer, cells, max_new_tokens)
     copied = intrusion([example.text for example in examples], [cell["answer"] for cell in cells])
     known = {section.heading for example in examples for section in example.sections} | {"New Query"}
     rows = []

@@ -4,7 +4,7 @@ On a CPU answers are computed in float32, and every row gets the same tokens in 
 bfloat16: the shape of the batch changes the rounding, so another token may win where two are nearly tied.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -342,9 +342,15 @@ def answer_grid(
     list of dict
         model, format, query, prompt, answer, tokens, stop_reason; by model, then query, then format.
     """
-    cells = grid_cells(names, formats, queries, user, char)
-    prompts, adapters = ([cell[key] for cell in cells] for key in ("prompt", "model"))
-    stops = [cell.pop("stops") for cell in cells]
+    return answer_cells(model, tokenizer, grid_cells(names, formats, queries, user, char), max_new_tokens)
+
+
+def answer_cells(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cells: Sequence[Mapping], max_new_tokens: int
+) -> list[dict]:
+    """As `answer_grid`, for the cells of one or more grids, see `grid_cells`."""
+    prompts, adapters, stops = ([cell[key] for cell in cells] for key in ("prompt", "model", "stops"))
+    cells = [{key: value for key, value in cell.items() if key != "stops"} for cell in cells]
     answers = generate(model, tokenizer, prompts, stops, max_new_tokens, adapters)
     return [
         {**cell, "answer": answer.text, "tokens": answer.tokens, "stop_reason": answer.stop_reason}

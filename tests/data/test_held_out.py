@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from mini_symposium.claims.registration import REGISTERED
 from mini_symposium.data import answer_checks as checks
 from mini_symposium.data.answer_checks import code_in, sentences
 from mini_symposium.data.dataset import lint, load_examples
@@ -23,7 +24,17 @@ def test_six_of_each_category_to_measure_on_and_two_to_try():
     categories = {one.category for one in PROMPTS}
     assert Counter(p.category for p in load_held_out(split="test")) == dict.fromkeys(categories, 6)
     assert Counter(p.category for p in load_held_out(split="dev")) == dict.fromkeys(categories, 2)
-    assert len(PROMPTS) == len({one.id for one in PROMPTS}) == 80
+    assert len(PROMPTS) == len({one.id for one in PROMPTS}) and len([p for p in PROMPTS if p.split != "more"]) == 80
+
+
+def test_with_the_more_there_are_as_many_as_the_ledger_registers():
+    """Those of `test` and `more`, by the categories that a question is about."""
+    asked = [one for one in PROMPTS if one.split != "dev"]
+    of = Counter(one.category for one in asked)
+    found = {"C3": len(asked), "C4": len(asked), "C5": of["explanation"] + of["trade-off"], "C8": of["code"]}
+    found |= {"C9": of["character"], "C11": len(asked)}
+    assert all(count >= REGISTERED.questions[claim].n for claim, count in found.items()), found
+    assert {"data/held_out.yml", "data/held_out_more.yml"} < set(REGISTERED.files)
 
 
 def test_no_prompt_shares_its_wording_with_a_training_row_or_a_twin():
@@ -39,9 +50,10 @@ def test_no_prompt_shares_its_wording_with_a_training_row_or_a_twin():
 def test_queries_are_short_and_ask_for_different_things():
     for one in PROMPTS:
         assert len(one.query.split()) < (90 if one.category == "extraction" else 60), one.source
-    assert len({one.query for one in PROMPTS}) == 80
-    names = {name for one in PROMPTS for name in (one.user, one.char) if name}
-    assert len(names) == 16 and not any(re.search(rf"\b{name}\b", row.text) for name in names for row in TRAINING)
+    assert len({one.query for one in PROMPTS}) == len(PROMPTS)
+    names = [name for one in PROMPTS for name in (one.user, one.char) if name]
+    assert len(set(names)) == len(names)
+    assert not any(re.search(rf"\b{name}\b", row.text) for name in names for row in TRAINING)
 
 
 @pytest.mark.parametrize("one", PROMPTS, ids=lambda one: one.id)

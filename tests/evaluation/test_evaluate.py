@@ -1,6 +1,7 @@
 """An evaluation holds every prompt in every format, is written once, and is not measured again. On random weights."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -63,6 +64,14 @@ def test_every_prompt_is_answered_in_every_format_and_judged_by_its_own_checks(m
     assert ("paper_bytes" in found["base"], "paper_bytes" in found["tuned"]) == (True, False)
     mistrals = tokenize(rows[0], mistral_tokenizer, 512, False)
     assert found["base"]["mistral_tokens"] == sum(len(row.input_ids) for row in mistrals)
+
+
+def test_more_prompts_are_asked_in_few_formats(model, mistral_tokenizer, rows, tmp_path):
+    prompts = [PROMPTS[0], replace(PROMPTS[3], split="more")]
+    every = SETTINGS | {"formats": list(FORMATS.values()), "posix_queries": 0}
+    found = evaluate(model, mistral_tokenizer, {tmp_path / "a.json": "base"}, *rows, prompts, **every)["base"]
+    asked = [[line["format"] for line in found["answers"] if line["id"] == prompt.id] for prompt in prompts]
+    assert asked[0] == list(FORMATS) and sorted(asked[1]) == ["alpaca", "character", "new-query"]
 
 
 def test_a_character_is_asked_under_its_own_name(model, mistral_tokenizer, rows, measured, tmp_path):
