@@ -103,7 +103,7 @@ def high_rate_overfits(e: Evidence) -> Found:
 
 
 def low_rate_does_not_overfit(e: Evidence) -> Found:
-    """C2: rows of which 32 tokens bring the next 50, at OF_THE_ONSET of the dose at which the high rate recites."""
+    """C2: rows whose next 50 tokens the model writes, given 32, at OF_THE_ONSET of the dose at which the high rate recites."""
     stops, short = [], []
     lows, highs = ([(training, 0) for training in e.named(name)] for name in ("low", "high"))
     for (low, _), (high, _) in _pairs(lows, highs):
@@ -113,7 +113,7 @@ def low_rate_does_not_overfit(e: Evidence) -> Found:
         if recites is None:
             short.append(f"the epoch at which the high rate of seed {low.seed} recites")
         elif stop >= len(low.extractable_32) or not high.extractable_32:
-            short.append(f"epoch {stop} of the low rate of seed {low.seed}, with what 32 tokens bring")
+            short.append(f"epoch {stop} of the low rate of seed {low.seed}, with what it writes after 32 tokens")
         else:
             stops.append((low, stop, high, early))
     if not stops:
