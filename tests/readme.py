@@ -31,8 +31,8 @@ def finding() -> str:
     return (
         f"On {run.recipe.base_model}, held-out loss starts at {high.means[0]:.3f} nats a token. It is best "
         f"{at['high']} and {at['low']}. The low rate's best {apart} the high rate's, by {value:+.3f} [{least:+.3f}, "
-        f"{most:+.3f}]. Epochs within one standard error of the best: {width['low']} at the low rate, {width['high']} at "
-        f"the high one. One seed, exploratory (`mini-symposium train --stop best -p NUM_EPOCHS=84`)."
+        f"{most:+.3f}]. Epochs within one standard error of the best: {width['low']} at the low rate, {width['high']} "
+        f"at the high one. One seed, exploratory (`mini-symposium train --stop best -p NUM_EPOCHS=84`)."
     )
 
 
@@ -82,8 +82,9 @@ def examples() -> str:
     at = f"epoch {found.epoch} of {found.learning_rate:g}, seeds: {len(found.seeds)}"
     return (
         f"On the proxy ({at}), without a row the loss on its twin, a similar row that is never trained on, changes by "
-        f"{own:+.3f} nats a token, and on the other twins by {others:+.3f}; the other rows teach {share.min():.0%} to {share.max():.0%} of what is "
-        f"learned of a row; twice as many rows would change the best held-out loss by {-fall:+.2f} ± {error:.2f}."
+        f"{own:+.3f} nats a token, and on the other twins by {others:+.3f}; the other rows teach {share.min():.0%} to "
+        f"{share.max():.0%} of what is learned of a row; twice as many rows would change the best held-out loss by "
+        f"{-fall:+.2f} ± {error:.2f}."
     )
 
 

@@ -103,7 +103,7 @@ def high_rate_overfits(e: Evidence) -> Found:
 
 
 def low_rate_does_not_overfit(e: Evidence) -> Found:
-    """C2: rows whose next 50 tokens the model writes, given 32, at OF_THE_ONSET of the dose at which the high rate recites."""
+    """C2: rows whose next 50 tokens it writes, given 32, at OF_THE_ONSET of the dose at which the high rate recites."""
     stops, short = [], []
     lows, highs = ([(training, 0) for training in e.named(name)] for name in ("low", "high"))
     for (low, _), (high, _) in _pairs(lows, highs):

@@ -144,21 +144,23 @@ class Influence:
 
             def most(sign: int, i: int = i, felt: list[int] = felt) -> str:
                 some = [f"row {j + 1} {influence[i, j]:+.3f}" for j in felt if sign * influence[i, j] > 0][:3]
-                return f"; most: {', '.join(some)}" if some else ""
+                return ", ".join(some)
 
-            mean = f"without it their loss changes by {row.teaches:+.3f} on average"
+            mean = f"others: without it their loss changes by {row.teaches:+.3f} on average"
             said = {
                 "redundant": f"is redundant: the others teach {row.carried:.0%} of what is learned of it",
-                "teaches": f"teaches others: {mean}{most(1)}",
-                "harms": f"harms others: {mean}{most(-1)}",
-                "conflicts": f"conflicts with others, whose loss is lower without it{most(-1)}",
+                "teaches": f"teaches {mean if row.teaches > least_row else most(1)}",
+                "harms": f"harms {mean}",
+                "conflicts": f"conflicts with {most(-1)}: without it their loss is lower",
                 "stands alone": f"stands alone: the others teach {row.carried:.0%} of it, and it changes none of them",
             }
             lines += [f"{name(i)} {said[word]}" for word in row.verdict.split(", ") if word]
         lines = lines or ["no row stands out"]
         if len(self.seeds) > 1:
             single = f"{least_cell[:n].min():.3f} to {least_cell[:n].max():.3f}"
-            lines.append(f"noise: a row's mean influence counts beyond {least_row:.3f}, a single one beyond {single}")
+            lines.append(
+                f"noise: a mean influence below {least_row:.3f} tells nothing, nor a single one below {single}"
+            )
         else:
             lines.append("one seed: what is noise is not known; measure with more seeds")
         if len(self.learning) > 1:

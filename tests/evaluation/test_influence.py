@@ -49,8 +49,8 @@ def test_verdicts_where_the_truth_is_known():
     assert found.carried[2:4] == pytest.approx([0.9, 0.01], abs=0.01)
     said = found.in_words()
     assert 'row 2 "query 1" harms others: without it their loss changes by -0.05' in said
-    assert 'row 5 "query 4" teaches others' in said and "most: row 7 +0.1" in said
-    assert 'row 8 "query 7" conflicts with others, whose loss is lower without it; most: row 6 -0.0' in said
+    assert 'row 5 "query 4" teaches others: without it' in said and 'row 8 "query 7" teaches row 1 +0.03' in said
+    assert 'row 8 "query 7" conflicts with row 6 -0.0' in said
     assert f'row 3 "query 2" is redundant: the others teach {found.carried[2]:.0%}' in said
 
 
