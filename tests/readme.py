@@ -5,35 +5,39 @@ Each block stands between `<!-- name -->` and `<!-- /name -->`; what is outside 
 
 import json
 import re
+from dataclasses import asdict
 from textwrap import fill
 
 import numpy as np
 
+from mini_symposium.claims.evidence import Evidence
+from mini_symposium.claims.ledger import judge
 from mini_symposium.evaluation.best_epoch import load_curves, recommend
 from mini_symposium.evaluation.influence import load_influence
 from mini_symposium.files.writing import written_whole
-from mini_symposium.run import ROOT, RunDirectory, open_run
+from mini_symposium.run import ROOT, SHIPPED, RunDirectory, open_run
 
 README = ROOT / "README.md"
 
 
 def finding() -> str:
-    """What the committed curves say about the question behind the card."""
-    run = open_run("figures/curve/proxy")
-    curves = load_curves(run)
-    high, low = curves[max(curves)], curves[min(curves)]
-    best = {"high": recommend(high), "low": recommend(low)}
-    [claim] = [row for row in _ledger() if row["id"] == "C0"]
-    value, (least, most) = claim["value"], claim["interval"]
-    apart = "cannot be told from" if least <= 0 <= most else "is better than" if value < 0 else "is worse than"
-    width = {name: found.last - found.first + 1 for name, found in best.items()}
-    at = {name: f"at {f.learning_rate:g} after epoch {f.epoch} ({f.loss:.3f})" for name, f in best.items()}
-    return (
-        f"On {run.recipe.base_model}, held-out loss starts at {high.means[0]:.3f} nats a token. It is best "
-        f"{at['high']} and {at['low']}. The low rate's best {apart} the high rate's, by {value:+.3f} [{least:+.3f}, "
-        f"{most:+.3f}]. Epochs within one standard error of the best: {width['low']} at the low rate, {width['high']} "
-        f"at the high one. One seed, exploratory (`mini-symposium train --stop best -p NUM_EPOCHS=84`)."
-    )
+    """What the committed curves say about the question behind the card, by model."""
+    told = []
+    for recipe in (name for name in SHIPPED if (ROOT / "figures/curve" / name).is_dir()):
+        run = open_run(f"figures/curve/{recipe}")
+        curves = load_curves(run)
+        best = [recommend(curve) for curve in curves.values()]
+        at = " and ".join(f"at {each.learning_rate:g} after epoch {each.epoch} ({each.loss:.3f})" for each in best)
+        seeds = [{"seed": run.recipe.seed, **asdict(curve)} for curve in curves.values()]
+        [claim] = [row for row in judge(Evidence(run.recipe.scale, "cpu", {}, [], curves=seeds)) if row.id == "C0"]
+        (least, most), wide = claim.interval, [each.last - each.first + 1 for each in best]
+        apart = "not to be told from the high rate's" if least <= 0 <= most else "worse" if least > 0 else "better"
+        told.append(
+            f"On {run.recipe.base_model}, held-out loss starts at {curves[max(curves)].means[0]:.3f} nats a token and "
+            f"is best {at}. The low rate's best is {apart}, {claim.value:+.3f} [{least:+.3f}, {most:+.3f}]; its good "
+            f"window is {wide[1]} epochs wide, the high rate's {wide[0]}."
+        )
+    return f"{' '.join(told)} One seed each, exploratory (`mini-symposium sweep --only curve`)."
 
 
 def verdicts() -> str:

@@ -105,9 +105,10 @@ def overfitting_of_models(models: Mapping[str, Mapping[float, Curve]]) -> Pictur
 def _measured(curves: Mapping[object, Curve]) -> str:
     """What stands in the caption of both pictures."""
     folds = ", ".join(map(str, sorted({curve.folds for curve in curves.values()})))
+    recited = any(max(curve.trained_em, default=0) >= RECITED for curve in curves.values())
     return (
         f"Each row is measured by adapters that never saw it ({folds} folds). Dot: the best epoch; thick: within "
-        f"one standard error of it. Square: the training rows are recited (EM {RECITED})."
+        f"one standard error of it.{f' Square: the training rows are recited (EM {RECITED}).' * recited}"
     )
 
 
