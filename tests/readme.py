@@ -72,7 +72,18 @@ def speed() -> str:
         f"{ratios['step_vs_peft']:.2f} of a bare PEFT loop's, {ratios['step_vs_litgpt']:.2f} of LitGPT's and "
         f"{ratios['step_vs_llama_factory']:.2f} of LLaMA-Factory's; four learning rates in one pass "
         f"{ratios['pass4_vs_solo4']:.2f} of four passes; eight formats at once {ratios['grid_vs_loop']:.2f} of one "
-        f"`generate` after the other."
+        f"`generate` after the other. {_by_size()}"
+    )
+
+
+def _by_size() -> str:
+    """A step of three models against plain PEFT's, where no processor instructions for matrices help."""
+    found = json.loads((ROOT / "figures" / "bench-cpu-epyc.json").read_text(encoding="utf-8"))
+    sizes = {name: each["vs_peft"] for name, each in found["sizes"].items() if name != "amx"}
+    told = ", ".join(f"{share:.2f} ({name})" for name, share in sizes.items())
+    return (
+        f"On {found['environment']['processor']} without AMX it takes {found['ratios']['step_vs_peft']:.2f} of plain "
+        f"PEFT's, and of larger models {told}."
     )
 
 

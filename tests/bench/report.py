@@ -209,5 +209,7 @@ def picture(results: Mapping) -> Picture:
         for axes in (passes, lengths):  # both are seconds of a step
             axes.set(ylim=(0, top if top > 0 else 1), ylabel="seconds")
             axes.grid(axis="y")
+        for axes in figure.axes:
+            axes.set_visible(axes.has_data())  # a part may not have been measured
     figure.drawn = pd.DataFrame(drawn)
     return figure
