@@ -15,15 +15,17 @@ from mini_symposium.claims.ledger import judge
 from mini_symposium.evaluation.best_epoch import load_curves, recommend
 from mini_symposium.evaluation.influence import load_influence
 from mini_symposium.files.writing import written_whole
-from mini_symposium.run import ROOT, SHIPPED, RunDirectory, open_run
+from mini_symposium.run import ROOT, RunDirectory, open_run
 
 README = ROOT / "README.md"
+CURVES = {"proxy": "train --stop best -p NUM_EPOCHS=84", "base": "sweep --recipe base --only curve"}
+"""How each committed curve was measured, by `mini-symposium ...`; of the sweep's seeds, the first."""
 
 
 def finding() -> str:
     """What the committed curves say about the question behind the card, by model."""
     told = []
-    for recipe in (name for name in SHIPPED if (ROOT / "figures/curve" / name).is_dir()):
+    for recipe in CURVES:
         run = open_run(f"figures/curve/{recipe}")
         curves = load_curves(run)
         best = [recommend(curve) for curve in curves.values()]
@@ -35,9 +37,9 @@ def finding() -> str:
         told.append(
             f"On {run.recipe.base_model}, held-out loss starts at {curves[max(curves)].means[0]:.3f} nats a token and "
             f"is best {at}. The low rate's best is {apart}, {claim.value:+.3f} [{least:+.3f}, {most:+.3f}]; its good "
-            f"window is {wide[1]} epochs wide, the high rate's {wide[0]}."
+            f"window has {wide[1]} epochs, the high rate's {wide[0]}."
         )
-    return f"{' '.join(told)} One seed each, exploratory (`mini-symposium sweep --only curve`)."
+    return f"{' '.join(told)} One seed, exploratory ({', '.join(f'`{how}`' for how in CURVES.values())})."
 
 
 def verdicts() -> str:

@@ -24,7 +24,7 @@ from mini_symposium.models.base_models import load_tokenizer
 from mini_symposium.recipe import Recipe, load_recipe
 from mini_symposium.run import RunDirectory, Training
 from mini_symposium.training.checkpoints import finished
-from mini_symposium.training.cross_validation import cross_validate
+from mini_symposium.training.cross_validation import LEAST_ROWS, cross_validate
 from mini_symposium.training.experiments import experiment, grid, refuse_repeats
 from mini_symposium.training.finetune import as_rows, held_out_rows, locked, record_recipe, train_together
 
@@ -176,7 +176,11 @@ class Sweep:
             )
         with written_whole(self.root / "sweep.csv") as temporary:
             self.table().to_csv(temporary, index=False, lineterminator="\n", encoding="utf-8")
-        for seed, folder in self.crossed.items() if not names or CURVE in names else ():
+        crossed = self.crossed if not names or CURVE in names else {}
+        if crossed and CURVE not in names and len(examples) < LEAST_ROWS:
+            say(f"no held-out curves: they take {LEAST_ROWS} rows or more")
+            crossed = {}
+        for seed, folder in crossed.items():
             self.cross_validate(seed, folder, examples)
         there = len(list(filter(finished, self.trainings)))
         say(f"{there} of {len(self.trainings)} experiments are finished, in {self.root}")

@@ -84,6 +84,13 @@ def test_every_experiment_is_trained_in_a_run_of_its_own_and_only_once(small):
     assert (kept.lora_r, kept.lora_alpha, kept.num_epochs, kept.seed) == (2, 4, 2, 1)
 
 
+def test_too_few_rows_for_held_out_curves_cost_no_sweep(tmp_path):
+    whole, said = Sweep(load_recipe("tiny"), tmp_path / "tiny", (1,), passes=None), []
+    whole.passes = []
+    whole.run(load_examples(find("data/minisymposium.md"))[:3], (), (), said.append)
+    assert said[0] == "no held-out curves: they take 4 rows or more" and "experiments are finished" in said[1]
+
+
 def test_what_is_measured_is_measured_once_until_the_settings_change(small):
     _, _, measured, files = small
     assert sorted(measured) == sorted(map(str, files))
