@@ -34,10 +34,11 @@ def finding() -> str:
         [claim] = [row for row in judge(Evidence(run.recipe.scale, "cpu", {}, [], curves=seeds)) if row.id == "C0"]
         (least, most), wide = claim.interval, [each.last - each.first + 1 for each in best]
         apart = "not to be told from the high rate's" if least <= 0 <= most else "worse" if least > 0 else "better"
+        start = f"{curves[max(curves)].means[0]:.3f}{'' if told else ' nats a token'}"
         told.append(
-            f"On {run.recipe.base_model}, held-out loss starts at {curves[max(curves)].means[0]:.3f}"
-            f"{'' if told else ' nats a token'} and is best {at}. The low rate's best is {apart}, {claim.value:+.3f} [{least:+.3f}, {most:+.3f}]; its good "
-            f"window has {wide[1]} epochs, the high rate's {wide[0]}."
+            f"On {run.recipe.base_model}, held-out loss starts at {start} and is best {at}. The low rate's best is "
+            f"{apart}, {claim.value:+.3f} [{least:+.3f}, {most:+.3f}]; its good window has {wide[1]} epochs, the high "
+            f"rate's {wide[0]}."
         )
     return f"{' '.join(told)} One seed, exploratory ({', '.join(f'`{how}`' for how in CURVES.values())})."
 
