@@ -57,6 +57,12 @@ class Evidence:
     curves: list[dict] = field(default_factory=list)
     """Held-out curves with their seeds, see `evaluation.best_epoch.Curve`."""
 
+    @property
+    def source(self) -> dict[str, object]:
+        """What the parts of one sweep have in common."""
+        facts = {key: self.facts.get(key) for key in ("base_model", "tokens")}
+        return facts | {"scale": self.scale, "registration": self.registration}
+
     def named(self, name: str) -> list[Training]:
         """The trainings of experiment `name`, ordered by seed."""
         return sorted((training for training in self.trained if training.name == name), key=lambda t: t.seed)
@@ -81,15 +87,36 @@ class Evidence:
             temporary.write_text(f'{head[:-1]},"trained":[\n{lines}\n]}}\n', encoding="utf-8")
 
 
-def load_evidence(path: str | Path) -> Evidence:
-    """Read a sweep, a run, or a folder that `Evidence.save` wrote.
+def load_evidence(*paths: str | Path) -> Evidence:
+    """Read a sweep, a run, or a folder that `Evidence.save` wrote; or several, as parts of one sweep.
+
+    What several parts have is taken from the first.
 
     Raises
     ------
     InputError
-        If nothing has been trained there, a file is damaged or of another kind, or the runs of a sweep differ in model
-        or data.
+        If nothing has been trained there, a file is damaged or of another kind, or the runs of a sweep, or its parts,
+        differ in model, data or registration.
     """
+    parts = [_load(path) for path in paths]
+    for path, part in zip(paths, parts, strict=True):
+        for key, value in part.source.items():
+            if value != parts[0].source[key]:
+                raise InputError(
+                    f"{path}: {key} {value}, but {paths[0]} has {parts[0].source[key]}; judge them one by one"
+                )
+    trained, curves, facts = {}, {}, {}
+    for part in parts:
+        facts = part.facts | facts
+        for training in part.trained:
+            trained.setdefault((training.name, training.seed, training.learning_rate), training)
+        for curve in part.curves:
+            curves.setdefault((curve["seed"], curve["learning_rate"]), curve)
+    base = max((part.base for part in parts), key=lambda base: len(base.get("answers", ())), default={})
+    return replace(parts[0], base=base, trained=[*trained.values()], facts=facts, curves=[*curves.values()])
+
+
+def _load(path: str | Path) -> Evidence:
     resolved = resolve(path, "evidence", "run", "sweep")
     if resolved.kind == "evidence":
         return _saved(resolved.path / FILE)

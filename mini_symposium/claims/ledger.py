@@ -7,6 +7,7 @@ Comparisons are paired by seed, and all seeds count, each at its last evaluated 
 machine cannot train is out of reach, not inconclusive.
 """
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,8 +35,9 @@ from mini_symposium.claims.metrics import (
     missing_seeds,
     of_shared_seeds,
     onset,
+    pass_rates,
     passed,
-    passes,
+    passes_in_all_formats,
     recall,
     recitation_controls,
     several_views,
@@ -64,6 +66,10 @@ PLAUSIBLE_LENGTHS = (512, 1024, 2048, 4096, 8192)
 """Values that the card's `sequence_len` may have had; the card does not give it."""
 OF_THE_ONSET = 0.6
 """The card's low rate ends at 600 x 1e-7, this share of the dose at which its high rate overfits, 100 x 1e-6."""
+
+
+LEAST_OF_THE_ONSET = 0.5
+"""A low rate whose training ends sooner than that, but after this share, is judged at its end."""
 
 
 class Missing(Exception):
@@ -107,15 +113,15 @@ def low_rate_does_not_overfit(e: Evidence) -> Found:
     stops, short = [], []
     lows, highs = ([(training, 0) for training in e.named(name)] for name in ("low", "high"))
     for (low, _), (high, _) in _pairs(lows, highs):
-        recites = onset(high)
+        recites, logged = onset(high), len(low.extractable_32)
         early = recites and round(OF_THE_ONSET * recites)
         stop = recites and round(OF_THE_ONSET * recites * high.learning_rate / low.learning_rate)
         if recites is None:
             short.append(f"the epoch at which the high rate of seed {low.seed} recites")
-        elif stop >= len(low.extractable_32) or not high.extractable_32:
+        elif logged - 1 < LEAST_OF_THE_ONSET / OF_THE_ONSET * stop or not high.extractable_32:
             short.append(f"epoch {stop} of the low rate of seed {low.seed}, with what it writes after 32 tokens")
         else:
-            stops.append((low, stop, high, early))
+            stops.append((low, min(stop, logged - 1), high, early))
     if not stops:
         raise Missing(listed(short) or "both rates of one seed")
 
@@ -152,7 +158,7 @@ def generalises_worse(e: Evidence) -> Found:
     lows, highs = ([t.evaluations[at] for t, at in checkpoints] for checkpoints in zip(*pairs, strict=True))
 
     def both(category: str = "") -> list[np.ndarray]:
-        return [np.stack([passes(each, category) for each in arm], 1) for arm in (lows, highs)]
+        return [np.stack([pass_rates(each, category) for each in arm], 1) for arm in (lows, highs)]
 
     han = [np.mean([np.mean([a["han"] > 0 for a in each["answers"]]) for each in arm]) for arm in (lows, highs)]
     kinds = list(dict.fromkeys(line["category"] for line in lows[0]["answers"]))
@@ -160,7 +166,7 @@ def generalises_worse(e: Evidence) -> Found:
     note = f"{measured_at([*pairs[0], *(c for pair in pairs for c in pair)])}; by category {listed(gaps)}; "
     low, high = both()
     note += "answers with Chinese {:.3f} (low) and {:.3f} (high)".format(*han)
-    return Found([paired(low.mean(2), high.mean(2))], [has_room("the high rate", high, NOT_SUPPORTED)], note)
+    return Found([paired(low, high)], [has_room("the high rate", high, NOT_SUPPORTED)], note)
 
 
 def performs_across_formats(e: Evidence) -> Found:
@@ -170,17 +176,27 @@ def performs_across_formats(e: Evidence) -> Found:
     """
     low = _low(e, with_base=True)
     own = e.base["answers"][0]["format"] if e.base["answers"] else ""
-    tuned = np.stack([passes(t.evaluations[at], without=own).mean(1) for t, at in low], 1)
-    base = passes(e.base, without=own).mean(1)
-    tables = [np.mean([passes(t.evaluations[at]) for t, at in low], 0), passes(e.base)]
+    tuned, in_own = (
+        np.stack([pass_rates(t.evaluations[at], **which) for t, at in low], 1)
+        for which in ({"without": own}, {"form": own})
+    )
+    base, base_in_own = pass_rates(e.base, without=own), pass_rates(e.base, form=own)
+    tables = [np.mean([passes_in_all_formats(t.evaluations[at]) for t, at in low], 0), passes_in_all_formats(e.base)]
     note = [
         measured_at(low),
-        f"the card's own format, less the base's: {signed(difference(tables[0][:, 0], tables[1][:, 0]))}",
+        f"the card's own format, less the base's: {signed(difference(in_own.mean(1), base_in_own))}",
     ]
-    if tables[0].shape[1] > 1:
+    if len(tables[0]) and tables[0].shape[1] > 1:
         apart, of_base = spread(tables[0], draws=1000), np.ptp(tables[1].mean(0))
         equal = f"equal formats show {apart.null_mean:.2f} (95%: {apart.null_95:.2f})"
         note.append(f"spread {apart.value:.2f}, the base {of_base:.2f}; {equal}")
+    kinds = list(dict.fromkeys(line["category"] for line in e.base["answers"]))
+    for at in sorted({at for t in e.named("high") for at in t.evaluations}):
+        of_high = [t.evaluations[at] for t in e.named("high") if at in t.evaluations]
+        note.append(f"the high rate at epoch {at}, less the base, by category: {_by_category(of_high, e.base, kinds)}")
+    note.append(
+        f"the low rate, less the base, by category: {_by_category([t.evaluations[a] for t, a in low], e.base, kinds)}"
+    )
     if e.base.get("posix"):
         posix = np.mean([list(t.evaluations[at]["posix"].values()) for t, at in low])
         note.append(f"POSIX {posix:.2f} nats a token, the base {np.mean(list(e.base['posix'].values())):.2f}")
@@ -212,7 +228,7 @@ def low_rank_resists(e: Evidence) -> Found:
     note = ["the rank at an equal step size was not trained"]
     if equal_alpha:
         note = [f"with alpha = 32, an equal step size: {signed(difference(*map(mean_em, equal_alpha), None))}"]
-    note.append(missing_seeds(e, "rank-64-alpha-128", "rank-4-alpha-8", "rank-64-alpha-32", "rank-4-alpha-32"))
+    note.append(missing_seeds(e, "rank-64-alpha-128", "rank-4-alpha-8"))
     tables = [paired(*map(mean_em, by_rank)), twins_at_equal_loss(by_rank)]
     return Found(tables, [twins_alike(*by_rank)], joined(note))
 
@@ -224,15 +240,15 @@ def constant_rate_resists(e: Evidence) -> Found:
     For an equal dose a decaying schedule needs twice the peak, and at an equal peak it has half the dose.
     """
     tables: list[np.ndarray | str] = []
-    controls = []
+    controls, constant_name = [], "constant" if e.named("constant") else "high"
     for what in ("dose", "peak"):
-        if not (trained := of_shared_seeds(e, "high", f"cosine-{what}", f"linear-{what}")):
+        if not (trained := of_shared_seeds(e, constant_name, f"cosine-{what}", f"linear-{what}")):
             tables.append(f"schedules of an equal {what} trained for {EPOCHS_COMPARED} epochs, of the constant's seeds")
             continue
         constant, *decaying = trained
         tables.append(paired(np.mean([mean_em(schedule) for schedule in decaying], 0), mean_em(constant)))
         controls.append(twins_alike([training for schedule in decaying for training in schedule], constant))
-    if trained := of_shared_seeds(e, "high", "cosine-dose", "linear-dose"):
+    if trained := of_shared_seeds(e, constant_name, "cosine-dose", "linear-dose"):
         gaps = [twins_at_equal_loss([schedule, trained[0]]) for schedule in trained[1:]]
         words = [gap for gap in gaps if isinstance(gap, str)]
         tables.append(words[0] if words else np.mean(gaps, 0))
@@ -340,8 +356,9 @@ def hashes(evidence: Evidence) -> str:
 
 
 def save(claims: Sequence[Claim], folder: Path) -> Path:
-    """Write `folder`/claims.json; return its path."""
-    write_json(folder / "claims.json", [claim.row() for claim in claims])
+    """Write `folder`/claims.json; return its path. Numbers have ten digits: of the others the machine decides."""
+    content = json.dumps([claim.row() for claim in claims])
+    write_json(folder / "claims.json", json.loads(content, parse_float=lambda digits: float(f"{float(digits):.10g}")))
     return folder / "claims.json"
 
 
@@ -356,6 +373,15 @@ def _low(e: Evidence, with_base: bool = False) -> list[Checkpoint]:
 def _pairs(some: Sequence[Checkpoint], others: Sequence[Checkpoint]) -> list[tuple[Checkpoint, Checkpoint]]:
     """Those of the same seeds."""
     return [(a, b) for a in some for b in others if a[0].seed == b[0].seed]
+
+
+def _by_category(evaluations: Sequence[dict], base: dict, categories: Sequence[str]) -> str:
+    """What a model passes of each category, less what the base passes of it, in words."""
+    means = [
+        [np.mean([pass_rates(each, kind).mean() for each in some]) for kind in categories]
+        for some in (evaluations, [base])
+    ]
+    return listed([f"{kind} {tuned - untuned:+.2f}" for kind, tuned, untuned in zip(categories, *means, strict=True)])
 
 
 def _less_base(tuned: np.ndarray, base: np.ndarray) -> np.ndarray:

@@ -109,13 +109,24 @@ def listed(values: Sequence[object]) -> str:
     return ", ".join(map(str, values))
 
 
-def passes(evaluation: dict, category: str = "", without: str = "") -> np.ndarray:
-    """(prompts, formats): whether each answer passed its prompt's checks; of one category, or without one format."""
-    lines = [line for line in evaluation["answers"] if category in ("", line["category"]) and line["format"] != without]
-    formats = list(dict.fromkeys(line["format"] for line in lines))
-    prompts = list(dict.fromkeys(line["id"] for line in lines))
-    cells = {(line["id"], line["format"]): line["passed"] for line in lines}
-    return np.array([[cells[key, form] for form in formats] for key in prompts], float)
+def pass_rates(evaluation: dict, category: str = "", form: str = "", without: str = "") -> np.ndarray:
+    """(prompts,): the share of formats in which each prompt was passed, of those in which it was asked.
+
+    Of all prompts or of one category; in all formats, in one, or in all but one.
+    """
+    by_prompt: dict[str, list[bool]] = {}
+    for line in evaluation["answers"]:
+        if category in ("", line["category"]) and form in ("", line["format"]) and line["format"] != without:
+            by_prompt.setdefault(line["id"], []).append(line["passed"])
+    return np.array([np.mean(passed) for passed in by_prompt.values()])
+
+
+def passes_in_all_formats(evaluation: dict) -> np.ndarray:
+    """(prompts, formats): whether each answer passed, of the prompts that were asked in every format."""
+    cells = {(line["id"], line["format"]): line["passed"] for line in evaluation["answers"]}
+    prompts, formats = (list(dict.fromkeys(values)) for values in zip(*cells, strict=True))
+    whole = [key for key in prompts if all((key, form) in cells for form in formats)]
+    return np.array([[cells[key, form] for form in formats] for key in whole], float)
 
 
 def answers_to(evaluation: dict, form: str, category: str) -> list[dict]:
@@ -216,10 +227,11 @@ def behaviour(e: Evidence) -> list[dict]:
                 models.setdefault(f"{name} rate, epoch {epoch}", []).append(evaluation)
     rows = []
     for model, seeds in models.items():
-        table = np.stack([passes(evaluation) for evaluation in seeds], 1)  # (prompts, seeds, formats)
-        row = {"model": model, "seeds": len(seeds), "passed": _interval(table, (0, 1))}
-        if table.shape[2] > 1:
-            of_formats = spread(table.mean(1))
+        rates = np.stack([pass_rates(evaluation) for evaluation in seeds], 1)  # (prompts, seeds)
+        row = {"model": model, "seeds": len(seeds), "passed": _interval(rates, (0, 1))}
+        in_all = np.mean([passes_in_all_formats(evaluation) for evaluation in seeds], 0)  # (prompts, formats)
+        if len(in_all) and in_all.shape[1] > 1:
+            of_formats = spread(in_all)
             row |= {"spread": round(of_formats.value, 4), "spread_95": round(of_formats.null_95, 4)}
         for key, kind, bounds in (("leaked", bool, (0, 1)), ("copied", float, None)):
             if all(key in line for evaluation in seeds for line in evaluation["answers"]):
@@ -233,7 +245,7 @@ def behaviour(e: Evidence) -> list[dict]:
 
 
 def _interval(values: np.ndarray, bounds: tuple[float, float] | None) -> dict[str, float]:
-    """The interval of (prompts, seeds) or (prompts, seeds, formats) values.
+    """The interval of (prompts, seeds) values.
 
     Without bounds, and if all values are equal, only their mean.
     """

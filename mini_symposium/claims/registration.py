@@ -5,7 +5,7 @@ another registration, or under none, is exploratory.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mini_symposium.errors import InputError
@@ -25,6 +25,8 @@ class Comparison:
     """Smallest and largest possible value of a share or of a difference of shares; None for a measure."""
     equal: str = ""
     """What the compared arms have in common, where a claim depends on it, as `dose`."""
+    unit: str = ""
+    """Of a measure."""
 
     @classmethod
     def of(cls, metric: str, bounds=None, equal: str = "", unit: str = "", **limit: float) -> "Comparison":
@@ -32,7 +34,7 @@ class Comparison:
         [(side, threshold)] = limit.items()
         if side not in ("above", "below"):
             raise ValueError(f"{side}: a limit is above or below")
-        return cls(metric, float(threshold), side == "above", bounds and tuple(map(float, bounds)), equal)
+        return cls(metric, float(threshold), side == "above", bounds and tuple(map(float, bounds)), equal, unit)
 
     @property
     def rule(self) -> str:
@@ -78,6 +80,8 @@ class Registration:
     files: dict[str, str]
     """{file: SHA-256} of rows and prompts."""
     sha256: str
+    rates: dict[str, float] = field(default_factory=dict)
+    """{base model: the high rate of its evidence}."""
 
     @property
     def tests(self) -> int:
@@ -106,7 +110,8 @@ def load_registration(file: Path = REGISTRATION) -> Registration:
         raise InputError(f"{file}:1: no questions")
     with refuse_other_shapes(f"{file}: not a registration"):
         kept = [content[key] for key in ("level", "rows", "files")]
-        return Registration(questions, *kept, sha256_of_text(file))
+        rates = {model: float(rate) for model, rate in content.get("rates", {}).items()}
+        return Registration(questions, *kept, sha256_of_text(file), rates)
 
 
 REGISTERED = load_registration()

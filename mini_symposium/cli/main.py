@@ -358,7 +358,10 @@ app.command()(cli_sweep.forecast)
 
 @app.command()
 def claims(
-    run: Annotated[str, typer.Argument(help="a run, a sweep, or figures/claims")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="a run, a sweep, or figures/claims; several are parts of one sweep"),
+    ],
     save: Annotated[
         str, typer.Option(metavar="DIR", help="also write the evidence there, small enough to commit, and its pictures")
     ] = "",
@@ -370,7 +373,7 @@ def claims(
     from mini_symposium.figures.redraw import redraw
     from mini_symposium.run import RunDirectory
 
-    evidence = load_evidence(run)
+    evidence = load_evidence(*runs)
     rows = ledger.judge(evidence)
     title = literal(f"{evidence.scale} scale, {evidence.device}")
     table = Table("", "claim", "verdict", "what was found", title=title)
@@ -381,7 +384,7 @@ def claims(
     if save:
         evidence.save(Path(save))
         redraw(RunDirectory(save))
-    say(ledger.save(rows, Path(save or RunDirectory(run).path)))
+    say(ledger.save(rows, Path(save or RunDirectory(runs[0]).path)))
     if save:
         say(write_crate(Path(save)))
 

@@ -10,6 +10,8 @@ from mini_symposium.cli.options import RecipeOption, console, literal, say
 from mini_symposium.errors import InputError
 from mini_symposium.training.experiments import PER_PASS
 
+BENCH = "figures/bench-cpu-epyc.json"
+"""Seconds of a step of 256 tokens; a row of the card's has 175."""
 LearningRates = Annotated[str, typer.Option(help="of a grid, comma-separated")]
 Ranks = Annotated[str, typer.Option(help="of a grid, comma-separated: r, or r:alpha; alpha is 2r if not given")]
 Schedules = Annotated[str, typer.Option(help="of a grid, comma-separated: constant,cosine,linear")]
@@ -101,9 +103,16 @@ def sweep(
     cpus: Annotated[int, typer.Option(min=1, help="cores of a pass on Ray")] = 1,
     only: Annotated[str, typer.Option(help="experiments by name, e.g. high,low; all if not given")] = "",
     measure: Annotated[
-        bool | None,
-        typer.Option("--measure/--no-measure", help="evaluate after training; a grid only if asked"),
-    ] = None,
+        str,
+        typer.Option(
+            metavar="all|recitation|nothing",
+            help="what to evaluate after training; if not given, all, of a grid nothing",
+        ),
+    ] = "",
+    beside: Annotated[
+        str, typer.Option(metavar="DIR", help="evidence of an earlier part, which is not gathered again")
+    ] = "",
+    show_plan: Annotated[bool, typer.Option("--plan", help="show what is left to do, and train nothing")] = False,
 ):
     """Train and measure what the claims need, or a grid of your own; run again, it resumes."""
     from mini_symposium.recipe import load_recipe
@@ -121,30 +130,45 @@ def sweep(
         passes = grid(chosen, rates, parse_ranks(ranks), rules, numbers, epochs, per_pass)
     elif epochs is not None:
         raise InputError("--epochs: is for a grid; give --learning-rates, --ranks or --schedules too")
+    if is_grid and (beside or show_plan):
+        raise InputError("--plan and --beside: are for the claims' own experiments, not for a grid")
+    measure = measure or ("nothing" if is_grid else "all")
+    if measure not in ("all", "recitation", "nothing"):
+        raise InputError(f"--measure {measure}: is all, recitation or nothing")
     from mini_symposium.claims import ledger
     from mini_symposium.claims.evidence import load_evidence
+    from mini_symposium.claims.registration import REGISTERED
     from mini_symposium.data.dataset import load_examples, recipe_examples
     from mini_symposium.data.held_out import apart, load_held_out
     from mini_symposium.files.writing import alone
     from mini_symposium.training.sweep import CURVE, Sweep, check_engine
 
     check_engine(engine)
-    whole = Sweep(chosen, RunDirectory(out or f"runs/{chosen.name}-sweep").path, numbers, passes)
+    root, high = RunDirectory(out or f"runs/{chosen.name}-sweep").path, REGISTERED.rates.get(chosen.base_model, 0.0)
+    whole = Sweep(chosen, root, numbers, passes, high, _gathered(beside, chosen.base_model))
     names = [name.strip() for name in only.split(",") if name.strip()]
     known = [*dict.fromkeys(training.name for training in whole.trainings), *([] if is_grid else [CURVE])]
     if unknown := [name for name in names if name not in known]:
         raise InputError(f"--only {', '.join(unknown)}: the experiments are {', '.join(known)}")
-    examples, twins = recipe_examples(chosen)[0], load_examples("data/twins.md")
+    examples = recipe_examples(chosen)[0]
+    if show_plan:
+        _show_plan(whole, len(examples))
+        return
+    twins = load_examples("data/twins.md")
     twins = apart(twins, examples, say)
-    measured = measure or (measure is None and not is_grid)
-    asked = [prompt for split in ("test", "more") for prompt in load_held_out(split)] if measured else []
-    prompts = apart(asked, examples, say) if measured else []
+    prompts = []
+    if measure == "all":
+        prompts = apart([prompt for split in ("test", "more") for prompt in load_held_out(split)], examples, say)
+
+    def measure_these(group):
+        if measure != "nothing":
+            whole.measure(examples, twins, prompts, is_grid, say, group)
+
     with alone(whole.root):
-        whole.run(examples, twins, names, say, engine, cpus)
-        if measured:
-            whole.measure(examples, twins, prompts, is_grid, say)
+        whole.run(examples, twins, names, say, engine, cpus, measure_these)
+        measure_these(())
         if not is_grid:
-            ledger.save(ledger.judge(load_evidence(whole.root)), whole.root)
+            ledger.save(ledger.judge(load_evidence(whole.root, *filter(None, [beside]))), whole.root)
     losses = whole.table()
     table = Table("experiment", "seed", "learning rate", "epochs", "loss", "EM", title="the last epoch's means")
     for row in losses.itertuples():
@@ -152,4 +176,55 @@ def sweep(
         table.add_row(row.name, *cells)
     console.print(table)
     say(f"the table: {whole.root / 'sweep.csv'}")
-    say(f"the ledger: mini-symposium claims {whole.root}")
+    say(f"the ledger: mini-symposium claims {whole.root} {beside}".rstrip())
+
+
+def _gathered(folder: str, base_model: str) -> set[tuple[str, int]]:
+    """What the evidence in a folder has whole, as `Sweep` takes it; nothing without a folder."""
+    if not folder:
+        return set()
+    from mini_symposium.claims import ledger
+    from mini_symposium.claims.evidence import load_evidence
+    from mini_symposium.claims.registration import REGISTERED
+    from mini_symposium.training.sweep import BASE, CURVE, EVALUATED
+
+    evidence = load_evidence(folder)
+    if evidence.facts.get("base_model") != base_model:
+        raise InputError(f"--beside {folder}: is of {evidence.facts.get('base_model')}, the sweep of {base_model}")
+    if evidence.registration != REGISTERED.sha256:
+        raise InputError(f"--beside {folder}: {ledger.hashes(evidence)}; gather it anew")
+    whole = {
+        (t.name, t.seed)
+        for t in evidence.trained
+        if t.epochs == t.num_epochs
+        and all(t.evaluations.get(epoch, {}).get("answers") for epoch in EVALUATED.get(t.name, ()))
+    }
+    curves = [curve["seed"] for curve in evidence.curves]
+    return (
+        whole
+        | {(CURVE, seed) for seed in curves if curves.count(seed) > 1}
+        | ({BASE} if evidence.base.get("answers") else set())
+    )
+
+
+def _show_plan(whole, rows: int) -> None:
+    """Print what is left of a sweep, with hours by the kit's own bench where that has the model."""
+    from mini_symposium.run import find, read_object
+
+    planned = whole.planned(rows)
+    title = literal(f"{whole.base.base_model}, {rows} rows")
+    table = Table("experiment", "learning rate", "epochs", "seeds left", "adapter steps", "evaluated", title=title)
+    for row in planned.itertuples():
+        evaluated = ", ".join(map(str, row.evaluated))
+        table.add_row(row.experiment, row.learning_rate, str(row.epochs), row.seeds, f"{row.steps:,}", evaluated)
+    console.print(table)
+    steps = planned["steps"].sum()
+    evaluations = sum(len(row.evaluated) * len(row.seeds.split(",")) for row in planned.itertuples() if row.seeds)
+    say(f"{steps:,} adapter steps and {evaluations} evaluations of adapters are left; a cross-validation ends earlier")
+    bench = find(BENCH)
+    found = read_object(bench) if bench.is_file() else {}
+    ours = {"SmolLM2-135M-Instruct": found.get("step", {}).get("seconds", {}).get("ours")}
+    ours |= {name: size["seconds"]["ours"] for name, size in found.get("sizes", {}).items() if isinstance(size, dict)}
+    if seconds := ours.get(whole.base.base_model):
+        processor = found["environment"]["processor"]
+        say(f"about {steps * seconds / 3600:.1f} hours of steps at {seconds:.2f} s, as on the {processor} of {BENCH}")

@@ -164,4 +164,4 @@ def _unit(test: Comparison) -> str:
     """What a number is measured in; rows with the same unit share one scale."""
     if test.bounds:
         return "share" if test.bounds[0] == 0 else "share difference"
-    return "nats a token" if "loss" in test.metric else "share of tokens"
+    return test.unit

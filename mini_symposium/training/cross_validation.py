@@ -16,6 +16,8 @@ from mini_symposium.recipe import Recipe
 from mini_symposium.run import RunDirectory, Training, overwrite_once
 from mini_symposium.training.finetune import Stop, as_rows, locked, record_recipe, train_together
 
+FOLDS = 4
+"""Adapters of a cross-validation, unless said otherwise."""
 LEAST_ROWS = 4
 
 
@@ -52,7 +54,7 @@ def cross_validate(
     examples: Sequence[Example],
     run: RunDirectory,
     learning_rates: Sequence[float] = (),
-    count: int = 4,
+    count: int = FOLDS,
     fast: bool = True,
     overwrite: bool = False,
 ) -> dict[float, Curve]:

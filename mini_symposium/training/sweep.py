@@ -1,13 +1,14 @@
 """The experiments behind the claims: which recipes are trained, for how long, from which seeds.
 
-The low learning rate of the plan is the recipe's own, its high one ten times that, so that the plan serves every scale.
-Dose is learning_rate x steps; the high rate ends at epoch 60, long after it recites, with the low one's dose at epoch
-600. A sweep can also train a grid, from `experiments`. Trainings of equal length share a pass over the base.
+The high rate is one that is forecast to recite near epoch 70, and the low one a tenth of it, so that both stand to the
+model as the card's 1e-6 and 1e-7 stood to its. What is compared at equal epochs, ranks and schedules, is trained at the
+recipe's own high rate, which recites sooner. A sweep can also train a grid, from `experiments`. Trainings of equal
+length share a pass over the base.
 """
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -24,27 +25,33 @@ from mini_symposium.models.base_models import load_tokenizer
 from mini_symposium.recipe import Recipe, load_recipe
 from mini_symposium.run import RunDirectory, Training
 from mini_symposium.training.checkpoints import finished
-from mini_symposium.training.cross_validation import LEAST_ROWS, cross_validate
+from mini_symposium.training.cross_validation import FOLDS, LEAST_ROWS, cross_validate, folds
 from mini_symposium.training.experiments import experiment, grid, refuse_repeats
 from mini_symposium.training.finetune import as_rows, held_out_rows, locked, record_recipe, train_together
 
 SEEDS = (42, 43, 44)
-EPOCHS_LOW, EPOCHS_HIGH = 600, 60
-"""The card's 600 at the low rate, and an equal dose at the high one."""
-SATURATED = 30
-"""Epochs after which the high rate recites every row on the proxy; comparisons of how fast it recites end here."""
+EPOCHS_HIGH = 100
+"""The card's: by then the high rate has recited."""
+EPOCHS_LOW = 420
+"""At a tenth of the rate, 0.6 of the dose at epoch 70, as the card's 600 epochs are of its 100."""
+EPOCHS_COMPARED = 30
+"""Of ranks and schedules: the recipe's high rate recites every row on the proxy by then."""
+EPOCHS_LITERAL = 150
+"""Of the card's own rates: to epoch 100 and beyond."""
 EPOCHS_CURVE = 120
 """Enough for held-out loss to have risen for good at both rates; cross-validation ends then."""
 CURVE = "curve"
 """The name of the cross-validation of both rates, among those of experiments."""
-SHORTER_LOW = 240
-"""Epochs of the low rate for later seeds. The first seed recites every row from epoch 221 on."""
-RANKS = (4, 8), (4, 32), (64, 128), (64, 32)
+BASE = ("base", 0)
+"""The evaluation of the base, among what was measured earlier."""
+RANKS = (4, 8), (64, 128)
+EQUAL_ALPHA = (4, 32), (64, 32)
 """(r, alpha) beside the recipe's own 16 and 32."""
-EVALUATED = {"high": (SHORTER_LOW // 10, SATURATED, EPOCHS_HIGH), "low": (SHORTER_LOW, EPOCHS_LOW)}
-"""Epochs after which an adapter's behaviour is measured: equal doses, and where the high rate has saturated."""
+EVALUATED = {"high": (30, EPOCHS_HIGH), "low": (EPOCHS_LOW,)}
+"""Epochs after which an adapter's behaviour is measured. At the high rate held-out loss is best near epoch 30, after
+0.44 of the epochs in which a model comes to recite (figures/curve)."""
 LITERAL = (1e-6, 1e-7)
-"""The card's own rates, also trained if the recipe's rates are others."""
+"""The card's own rates."""
 
 COLUMNS = ("seed", "learning_rate", "lora_r", "lora_alpha", "lr_scheduler", "num_epochs")
 """Columns of the table in which trainings can differ."""
@@ -52,38 +59,41 @@ ENGINES = ("local", "ray")
 """Where passes run: one after another in this process, or as tasks of a cluster, see `ray_engine`."""
 
 
-def plan(recipe: Recipe, seeds: Sequence[int] = SEEDS) -> list[list[Training]]:
+def plan(recipe: Recipe, seeds: Sequence[int] = SEEDS, high: float = 0.0) -> list[list[Training]]:
     """The passes, the most important first.
 
-    - high, low: the two rates of the contrast, which end at the same dose;
-    - literal-R: the card's own rates, where the recipe's are not those;
-    - rank-R-alpha-A: other ranks, once with alpha = 2r and once with alpha = 32. BA is a sum of R terms that point the
-      same way, so with alpha = 2r its step grows with the rank, and with alpha = 32 it is about equal at every rank;
-    - cosine, linear: at an equal peak, and at twice the peak, which is an equal dose.
+    - high, low: `high` and a tenth of it; the recipe's contrast without it;
+    - constant, cosine and linear: schedules at an equal peak, and at twice the peak, which is an equal dose;
+    - rank-R-alpha-A: ranks with alpha = 2r and, from the first seed, with alpha = 32. BA is a sum of R terms that point
+      the same way, so with alpha = 2r its step grows with the rank, and with alpha = 32 it is about equal;
+    - literal-R: the card's own rates, from the first seed.
     """
-    low, high = recipe.learning_rate, recipe.contrast[0]
-    first, *others = seeds
+    fast, high = recipe.contrast[0], high or recipe.contrast[0]
+    first = seeds[0]
+
+    def ranks(some: Sequence[tuple[int, int]], seed: int) -> list[Training]:
+        return [one(f"rank-{r}-alpha-{a}", fast, EPOCHS_COMPARED, seed, lora_r=r, lora_alpha=a) for r, a in some]
+
+    def one(name: str, rate: float, epochs: int, seed: int, **changes) -> Training:
+        return experiment(recipe, name, seed, learning_rate=rate, num_epochs=epochs, **changes)
+
     schedules = [
-        (f"{rule}-{what}", {"lr_scheduler": rule, "learning_rate": times * high})
+        (f"{rule}-{what}", times * fast, rule)
         for rule in ("cosine", "linear")
         for what, times in (("peak", 1), ("dose", 2))
     ]
-    ranks = [(f"rank-{r}-alpha-{a}", {"lora_r": r, "lora_alpha": a, "learning_rate": high}) for r, a in RANKS]
-
-    def one(name: str, rate: float, epochs: int, seed: int) -> Training:
-        return experiment(recipe, name, seed, learning_rate=rate, num_epochs=epochs)
-
+    schedules.insert(0, ("constant", fast, "constant"))
     return [
         [one("high", high, EPOCHS_HIGH, seed) for seed in seeds],
-        [one("low", low, EPOCHS_LOW, first)],
+        [one("low", high / 10, EPOCHS_LOW, seed) for seed in seeds],
         # One seed per pass: its adapters see the same rows, so none needs padding. Equal ranks go together.
         *(
-            [experiment(recipe, name, seed, num_epochs=SATURATED, **changes) for name, changes in group]
+            [one(name, rate, EPOCHS_COMPARED, seed, lr_scheduler=rule) for name, rate, rule in schedules]
             for seed in seeds
-            for group in (ranks[:2], ranks[2:], schedules)
         ),
-        [one("low", low, SHORTER_LOW, seed) for seed in others],
-        [one(f"literal-{rate:.0e}", rate, EPOCHS_LOW, first) for rate in LITERAL if rate not in (low, high)],
+        *(ranks(RANKS, seed) for seed in seeds),
+        ranks(EQUAL_ALPHA, first),
+        [one(f"literal-{rate:.0e}", rate, EPOCHS_LITERAL, first) for rate in LITERAL],
     ]
 
 
@@ -96,6 +106,10 @@ class Sweep:
         The folder; runs/NAME-sweep for a recipe of that name.
     passes
         What to train instead of the plan, such as a `grid`.
+    high
+        The plan's high rate, see `plan`.
+    had
+        What was measured earlier, elsewhere, as (name, seed), BASE and CURVE too. It is not done again.
     """
 
     def __init__(
@@ -104,11 +118,15 @@ class Sweep:
         root: Path,
         seeds: Sequence[int] = SEEDS,
         passes: Sequence[Sequence[Training]] | None = None,
+        high: float = 0.0,
+        had: Collection[tuple[str, int]] = (),
     ):
         refuse_repeats("seeds", seeds)
-        self.base, self.root = recipe, root
-        planned = plan(recipe, seeds) if passes is None else passes
-        self.crossed = {seed: root / f"{CURVE}-seed-{seed}" for seed in seeds if passes is None}
+        self.base, self.root, self.had = recipe, root, had
+        planned = plan(recipe, seeds, high) if passes is None else passes
+        planned = [[training for training in group if (training.name, training.seed) not in had] for group in planned]
+        crossed = [seed for seed in seeds if passes is None and (CURVE, seed) not in had]
+        self.crossed = {seed: root / f"{CURVE}-seed-{seed}" for seed in crossed}
         """{seed: the run directory of its cross-validation}, for C0."""
         self.passes = [[training.below(root.absolute()) for training in group] for group in planned if group]
 
@@ -124,6 +142,7 @@ class Sweep:
         say: Callable[[str], None] = print,
         engine: str = "local",
         cpus: int = 1,
+        after: Callable[[Sequence[Training]], None] = lambda group: None,
     ) -> None:
         """Train what is missing; an interrupted sweep resumes, with either engine. Writes the table as sweep.csv.
 
@@ -135,6 +154,8 @@ class Sweep:
             Experiments by name, CURVE among them; all if empty.
         engine, cpus
             One of ENGINES; cores of a pass on Ray.
+        after
+            Called with the trainings of each pass when it is done.
 
         Raises
         ------
@@ -157,6 +178,7 @@ class Sweep:
             names = ", ".join(f"{t.name} (seed {t.seed})" for t in todo[number])
             ahead = f"{left:,} adapter steps ahead, {pace:.2g} s each, about {pace * left / 60:.0f} minutes"
             say(f"pass {number + 1} is done: {names}; {ahead}")
+            after(todo[number])
 
         if todo:
             say(f"passes {len(todo)}, adapters {sum(map(len, todo))}, adapter steps {left:,}")
@@ -193,6 +215,39 @@ class Sweep:
                 record_recipe(run, recipe, fingerprint(examples))
             cross_validate(recipe, examples, run, missing)
 
+    def planned(self, rows: int) -> pd.DataFrame:
+        """What is left to do of each experiment, the most important first.
+
+        Parameters
+        ----------
+        rows
+            Training rows of the dataset.
+
+        Returns
+        -------
+        DataFrame
+            experiment, learning_rate, epochs, seeds (those that are left), steps (of their adapters, 13 an epoch for
+            thirteen rows; at most as many for a cross-validation, which ends by itself), and evaluated (epochs).
+        """
+        left: dict[tuple, list[int]] = {}
+        for training in self.trainings:
+            own = left.setdefault((training.name, f"{training.learning_rate:g}", training.num_epochs), [])
+            own += [] if finished(training) else [training.seed]
+        curves = {seed: load_curves(RunDirectory(folder)) for seed, folder in self.crossed.items()}
+        rates = self.base.contrast
+        undone = [seed for seed, found in curves.items() if set(rates) - set(found)]
+        steps = {key: len(seeds) * key[2] * rows for key, seeds in left.items()}
+        crossed = (CURVE, " and ".join(f"{rate:g}" for rate in rates), EPOCHS_CURVE)
+        if self.crossed:
+            left[crossed] = undone
+            trained = sum(rows - len(fold) for fold in folds(rows, FOLDS, self.base.seed))
+            steps[crossed] = len(undone) * len(rates) * EPOCHS_CURVE * trained
+        lines = [
+            (name, rate, epochs, ", ".join(map(str, seeds)), steps[name, rate, epochs], EVALUATED.get(name, ()))
+            for (name, rate, epochs), seeds in left.items()
+        ]
+        return pd.DataFrame(lines, columns=["experiment", "learning_rate", "epochs", "seeds", "steps", "evaluated"])
+
     def table(self) -> pd.DataFrame:
         """A row for each finished training: what it is, and its loss and EM, means over its last epoch."""
         rows = []
@@ -203,16 +258,18 @@ class Sweep:
             rows.append({"name": training.name, **{key: getattr(training, key) for key in COLUMNS}, **means})
         return pd.DataFrame(rows, columns=["name", *COLUMNS, "loss", "em"])
 
-    def evaluated(self, last: bool = False) -> dict[str, Path]:
+    def evaluated(self, last: bool = False, of: Sequence[Training] = ()) -> dict[str, Path]:
         """{name: checkpoint to be evaluated} of what has been trained.
 
         Parameters
         ----------
         last
             Only each training's last checkpoint; EVALUATED has none of a grid.
+        of
+            Only of these trainings; of all if empty.
         """
         found = {}
-        for training in self.trainings:
+        for training in of or self.trainings:
             kept = training.checkpoints()
             for epoch in (training.num_epochs,) if last else EVALUATED.get(training.name, ()):
                 if epoch in kept:
@@ -226,17 +283,20 @@ class Sweep:
         prompts: Sequence[HeldOut],
         last: bool = False,
         show: Callable[[str], object] = print,
+        of: Sequence[Training] = (),
         **options,
     ) -> None:
         """Evaluate the base and what `evaluated` names, one model after the other, each with its adapter folded in.
 
         Parameters
         ----------
+        last, of
+            Of `evaluated`.
         show, options
             Of `evaluate`.
         """
-        adapters = self.evaluated(last)
-        files = {self.root / "base.json": "base"}
+        adapters = self.evaluated(last, of)
+        files = {} if BASE in self.had else {self.root / "base.json": "base"}
         files |= {RunDirectory.evaluation_file(checkpoint): name for name, checkpoint in adapters.items()}
 
         def load(name: str):

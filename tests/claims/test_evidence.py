@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import command
 from made_evidence import contrast, curves, evaluation
 
 from mini_symposium.claims.evidence import FILE, load_evidence
-from mini_symposium.claims.ledger import judge
+from mini_symposium.claims.ledger import judge, save
 from mini_symposium.claims.registration import REGISTERED
 from mini_symposium.errors import InputError
 from mini_symposium.recipe import load_recipe
@@ -29,10 +30,52 @@ def test_evidence_comes_back_from_its_file_and_gives_the_same_ledger(tmp_path):
     rows = json.loads((tmp_path / "claims.json").read_text())
     assert [row["id"] for row in rows] == [f"C{k}" for k in range(13)]
     assert {"claim", "metric", "value", "interval", "n", "scale", "controls", "verdict"} <= rows[0].keys()
-    assert rows == json.loads(json.dumps([row.row() for row in judge(whole)]))
+    written = [(row["verdict"], row["value"] and pytest.approx(row["value"])) for row in rows]
+    assert [(row.verdict, row.value) for row in judge(whole)] == written
     command("claims", tmp_path, "--save", tmp_path / "kept")
     assert load_evidence(tmp_path / "kept") == whole
     assert json.loads((tmp_path / "kept" / "claims.json").read_text()) == rows
+
+
+def test_the_numbers_of_a_ledger_have_the_digits_that_every_machine_agrees_on(tmp_path):
+    claims = judge(contrast(evaluation(), evaluation()))
+    first, second = (
+        save([replace(claim, value=claim.value and claim.value * (1 + error)) for claim in claims], tmp_path / name)
+        for name, error in (("a", 0.0), ("b", 1e-15))
+    )
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_parts_of_one_sweep_are_judged_together(tmp_path):
+    whole = contrast(evaluation(recall=0.2), evaluation(recall=0.99))
+    whole = replace(whole, curves=curves(3.0, 3.1), registration=REGISTERED.sha256)
+    first = replace(whole, base={}, trained=whole.trained[:2], curves=whole.curves[2:])
+    second = replace(whole, trained=whole.trained[2:], curves=whole.curves[:2])
+    again = replace(whole, trained=[replace(whole.trained[0], em=[[0.0] * 13])])
+    for name, part in {"first": first, "second": second, "again": again}.items():
+        part.save(tmp_path / name)
+    found = load_evidence(tmp_path / "first", tmp_path / "second", tmp_path / "again")
+    assert found.base == whole.base and found.facts == whole.facts
+    assert sorted(found.trained, key=repr) == sorted(whole.trained, key=repr)
+    assert sorted(found.curves, key=repr) == sorted(whole.curves, key=repr)
+    said = command("claims", *(tmp_path / name for name in ("first", "second")), "--save", tmp_path / "both").stdout
+    assert "gathered and judged under" in said and judge(load_evidence(tmp_path / "both")) == judge(whole)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"registration": "0" * 64}, f"registration {'0' * 64}, but"),
+        ({"facts": {"base_model": "tiny"}}, "base_model tiny, but"),
+        ({"scale": "base"}, "scale base, but .*first has proxy"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(other, said, tmp_path):
+    whole = contrast(evaluation(), evaluation())
+    whole.save(tmp_path / "first")
+    replace(whole, **other).save(tmp_path / "second")
+    done = command("claims", tmp_path / "first", tmp_path / "second", check=False)
+    assert done.returncode == 2 and re.search(said, done.stderr)
 
 
 def test_a_folder_without_evidence_and_a_damaged_file_are_refused(tmp_path):

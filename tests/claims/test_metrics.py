@@ -81,9 +81,19 @@ def test_notes_name_rates_epochs_and_what_is_missing():
     )
 
 
-def test_passes_are_those_of_a_category_or_without_a_format():
-    assert metrics.passes(evaluation(passed=0.5), "fact").mean(0).tolist() == [0.5] * 3
-    assert metrics.passes(evaluation(passed=0.5, own=1.0), without="new-query").mean(0).tolist() == [0.5] * 2
+def test_pass_rates_are_those_of_a_category_of_a_format_or_without_it():
+    answers = evaluation(passed=0.5, own=1.0)
+    assert metrics.pass_rates(evaluation(passed=0.5), "fact").mean() == 0.5
+    assert metrics.pass_rates(answers, form="new-query").mean() == 1.0
+    assert metrics.pass_rates(answers, without="new-query").mean() == 0.5
+
+
+def test_a_prompt_that_was_asked_in_fewer_formats_counts_by_those():
+    answers = evaluation(passed=0.5, own=1.0)
+    answers["answers"] = [a for a in answers["answers"] if a["format"] == "new-query" or not a["id"].startswith("f")]
+    rates = metrics.pass_rates(answers)
+    assert len(rates) == 140 and rates[40:60].tolist() == pytest.approx([1.0] * 10 + [1 / 3] * 10)
+    assert metrics.passes_in_all_formats(answers).shape == (100, 3)  # neither facts nor false premises
 
 
 def test_an_arm_that_passes_almost_nothing_leaves_no_room_to_differ():

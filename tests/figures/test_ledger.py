@@ -104,7 +104,7 @@ def test_each_row_shows_its_number_both_intervals_and_the_threshold_or_says_why_
     shares, more_shares, em, nats, more_em = (axes.get_xlim() for axes in picture.axes[:5])
     assert shares == more_shares != em == more_em != nats
     units = [axes.texts[0].get_text() for axes in picture.axes[:5]]
-    assert units == ["share", "share", "share of tokens", "nats a token", "share of tokens"]
+    assert units == ["share", "share", "mean of a row's tokens", "nats a token", "mean of a row's tokens"]
     said = [axes.texts[-1].get_text() for axes in picture.axes]
     assert said[1:4] == [
         "not supported (exploratory)\n0.2 [0.1, 0.3]",

@@ -15,23 +15,39 @@ from mini_symposium.recipe import load_recipe
 from mini_symposium.run import RunDirectory, find
 from mini_symposium.training import sweep as module
 from mini_symposium.training.checkpoints import finished
-from mini_symposium.training.sweep import Sweep, plan
+from mini_symposium.training.sweep import BASE, Sweep, plan
 
 
 def test_the_plan_holds_dose_step_size_and_peak_apart():
-    passes = plan(load_recipe("proxy"))
+    recipe = load_recipe("proxy")
+    passes = plan(recipe, high=2e-5)
     by_name = {training.name: training for group in passes for training in group}
-    high, low = by_name["high"], by_name["low"]
-    assert high.learning_rate * 60 == pytest.approx(low.learning_rate * 600)
+    high, low, constant = by_name["high"], by_name["low"], by_name["constant"]
+    assert high.learning_rate == pytest.approx(2e-5) and low.learning_rate == pytest.approx(2e-6)
+    assert constant.learning_rate == recipe.contrast[0] == plan(recipe)[0][0].learning_rate
     assert {by_name[f"literal-{rate}"].learning_rate for rate in ("1e-06", "1e-07")} == {1e-6, 1e-7}
     scale = {name: t.lora_alpha / t.lora_r for name, t in by_name.items() if name.startswith("rank")}
     assert scale["rank-4-alpha-8"] == scale["rank-64-alpha-128"] == 2
     assert scale["rank-4-alpha-32"] * 4 == scale["rank-64-alpha-32"] * 64
     # The area below a cosine or a line from peak to nothing is half of the rectangle.
-    assert by_name["cosine-dose"].learning_rate == by_name["linear-dose"].learning_rate == 2 * high.learning_rate
+    assert by_name["cosine-dose"].learning_rate == by_name["linear-dose"].learning_rate == 2 * constant.learning_rate
     assert all(len({training.num_epochs for training in group}) == 1 for group in passes)
     seeds = {name: {t.seed for group in passes for t in group if t.name == name} for name in by_name}
-    assert all(len(seeds[name]) == 3 for name in by_name if not name.startswith("literal"))
+    alone = {"literal-1e-06", "literal-1e-07", "rank-4-alpha-32", "rank-64-alpha-32"}
+    assert {name for name in by_name if len(seeds[name]) < 3} == alone
+
+
+def test_what_was_gathered_earlier_is_not_planned_again(tmp_path):
+    recipe = load_recipe("proxy")
+    whole = Sweep(recipe, tmp_path / "sweep", (1, 2))
+    everything = whole.planned(13)
+    of_low = everything[everything["experiment"] == "low"].iloc[0]
+    assert (of_low["seeds"], of_low["steps"], of_low["evaluated"]) == ("1, 2", 2 * 420 * 13, (420,))
+    crossed = everything[everything["experiment"] == "curve"].iloc[0]
+    assert (crossed["seeds"], crossed["steps"]) == ("1, 2", 2 * 2 * 120 * 4 * 9)
+    rest = Sweep(recipe, tmp_path / "sweep", (1, 2), had={("low", 1), ("curve", 2), BASE})
+    left = rest.planned(13).set_index("experiment")["seeds"]
+    assert left["low"] == "2" and left["curve"] == "1" and left["high"] == "1, 2"
 
 
 NAMES = "high", "low", "rank-2-alpha-4", "curve"
@@ -41,7 +57,8 @@ NAMES = "high", "low", "rank-2-alpha-4", "curve"
 def small(tmp_path_factory):
     """Both rates, one seed, four examples, a few epochs; evaluated on two prompts."""
     patch = pytest.MonkeyPatch()
-    shorter = {"EPOCHS_LOW": 40, "EPOCHS_HIGH": 6, "EPOCHS_CURVE": 3, "SATURATED": 2, "LITERAL": (), "RANKS": ((2, 4),)}
+    shorter = {"EPOCHS_LOW": 40, "EPOCHS_HIGH": 6, "EPOCHS_CURVE": 3, "EPOCHS_COMPARED": 2, "LITERAL": ()}
+    shorter |= {"RANKS": ((2, 4),), "EQUAL_ALPHA": ()}
     for name, value in (shorter | {"EVALUATED": {"high": (4, 6), "low": (40,)}}).items():
         patch.setattr(module, name, value)
     recipe = load_recipe("tiny", learning_rate=1e-4)
