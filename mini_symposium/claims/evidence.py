@@ -20,7 +20,7 @@ from mini_symposium.errors import InputError
 from mini_symposium.evaluation.best_epoch import load_curves
 from mini_symposium.files.reading import refuse_other_shapes
 from mini_symposium.files.writing import written_whole
-from mini_symposium.recipe import load_recipe
+from mini_symposium.recipe import SHIPPED, load_recipe
 from mini_symposium.run import RunDirectory, Training, find, read_jsonl, read_object, resolve
 
 FILE = "evidence.json"
@@ -114,6 +114,13 @@ def load_evidence(*paths: str | Path) -> Evidence:
             curves.setdefault((curve["seed"], curve["learning_rate"]), curve)
     base = max((part.base for part in parts), key=lambda base: len(base.get("answers", ())), default={})
     return replace(parts[0], base=base, trained=[*trained.values()], facts=facts, curves=[*curves.values()])
+
+
+def load_all_evidence(folder: str | Path) -> dict[str, Evidence]:
+    """{subfolder: evidence} of a folder of saved evidence, as figures/claims; what began under no registration last."""
+    found = {file.parent.name: load_evidence(file.parent) for file in find(folder).glob(f"*/{FILE}")}
+    order = [*SHIPPED, *sorted(found)]
+    return dict(sorted(found.items(), key=lambda item: (not item[1].registration, order.index(item[0]))))
 
 
 def _load(path: str | Path) -> Evidence:

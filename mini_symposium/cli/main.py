@@ -360,7 +360,9 @@ app.command()(cli_sweep.forecast)
 def claims(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN...", help="a run, a sweep, or figures/claims; several are parts of one sweep"),
+        typer.Argument(
+            metavar="RUN...", help="a run, a sweep, or a folder in figures/claims; several are parts of one sweep"
+        ),
     ],
     save: Annotated[
         str, typer.Option(metavar="DIR", help="also write the evidence there, small enough to commit, and its pictures")
@@ -369,10 +371,19 @@ def claims(
     """Judge the card's claims by what a run or a sweep has measured; writes claims.json into it."""
     from mini_symposium.claims import ledger
     from mini_symposium.claims.crate import write_crate
-    from mini_symposium.claims.evidence import load_evidence
+    from mini_symposium.claims.evidence import load_all_evidence, load_evidence
     from mini_symposium.figures.redraw import redraw
     from mini_symposium.run import RunDirectory
 
+    if len(runs) == 1 and not save and (found := load_all_evidence(runs[0])):
+        judged = [ledger.judge(evidence) for evidence in found.values()]
+        table = Table("", "claim", *map(literal, found))
+        for same in zip(*judged, strict=True):
+            table.add_row(same[0].id, same[0].claim, *(row.said for row in same))
+        console.print(table)
+        for name in found:
+            say(f"numbers, and what would decide the rest: mini-symposium claims {runs[0]}/{name}")
+        return
     evidence = load_evidence(*runs)
     rows = ledger.judge(evidence)
     title = literal(f"{evidence.scale} scale, {evidence.device}")
@@ -419,8 +430,8 @@ def figures(
         directory = RunDirectory(run)
         for path in redraw(directory):
             say(path)
-        if (directory.path / CRATE).is_file():  # it holds the pictures' hashes
-            say(write_crate(directory.path))
+        for crate in (*directory.path.glob(CRATE), *directory.path.glob(f"*/{CRATE}")):  # they hold pictures' hashes
+            say(write_crate(crate.parent))
 
 
 @app.command()

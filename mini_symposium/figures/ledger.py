@@ -1,6 +1,6 @@
 """Pictures of the ledger and of the memorization that its verdicts rest on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from mini_symposium.run import Training
 MARKS = {SUPPORTED: ("o", COLOURS[2]), NOT_SUPPORTED: ("X", COLOURS[0]), INCONCLUSIVE: ("D", GREY)}
 """Shape and colour of each verdict: a reader who cannot tell the colours apart still has the shapes."""
 SHADE = "#eeeeee"
+NOT_MEASURED = "not measured"
 
 
 def memorization_curves(trained: Sequence[Training], scale: str) -> Picture:
@@ -91,18 +92,27 @@ def memorization_curves(trained: Sequence[Training], scale: str) -> Picture:
     return figure
 
 
-def ledger_picture(claims: Sequence[Claim], scale: str) -> Picture:
+def ledger_picture(claims: Sequence[Claim] | Mapping[str, Sequence[Claim]], scale: str) -> Picture:
     """A row for each claim: its number, its 95% and its corrected interval, the threshold, and the verdict.
 
     A claim with several comparisons has a row for each that was measured. Rows in the same unit share one scale. The
     side of the threshold that supports the claim is shaded. The mark is that of the claim's verdict; only where the
     verdict depends on the comparison does each row bear its own. Marks of exploratory evidence are hollow.
+
+    Parameters
+    ----------
+    claims
+        Of one model; or {heading: claims} of several, which get a column each.
+    scale
+        The model's scale, for the heading; of several models, what to say of all.
     """
-    rows = [(claim, answer) for claim in claims for answer in [a for a in claim.answers if a.interval] or [None]]
+    models = dict(claims) if isinstance(claims, Mapping) else {"": claims}
+    rows = _rows(list(models.values()))
     scales: dict[str, list[float]] = {}  # the ends of all rows in one unit
-    for claim, answer in rows:
-        if answer:
-            scales.setdefault(_unit(_test(claim, answer)), []).extend((*answer.corrected, answer.threshold))
+    for _, test, answers in rows:
+        for _, answer in answers:
+            if answer:
+                scales.setdefault(_unit(test), []).extend((*answer.corrected, answer.threshold))
     drawn = []
     with styled():
         caption = (
@@ -110,54 +120,86 @@ def ledger_picture(claims: Sequence[Claim], scale: str) -> Picture:
             "on which the claim is supported. Circle: supported. Cross: not supported. Diamond: inconclusive. Hollow: "
             "exploratory. Rows in the same unit share one scale."
         )
-        figure = titled(0.52 * len(rows) + 0.3, "The card's claims, one by one", scale, caption)
+        several = len(models) > 1
+        figure = titled((0.68 if several else 0.52) * len(rows) + 0.3, "The card's claims, one by one", scale, caption)
+        if several:
+            figure.get_layout_engine().set(hspace=0.35)
         before = None
-        for axes, (claim, answer) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
-            name, said = f"{claim.id}  {claim.claim}\n{answer.metric if answer else claim.metric}", f"{claim.said}\n"
-            if claim is before:
-                name, said = answer.metric, ""
-            before = claim
-            name_rows(axes, [0], [name], 8.5)
-            axes.spines["bottom"].set_visible(False)
-            axes.set_ylim(0.5, -0.5)
-            axes.tick_params(axis="x", labelsize=8, length=2, pad=1)
-            row = {"id": claim.id, "claim": claim.verdict, "exploratory": claim.exploratory, "value": claim.value}
-            axes.set_xticks([])
-            if answer is None:
-                number = "not measured" if claim.value is None else f"{claim.value:.3g}"
-            else:
-                number, (low, high) = answer, answer.interval
-                row |= {key: getattr(answer, key) for key in ("equal", "threshold", "value", "p", "p_holm", "verdict")}
-                row |= {"low": low, "high": high}
-                test = _test(claim, answer)
-                ends = scales[_unit(test)]
-                room = 0.12 * (max(ends) - min(ends))
-                left, right = min(ends) - room, max(ends) + room
-                axes.set_xlim(left, right)
-                rule = f"{test.rule} →" if test.above else f"← {test.rule}"
-                axes.set_xticks([answer.threshold], [rule])
-                axes.axvspan(answer.threshold, right if test.above else left, color=SHADE, linewidth=0)
-                axes.axvline(answer.threshold, color=GREY, linewidth=1.2)
-                # Units stand where no threshold does: at the end of the scale that is further from it.
-                at, side = (0, "left") if 2 * answer.threshold > left + right else (1, "right")
-                below = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": side, "va": "top"}
-                unit = axes.annotate(_unit(test), (at, 0), (0, -3), fontsize=8, color=GREY, **below)
-                unit.set_in_layout(False)
-                (mark, colour), size = MARKS.get(claim.verdict, MARKS[answer.verdict]), {"markeredgewidth": 1.7}
-                axes.plot(answer.corrected, [0, 0], "|-", color=colour, linewidth=0.8, markersize=4)
-                axes.plot(answer.interval, [0, 0], "|-", color=colour, linewidth=2.4, markersize=9, **size)
-                face = "white" if claim.exploratory else colour
-                axes.plot(answer.value, 0, mark, color=colour, markerfacecolor=face, markersize=9, **size)
-            drawn.append(row)
-            axes.text(1.02, 0.5, f"{said}{number}", transform=axes.transAxes, va="center", fontsize=8.5)
+        grid = figure.subplots(len(rows), len(models), squeeze=False)
+        for line, (first, test, answers) in zip(grid, rows, strict=True):
+            again, before = before == first.id, first.id
+            name = f"{test.metric}: {test.rule}" if several else test.metric
+            name = name if again else f"{first.id}  {first.claim}\n{name}"
+            name_rows(line[0], [0], [name], 8.5)
+            for axes, (claim, answer), heading in zip(line, answers, models, strict=True):
+                axes.spines[["bottom", "left"]].set_visible(False)
+                axes.set_ylim(0.5, -0.5)
+                axes.set_xticks([])
+                if axes is not line[0]:
+                    axes.set_yticks([])
+                row = {"model": heading} if several else {}
+                row |= {"id": claim.id, "claim": claim.verdict, "exploratory": claim.exploratory, "value": claim.value}
+                if answer:
+                    row |= {key: getattr(answer, key) for key in ("equal", "threshold", "value", "p", "p_holm")}
+                    low, high = answer.interval
+                    row |= {"verdict": answer.verdict, "low": low, "high": high}
+                    _draw(axes, claim, answer, test, scales[_unit(test)], not several)
+                drawn.append(row)
+                said, number = "" if again else claim.said, _without_interval(claim)
+                if answer:
+                    number = f"{answer.value:.2g}" if several else str(answer)
+                if several:  # in a column's width; that a mark is hollow says "exploratory"
+                    said = "" if again or number == NOT_MEASURED else claim.verdict.partition(" on ")[0]
+                words = (", " if several else "\n").join(part for part in (said, number) if part)
+                at, size = ((0, 1.06), 7.5) if several else ((1.02, 0.5), 8.5)
+                below = "bottom" if several else "center"
+                text = axes.text(*at, words, transform=axes.transAxes, va=below, fontsize=size)
+                text.set_in_layout(not several)
+        if several:
+            for axes, heading in zip(grid[0], models, strict=True):
+                axes.set_title(heading, loc="left", fontsize=9.5, weight="bold", pad=16)
     figure.drawn = pd.DataFrame(drawn)
     return figure
 
 
-def _test(claim: Claim, answer: Answer) -> Comparison:
-    """The registered comparison that `answer` answers."""
-    tests = REGISTERED.questions[claim.id].tests
-    return next(test for test in tests if (test.metric, test.equal) == (answer.metric, answer.equal))
+def _rows(models: Sequence[Sequence[Claim]]) -> list[tuple[Claim, Comparison, list[tuple[Claim, Answer | None]]]]:
+    """For each claim, and each of its comparisons that any model has measured: the claim, the comparison, and each
+    model's claim and answer."""
+    rows = []
+    for same in zip(*models, strict=True):
+        question = REGISTERED.questions[same[0].id]
+        measured = [{(a.metric, a.equal): a for a in claim.answers if a.interval} for claim in same]
+        tests = [test for test in question.tests if any((test.metric, test.equal) in found for found in measured)]
+        for test in tests or [question.shown]:
+            answers = [found.get((test.metric, test.equal)) for found in measured]
+            rows.append((same[0], test, list(zip(same, answers, strict=True))))
+    return rows
+
+
+def _without_interval(claim: Claim) -> str:
+    return NOT_MEASURED if claim.value is None else f"{claim.value:.3g}"
+
+
+def _draw(axes, claim: Claim, answer: Answer, test: Comparison, ends: Sequence[float], ruled: bool) -> None:
+    """One number with its intervals and threshold; `ruled` also writes the threshold's rule and the unit."""
+    room = 0.12 * (max(ends) - min(ends))
+    left, right = min(ends) - room, max(ends) + room
+    axes.set_xlim(left, right)
+    axes.tick_params(axis="x", labelsize=8, length=2, pad=1)
+    axes.axvspan(answer.threshold, right if test.above else left, color=SHADE, linewidth=0)
+    axes.axvline(answer.threshold, color=GREY, linewidth=1.2)
+    if ruled:
+        axes.set_xticks([answer.threshold], [f"{test.rule} →" if test.above else f"← {test.rule}"])
+        # Units stand where no threshold does: at the end of the scale that is further from it.
+        at, side = (0, "left") if 2 * answer.threshold > left + right else (1, "right")
+        below = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": side, "va": "top"}
+        unit = axes.annotate(_unit(test), (at, 0), (0, -3), fontsize=8, color=GREY, **below)
+        unit.set_in_layout(False)
+    (mark, colour), size = MARKS.get(claim.verdict, MARKS[answer.verdict]), {"markeredgewidth": 1.7}
+    axes.plot(answer.corrected, [0, 0], "|-", color=colour, linewidth=0.8, markersize=4)
+    axes.plot(answer.interval, [0, 0], "|-", color=colour, linewidth=2.4, markersize=9, **size)
+    face = "white" if claim.exploratory else colour
+    axes.plot(answer.value, 0, mark, color=colour, markerfacecolor=face, markersize=9, **size)
 
 
 def _unit(test: Comparison) -> str:

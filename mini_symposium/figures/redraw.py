@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mini_symposium.claims.evidence import FILE, Evidence, load_evidence
+from mini_symposium.claims.evidence import FILE, Evidence, load_all_evidence, load_evidence
 from mini_symposium.claims.ledger import judge
 from mini_symposium.data.dataset import recipe_examples
 from mini_symposium.errors import InputError
@@ -24,13 +24,16 @@ from mini_symposium.run import RunDirectory
 def redraw(run: RunDirectory) -> list[Path]:
     """Draw a run's figures again from its metrics, its results and the csv files beside them; return the PNG files.
 
-    For a saved sweep, which has only evidence, the ledger and the memorization curves are drawn into the same folder.
-    For a folder of several runs, as figures/curve, the held-out curves of all are drawn into one picture.
+    For a saved sweep, which has only evidence, the ledger and the memorization curves are drawn into the same folder;
+    for a folder of saved sweeps, as figures/claims, into each, and one ledger of all. For a folder of several runs, as
+    figures/curve, the held-out curves of all are drawn into one picture.
     Raises an InputError if there is neither evidence nor a recipe with metrics, or a file is damaged.
     """
     with refuse_other_shapes(f"{run.path}: cannot be drawn again from what is there", "run the notebooks"):
         if (run.path / FILE).is_file():
             folder, pictures = run.path, _of_evidence(load_evidence(run.path))
+        elif not run.recipe_file.is_file() and (ledgers := load_all_evidence(run.path)):
+            folder, pictures = run.path, _of_ledgers(ledgers)
         elif not run.recipe_file.is_file() and (models := _curves_of_models(run.path)):
             folder, pictures = run.figures, {"overfitting": overfitting_of_models(models)}
         else:
@@ -79,6 +82,13 @@ def _of_run(run: RunDirectory) -> dict[str, Picture]:
     if "06_claims" not in results:
         del pictures["ledger"]
     return pictures
+
+
+def _of_ledgers(ledgers: dict[str, Evidence]) -> dict[str, Picture]:
+    """The pictures of each saved sweep, as NAME/ledger, and the ledger of all."""
+    own = {f"{name}/{key}": drawn for name, e in ledgers.items() for key, drawn in _of_evidence(e).items()}
+    claims = {name: judge(evidence) for name, evidence in ledgers.items()}
+    return {"ledger": ledger_picture(claims, "Each model at rates of its own"), **own}
 
 
 def _of_evidence(evidence: Evidence) -> dict[str, Picture]:

@@ -15,7 +15,7 @@ from mini_symposium.claims.registration import REGISTERED
 from mini_symposium.errors import InputError
 from mini_symposium.run import ROOT
 
-SAVED = ROOT / "figures" / "claims"
+SAVED = sorted(path.parent for path in (ROOT / "figures" / "claims").glob("*/evidence.json"))
 
 
 def entities(folder) -> dict[str, dict]:
@@ -31,13 +31,14 @@ def references(value):
             yield from references(each)
 
 
-def test_the_committed_crate_is_true_and_complete():
-    found = entities(SAVED)
+@pytest.mark.parametrize("saved", SAVED, ids=lambda folder: folder.name)
+def test_the_committed_crate_is_true_and_complete(saved):
+    found = entities(saved)
     root = found["./"]
-    files = {path.name for path in SAVED.iterdir()} - {CRATE}
+    files = {path.name for path in saved.iterdir()} - {CRATE}
     assert {part["@id"] for part in root["hasPart"]} == files, "run `make figures`"
     for name in files:
-        content = (SAVED / name).read_bytes()
+        content = (saved / name).read_bytes()
         assert found[name]["@type"] == "File" and found[name]["contentSize"] == str(len(content))
         assert found[name]["sha256"] == hashlib.sha256(content).hexdigest(), "run `make figures`"
     assert found[CRATE]["about"] == {"@id": "./"}

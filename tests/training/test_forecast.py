@@ -261,7 +261,7 @@ def test_a_training_without_an_older_forecast_is_refused(tmp_path, recipe, examp
 
 
 def test_the_measured_epochs_are_those_of_the_metrics():
-    evidence = load_evidence("figures/claims").trained
+    evidence = load_evidence("figures/claims/exploratory").trained
     high = {t.seed: t for t in evidence if t.name == "high"}
     of_the_proxy = "dataset == 'thirteen' and alpha == 32 and learning_rate == 1e-4 and model.str.startswith('Smol')"
     for row in trainings().query(of_the_proxy).itertuples():
