@@ -10,53 +10,65 @@ from textwrap import fill
 
 import numpy as np
 
-from mini_symposium.claims.evidence import Evidence
+from mini_symposium.claims.evidence import Evidence, load_all_evidence
 from mini_symposium.claims.ledger import judge
+from mini_symposium.claims.verdicts import INCONCLUSIVE
 from mini_symposium.evaluation.best_epoch import load_curves, recommend
 from mini_symposium.evaluation.influence import load_influence
+from mini_symposium.figures.style import scientific
 from mini_symposium.files.writing import written_whole
 from mini_symposium.run import ROOT, RunDirectory, open_run
+from mini_symposium.training.forecast import read_log
 
 README = ROOT / "README.md"
-CURVES = {"proxy": "train --stop best -p NUM_EPOCHS=84", "base": "sweep --recipe base --only curve"}
-"""How each committed curve was measured, by `mini-symposium ...`; of the sweep's seeds, the first."""
+CURVES = "proxy", "base"
+"""Recipes with a committed curve: `train --stop best -p NUM_EPOCHS=84`, and of `sweep --recipe base --only curve` the
+first seed."""
 
 
 def finding() -> str:
     """What the committed curves say about the question behind the card, by model."""
-    told = []
+    falls, gaps, windows = [], [], []
     for recipe in CURVES:
         run = open_run(f"figures/curve/{recipe}")
         curves = load_curves(run)
         best = [recommend(curve) for curve in curves.values()]
-        at = " and ".join(f"at {each.learning_rate:g} after epoch {each.epoch} ({each.loss:.3f})" for each in best)
+        at = " and ".join(f"{each.loss:.3f} at {scientific(each.learning_rate)} (epoch {each.epoch})" for each in best)
+        falls.append(f"on {run.recipe.base_model} from {curves[max(curves)].means[0]:.3f} to {at}")
         seeds = [{"seed": run.recipe.seed, **asdict(curve)} for curve in curves.values()]
-        [claim] = [row for row in judge(Evidence(run.recipe.scale, "cpu", {}, [], curves=seeds)) if row.id == "C0"]
-        (least, most), wide = claim.interval, [each.last - each.first + 1 for each in best]
-        apart = "not to be told from the high rate's" if least <= 0 <= most else "worse" if least > 0 else "better"
-        start = f"{curves[max(curves)].means[0]:.3f}{'' if told else ' nats a token'}"
-        told.append(
-            f"On {run.recipe.base_model}, held-out loss starts at {start} and is best {at}. The low rate's best is "
-            f"{apart}, {claim.value:+.3f} [{least:+.3f}, {most:+.3f}]; its good window has {wide[1]} epochs, the high "
-            f"rate's {wide[0]}."
-        )
-    return f"{' '.join(told)} One seed, exploratory ({', '.join(f'`{how}`' for how in CURVES.values())})."
+        gaps += [row for row in judge(Evidence(run.recipe.scale, "cpu", {}, [], curves=seeds)) if row.id == "C0"]
+        windows.append([each.last - each.first + 1 for each in best])
+    worse, better = (all(sign * gap.interval[0 if sign > 0 else 1] > 0 for gap in gaps) for sign in (1, -1))
+    apart = "is worse" if worse else "is better" if better else "is not told apart on each"
+    by = " and ".join("{:.3f} [{:.3f}, {:.3f}]".format(abs(gap.value), *map(abs, gap.interval)) for gap in gaps)
+    high, low = (" and ".join(map(str, each)) for each in zip(*windows, strict=True))
+    return (
+        f"Held-out loss, in nats a token, falls {'; '.join(falls)}. The low rate's best {apart}, by {by} (95%; row by "
+        f"row, each at the epoch that is best for the others); it stays near it for {low} epochs, the high rate for "
+        f"{high}. One seed each (`sweep --only curve`), not judged."
+    )
 
 
 def verdicts() -> str:
-    """The ledger as a table."""
-    lines = ["| | the card says | proxy | measured |", "|---|---|---|---|"]
-    for row in _ledger():
-        answers = [answer for answer in row["answers"] or [row] if answer["value"] is not None]
-        found = "; ".join(map(_answer, answers))
-        row["needs"] = re.sub(r"n=(\d+), seeds=(\d+)", r"\1 prompts or rows, \2 seeds", row["needs"])
-        told = "; to decide: ".join(part for part in (found, row["needs"]) if part)
-        lines.append(f"| {row['id']} | {row['claim']} | **{row['verdict']}** | {told} |")
+    """The ledger as a table: of each claim the verdict by model, and what was measured of the first that can tell."""
+    models = _ledgers()
+    headings = ["proxy, exploratory" if name == "exploratory" else name for name in models]
+    lines = [f"| | the card says | {' | '.join(headings)} | measured |", "|---" * (3 + len(models)) + "|"]
+    for same in zip(*models.values(), strict=True):
+        found = [row for row in same if row["value"] is not None]
+        shown = next((row for row in found if row["verdict"] != INCONCLUSIVE), (found or same)[0])
+        answers = [answer for answer in shown["answers"] or [shown] if answer["value"] is not None]
+        told = "; ".join(map(_answer, answers))
+        if shown["verdict"] == INCONCLUSIVE:
+            needs = re.sub(r"n=(\d+), seeds=(\d+)", r"\1 prompts or rows, \2 seeds", shown["needs"])
+            told = "; to decide: ".join(part for part in (told, needs) if part)
+        said = ["–" if row["value"] is None else f"**{row['verdict']}**" for row in same]
+        lines.append(f"| {shown['id']} | {shown['claim']} | {' | '.join(said)} | {told} |")
     return "\n".join(lines)
 
 
-def _ledger() -> list[dict]:
-    return json.loads((ROOT / "figures" / "claims" / "claims.json").read_text(encoding="utf-8"))
+def _ledgers() -> dict[str, list[dict]]:
+    return {name: [row.row() for row in judge(each)] for name, each in load_all_evidence("figures/claims").items()}
 
 
 def _answer(answer: dict) -> str:
@@ -74,8 +86,8 @@ def speed() -> str:
         f"{found['step']['tokens']} tokens takes {ratios['step_vs_stock_trl']:.2f} of stock TRL's time, "
         f"{ratios['step_vs_peft']:.2f} of a bare PEFT loop's, {ratios['step_vs_litgpt']:.2f} of LitGPT's and "
         f"{ratios['step_vs_llama_factory']:.2f} of LLaMA-Factory's; four learning rates in one pass "
-        f"{ratios['pass4_vs_solo4']:.2f} of four passes; eight formats at once {ratios['grid_vs_loop']:.2f} of one "
-        f"`generate` after the other. {_by_size()}"
+        f"{ratios['pass4_vs_solo4']:.2f} of four passes; answers in eight formats at once "
+        f"{ratios['grid_vs_loop']:.2f} of one after the other. {_by_size()}"
     )
 
 
@@ -96,17 +108,32 @@ def examples() -> str:
     share, n = found.carried, len(found.rows)
     twins = found.by_seed.mean(0)[:, n:]
     own, others = twins.diagonal().mean(), twins[~np.eye(n, dtype=bool)].mean()
-    fall, error = found.more_rows()
-    at = f"epoch {found.epoch} of {found.learning_rate:g}, seeds: {len(found.seeds)}"
+    at = f"epoch {found.epoch} of {scientific(found.learning_rate)}, seeds: {len(found.seeds)}"
     return (
-        f"On the proxy ({at}), without a row the loss on its twin, a similar row that is never trained on, changes by "
-        f"{own:+.3f} nats a token, and on the other twins by {others:+.3f}; the other rows teach {share.min():.0%} to "
-        f"{share.max():.0%} of what is learned of a row; twice as many rows would change the best held-out loss by "
-        f"{-fall:+.2f} ± {error:.2f}."
+        f"On the proxy ({at}), leaving a row out changes the loss on its twin, a similar row that is never trained on, "
+        f"by {own:+.3f} nats a token, and on the other twins by {others:+.3f}; the other rows teach {share.min():.0%} "
+        f"to {share.max():.0%} of a row."
     )
 
 
-BLOCKS = {"finding": finding, "verdicts": verdicts, "speed": speed, "examples": examples}
+def seven() -> str:
+    """What the sizes that were measured foresee for the card's own model, from the last lines in the log."""
+    lines = [line for line in read_log(ROOT / "figures/forecasts/log.jsonl") if "Mistral" in line["base_model"]]
+    high, low = ({line["learning_rate"]: line for line in lines}[rate] for rate in (1e-6, 1e-7))
+
+    def told(line: dict, moment: str) -> str:
+        epoch, least, most = line[moment]
+        return f"{epoch:,.0f} ({least:,.0f} to {most:,.0f})"
+
+    return (
+        f"Nobody has trained Mistral-7B here. By its size (`forecast --recipe paper --by-size`) it recites at epoch "
+        f"{told(high, 'recited')} of 1e-6, where the card says about 100, and is about best, half known, at epoch "
+        f"{told(low, 'known')} of 1e-7, where the card stopped at 600; in brackets, 90% intervals. `make reproduce "
+        f"RECIPE=paper` and `forecast --check runs/paper` score [it](figures/forecasts/log.jsonl)."
+    )
+
+
+BLOCKS = {"finding": finding, "verdicts": verdicts, "speed": speed, "examples": examples, "seven": seven}
 
 
 def rendered(text: str) -> str:

@@ -182,7 +182,7 @@ def decide(found: Mapping[str, Found], registered: Registration, under_it: bool 
         if judged:
             side = SUPPORTED if (np.mean(table) > test.threshold) == test.above else NOT_SUPPORTED
             failed = [c for c in found[question.id].controls if not c.holds and c.guards in ("", side)]
-            lacks = "; ".join(f"a model or rate for which this holds: {control.what}" for control in failed)
+            lacks = "; ".join(f"a model or rate of which this is true: {control.what}" for control in failed)
             said = [side if each <= registered.level and not failed else INCONCLUSIVE for each in (p, corrected)]
         shown = test.metric, test.equal, test.threshold
         answers[question.id].append(Answer(*shown, p, corrected, *said, judged=judged, needs=lacks))

@@ -23,6 +23,10 @@ def forecast(
     learning_rates: LearningRates = "",
     ranks: Ranks = "",
     schedules: Schedules = "",
+    by_size: Annotated[
+        bool,
+        typer.Option("--by-size", help="of a model whose weights are not here, from the sizes of those that were"),
+    ] = False,
     log: Annotated[
         str,
         typer.Option(metavar="FILE", help="also append the forecasts to this log, before the training that tests them"),
@@ -45,12 +49,24 @@ def forecast(
     rates = parse_numbers("learning-rates", learning_rates, float) or list(chosen.contrast)
     rules = [rule.strip() for rule in schedules.split(",")] if schedules else []
     trainings = [t for group in grid(chosen, rates, parse_ranks(ranks), rules, [chosen.seed]) for t in group]
-    from mini_symposium.data.dataset import recipe_examples
-    from mini_symposium.training.forecast import MOMENTS, foresee
+    from mini_symposium.claims.registration import REGISTERED
+    from mini_symposium.data.dataset import fingerprint, recipe_examples
+    from mini_symposium.models.base_models import shape_of
+    from mini_symposium.training.forecast import MOMENTS, foresee, foresee_by_size
 
-    examples = recipe_examples(chosen)[0]
-    found = foresee([training.recipe for training in trainings], examples)
-    title = literal(f"{chosen.base_model}, {len(examples)} rows: epochs, and 90% intervals")
+    examples, recipes = recipe_examples(chosen)[0], [training.recipe for training in trainings]
+    how = ""
+    if by_size:
+        if dataset or fingerprint(examples) != REGISTERED.rows:
+            raise InputError("--by-size: is for the thirteen rows that come with the kit; leave out --dataset")
+        parameters = sum(each.numel() for each in shape_of(chosen.base_model).parameters())
+        found, how = (
+            foresee_by_size(recipes, parameters, len(examples)),
+            f", by its {parameters / 1e9:.1f} B parameters",
+        )
+    else:
+        found = foresee(recipes, examples)
+    title = literal(f"{chosen.base_model}{how}, {len(examples)} rows: epochs, and 90% intervals")
     headings = [heading for heading, _ in MOMENTS.values()]
     table = Table("learning rate", "r", "alpha", "schedule", *headings, title=title)
     for row in found.to_dict("records"):
@@ -140,6 +156,7 @@ def sweep(
     from mini_symposium.claims.registration import REGISTERED
     from mini_symposium.data.dataset import load_examples, recipe_examples
     from mini_symposium.data.held_out import apart, load_held_out
+    from mini_symposium.evaluation.memorization import PROBES
     from mini_symposium.files.writing import alone
     from mini_symposium.training.sweep import CURVE, Sweep, check_engine
 
@@ -147,7 +164,8 @@ def sweep(
     root, high = RunDirectory(out or f"runs/{chosen.name}-sweep").path, REGISTERED.rates.get(chosen.base_model, 0.0)
     whole = Sweep(chosen, root, numbers, passes, high, _gathered(beside, chosen.base_model))
     names = [name.strip() for name in only.split(",") if name.strip()]
-    known = [*dict.fromkeys(training.name for training in whole.trainings), *([] if is_grid else [CURVE])]
+    known = [*(name for name, _ in sorted(whole.had)), *(training.name for training in whole.trainings)]
+    known = [*dict.fromkeys(known), *([] if is_grid else [CURVE])]
     if unknown := [name for name in names if name not in known]:
         raise InputError(f"--only {', '.join(unknown)}: the experiments are {', '.join(known)}")
     examples = recipe_examples(chosen)[0]
@@ -160,9 +178,11 @@ def sweep(
     if measure == "all":
         prompts = apart([prompt for split in ("test", "more") for prompt in load_held_out(split)], examples, say)
 
+    probes = ("prompt",) if measure == "recitation" else PROBES
+
     def measure_these(group):
         if measure != "nothing":
-            whole.measure(examples, twins, prompts, is_grid, say, group)
+            whole.measure(examples, twins, prompts, is_grid, say, group, probes=probes)
 
     with alone(whole.root):
         whole.run(examples, twins, names, say, engine, cpus, measure_these)

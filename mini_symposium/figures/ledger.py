@@ -61,7 +61,7 @@ def memorization_curves(trained: Sequence[Training], scale: str) -> Picture:
     with styled():
         caption = (
             "EM: share of a row's tokens that the model predicts. Open marks: twins, which are rows like these that "
-            "were not trained on. Right: rates whose lines coincide differ only in dose."
+            "were not trained on. Right: where lines coincide, the rates differ only in dose."
         )
         if "extractable_32" in table:
             caption += " Dotted: share of rows of which the model, given 32 tokens, writes the next 50 exactly."
@@ -72,7 +72,7 @@ def memorization_curves(trained: Sequence[Training], scale: str) -> Picture:
             colour, line, shape = (each[i % len(COLOURS)] for each in (COLOURS, LINES, SHAPES))
             look = {"color": colour, "linestyle": line, "linewidth": 3.2 if i == 0 else 1.6}
             open_mark = {"marker": shape, "markerfacecolor": "white", "markersize": 5}
-            shown[rate] = Line2D([], [], **look, **open_mark, label=f"LR {scientific(rate)}")
+            shown[rate] = Line2D([], [], **look, label=f"LR {scientific(rate)}")
             for axes, x in zip(panels, ("epoch", "dose"), strict=True):
                 training, twins = (part[part["rows"] == rows] for rows in ("training", "twins"))
                 axes.plot(training[x], training["em"], **look)
@@ -85,7 +85,11 @@ def memorization_curves(trained: Sequence[Training], scale: str) -> Picture:
         panels[1].set(xlabel="dose = learning rate × steps (log)")
         log_axis(panels[1])
         # No curve passes through the upper left.
-        panels[1].legend(handles=[shown[rate] for rate in rates], loc="upper left", handlelength=3.4)
+        handles = [shown[rate] for rate in rates]
+        handles.append(Line2D([], [], color=GREY, linestyle="", **open_mark, label="twins"))
+        if "extractable_32" in table:
+            handles.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.2, label="rows written on"))
+        panels[1].legend(handles=handles, loc="upper left", handlelength=3.4)
         for axes in panels:
             axes.grid(axis="y")
     figure.drawn = table

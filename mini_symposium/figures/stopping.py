@@ -36,7 +36,10 @@ def overfitting(curves: Mapping[float, Curve], scale: str) -> Picture:
     table = pd.concat(_drawn(curves[rate]) for rate in sorted(curves, reverse=True))
     table = table.drop(columns=["change", "change_error"])
     with styled():
-        caption = f"{_measured(curves)} Band: standard error of the difference from the best epoch."
+        caption = (
+            f"{_measured(curves)} Band: standard error of the difference from the best epoch. What is known after the "
+            "last epoch was not measured, and dose 0 has no logarithm."
+        )
         figure = titled(3.9, "When to stop: held-out loss, by what is known and by dose", scale, caption)
         panels = figure.subplots(1, 2, sharey=True)
         for axes, x in zip(panels, ("trained_em", "dose"), strict=True):
@@ -106,9 +109,11 @@ def _measured(curves: Mapping[object, Curve]) -> str:
     """What stands in the caption of both pictures."""
     folds = ", ".join(map(str, sorted({curve.folds for curve in curves.values()})))
     recited = any(max(curve.trained_em, default=0) >= RECITED for curve in curves.values())
+    wide = any(found.first < found.last for found in map(recommend, curves.values()))
     return (
-        f"Each row is measured by adapters that never saw it ({folds} folds). Dot: the best epoch; thick: within "
-        f"one standard error of it.{f' Square: the training rows are recited (EM {RECITED}).' * recited}"
+        f"Each row is measured by adapters that never saw it ({folds} folds). Dot: the best epoch"
+        f"{'; thick: within one standard error of it' * wide}."
+        f"{f' Square: the training rows are recited (EM {RECITED}).' * recited}"
     )
 
 

@@ -53,6 +53,8 @@ from mini_symposium.training.trainer import EpochOrder, adapter_name, schedule
 TRAININGS = "figures/forecasts/trainings.csv"
 """Measured trainings at a constant rate: model, dataset, r, alpha, learning_rate, steps (of an epoch), first, second
 and loss (see `Slopes`), and the epochs `known` and `recited`, empty where that was not reached."""
+SIZES = "figures/forecasts/sizes.csv"
+"""Base models by size: model, parameters, and the slopes of the thirteen rows with r = 16 and alpha = 32."""
 MOMENTS = {"known": ("half known", 0.5), "recited": ("recited", 0.9)}
 """{column: (what it is called, the EM of the training rows at it)}. Held-out loss is best a little before the first: on
 the proxy at an EM of 0.43 to 0.46."""
@@ -218,6 +220,48 @@ def foresee(recipes: Sequence[Recipe], examples: Sequence[Example]) -> pd.DataFr
         for each in forecast(measured[kind], recipe, steps):
             line |= {each.moment: each.epoch, f"{each.moment}_low": each.low, f"{each.moment}_high": each.high}
         lines.append(line | {"rate_for_100": rate_for(measured[kind], 100, steps)})
+    return pd.DataFrame(lines)
+
+
+def foresee_by_size(recipes: Sequence[Recipe], parameters: int, steps: int) -> pd.DataFrame:
+    """As `foresee`, for a model whose weights are not here: from how the dose falls with the size of models in SIZES.
+
+    The logarithm of the dose is a straight line over that of the parameters. The interval is that of one more model
+    (Student's t), with the law's own spread.
+
+    Raises
+    ------
+    InputError
+        If a recipe has another r or alpha than 16 and 32.
+    """
+    sizes, measured, lines = pd.read_csv(find(SIZES)), trainings(), []
+    x = np.log(sizes["parameters"])
+    apart, free = np.log(parameters) - x.mean(), len(x) - 2
+    doses = {}
+    for moment in MOMENTS:
+        mean, deviation, _ = fit(measured, moment)
+        of_law = np.log(
+            [
+                [Slopes(*each).dose(each[2] * math.exp(mean + shift)) for shift in (0, -deviation, deviation)]
+                for each in zip(sizes["first"], sizes["second"], sizes["loss"], strict=True)
+            ]
+        )
+        slope, start = np.polyfit(x, of_law[:, 0], 1)
+        variance = ((of_law[:, 0] - start - slope * x) ** 2).sum() / free
+        of_size = variance * (1 + 1 / len(x) + apart**2 / ((x - x.mean()) ** 2).sum())
+        width = stdtrit(free, (1 + LEVEL) / 2) * math.sqrt(of_size + ((of_law[:, 2] - of_law[:, 1]) / 2).mean() ** 2)
+        at = start + slope * math.log(parameters)
+        doses[moment] = [math.exp(at + shift) / _crowded(steps) for shift in (0, -width, width)]
+    for recipe in recipes:
+        if (recipe.lora_r, recipe.lora_alpha) != (16, 32):
+            raise InputError(
+                f"r {recipe.lora_r}, alpha {recipe.lora_alpha}: a forecast by size is for r 16 and alpha 32"
+            )
+        line = {key: getattr(recipe, key) for key in ("learning_rate", "lora_r", "lora_alpha", "lr_scheduler")}
+        for moment, own in doses.items():
+            epochs = [LAG + epochs_of(dose, recipe, steps) for dose in own]
+            line |= dict(zip((moment, f"{moment}_low", f"{moment}_high"), epochs, strict=True))
+        lines.append(line | {"rate_for_100": doses["known"][0] / ((100 - LAG) * steps)})
     return pd.DataFrame(lines)
 
 

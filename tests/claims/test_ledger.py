@@ -109,7 +109,7 @@ def test_a_control_that_fails_takes_the_verdict_away(broken):
     found = row(
         replace(evidence(*seeds_of("high", {100: some}, onset=70)), base=evaluation() if base is None else base), "C1"
     )
-    assert found.verdict == "inconclusive" and "a model or rate for which this holds: " in found.needs
+    assert found.verdict == "inconclusive" and "a model or rate of which this is true: " in found.needs
 
 
 @pytest.mark.parametrize("onset", [18, 101])
@@ -138,7 +138,7 @@ def cut(e):
         (stopped(0.0, high_em=0.5), "the epoch at which the high rate of seed 42 recites"),
         (evidence(*(t for t in stopped(0.0).trained if t.name == "high")), "both rates of one seed"),
         (cut(stopped(0.0)), "epoch 120 of the low rate of seed 42"),
-        (stopped(0.0, end=0.0), "a model or rate for which this holds: at the high rate's end more than half"),
+        (stopped(0.0, end=0.0), "a model or rate of which this is true: at the high rate's end more than half"),
     ],
 )
 def test_what_the_low_rates_stop_lacks_is_named(some, needs):
@@ -228,7 +228,7 @@ def test_the_rates_behind_a_verdict_are_named_and_the_cards_own_beside_them():
 def test_what_is_compared_needs_room(some, key, needs):
     """Where nothing passes, or nothing is said, no difference can be seen; the arms that are compared tell."""
     found = row(some, key)
-    assert (f"a model or rate for which this holds: {needs}" in found.needs) if needs else not found.needs
+    assert (f"a model or rate of which this is true: {needs}" in found.needs) if needs else not found.needs
 
 
 def test_a_gain_over_an_arm_that_passes_nothing_is_a_gain():

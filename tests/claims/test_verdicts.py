@@ -98,7 +98,7 @@ def test_a_failed_control_takes_away_the_verdict_that_it_guards_and_is_named(k, 
     for guards in ("", verdict):
         row = judged(asking(RECALL), counts(k, 13), controls=[Control("it was asked", 0.0, False, guards)])
         assert (row.verdict, row.value) == (INCONCLUSIVE, k / 13)
-        assert row.needs == "a model or rate for which this holds: it was asked"
+        assert row.needs == "a model or rate of which this is true: it was asked"
     other = NOT_SUPPORTED if verdict == SUPPORTED else SUPPORTED
     assert judged(asking(RECALL), counts(k, 13), controls=[Control("x", 0.0, False, other)]).verdict == verdict
     assert judged(asking(RECALL), counts(k, 13), controls=[Control("x", 1.0, True)]).verdict == verdict

@@ -58,3 +58,12 @@ def test_what_earlier_evidence_has_whole_is_not_gathered_again(tmp_path):
     whole.save(tmp_path / "part")
     said = command("sweep", "--out", tmp_path / "s", "--beside", tmp_path / "part", "--plan").stdout
     assert re.search(r"low .*42, 43, 44", said) and not re.search(r"│ high", said)
+    done = command("sweep", "--out", tmp_path / "s", "--beside", tmp_path / "part", "--plan", "--only", "high")
+    assert "55,170 adapter steps and 3 evaluations" in done.stdout  # the plan is always whole
+
+
+def test_a_forecast_by_size_is_for_the_kits_own_rows(tmp_path):
+    said = command("forecast", "--recipe", "paper", "--by-size").stdout
+    assert "7.2 B parameters" in said and "1e-06" in said and "1e-07" in said
+    done = command("forecast", "--recipe", "paper", "--by-size", "--dataset", "data/twins.md", check=False)
+    assert done.returncode == 2 and "leave out --dataset" in done.stderr

@@ -260,6 +260,39 @@ def test_a_training_without_an_older_forecast_is_refused(tmp_path, recipe, examp
         check(log, [run])
 
 
+def test_a_model_without_weights_is_foreseen_from_the_sizes_of_others(tmp_path, monkeypatch):
+    recipe, file = load_recipe("paper"), tmp_path / "sizes.csv"
+    monkeypatch.setattr(module, "SIZES", file)
+
+    def foreseen(loss):
+        """Of four models whose dose falls as the root of their size, but for the factors in `loss`."""
+        lines = [
+            (10**k, 100 * 10 ** (k / 2), 1e4 * 10**k, 4.0 * each)
+            for k, each in zip((8, 8.5, 9, 9.5), loss, strict=True)
+        ]
+        pd.DataFrame(lines, columns=["parameters", "first", "second", "loss"]).to_csv(file, index=False)
+        return module.foresee_by_size([recipe.replace(learning_rate=rate) for rate in (1e-6, 1e-7)], 10**10, 13)
+
+    exact = foreseen([1.0] * 4)
+    slopes_there = module.Slopes(100 * 1e5, 1e4 * 1e10, 4.0)
+    for moment in module.MOMENTS:
+        mean, _, _ = fit(trainings(), moment)
+        dose = slopes_there.dose(4.0 * math.exp(mean))
+        assert exact[moment].tolist() == pytest.approx([1 + dose / 1.3e-5, 1 + dose / 1.3e-6], rel=1e-6)
+    rough = foreseen([1.0, 1.5, 0.7, 1.0])
+    wide = [(found["known_high"] / found["known_low"])[0] for found in (exact, rough)]
+    assert 1 < wide[0] < wide[1]
+    with pytest.raises(InputError, match="r 8, alpha 16: a forecast by size is for r 16 and alpha 32"):
+        module.foresee_by_size([recipe.replace(lora_r=8, lora_alpha=16)], 10**10, 13)
+
+
+def test_the_sizes_are_those_of_the_measured_trainings():
+    sizes = pd.read_csv(find(module.SIZES)).set_index("model")
+    for row in trainings().query("dataset == 'thirteen' and r == 16").itertuples():
+        of_size = sizes.loc[row.model]
+        assert [of_size[key] for key in ("first", "second", "loss")] == [row.first, row.second, row.loss]
+
+
 def test_the_measured_epochs_are_those_of_the_metrics():
     evidence = load_evidence("figures/claims/exploratory").trained
     high = {t.seed: t for t in evidence if t.name == "high"}
