@@ -30,8 +30,8 @@ STYLE = f'<style onload="{_NAME_SLIDERS}">{_CSS}</style>'
 """The page's style; when it is loaded, it gives sliders the names that ipywidgets does not tell to screen readers."""
 
 LEGEND = (
-    '<p class="ms-note"><span class="ms-recited">Underlined</span>: eight or more words in a row that stand in the '
-    "training set; the brackets name the row.</p>"
+    '<p class="ms-note"><span class="ms-recited">Underlined</span>: eight or more words in this order in the '
+    "training set; the brackets name the training row.</p>"
 )
 
 _ENDINGS = {"eos": "ended by itself", "stop string": "met a stop string", "length": "cut off", "stopped": "stopped"}
@@ -88,7 +88,7 @@ def card(cell: Mapping, rows: TrainingRows, seconds: float | None = None, other:
     if "tokens" in cell:
         notes = [f"{cell['seconds']:.1f} s", f"{cell['tokens']} tokens", _ENDINGS[cell["stop_reason"]]]
     notes += [f"{read.drift:.0%} of letters in another script"] if read.drift else []
-    notes += [f"{read.headings} headings"] if read.headings else []
+    notes += [f"{read.headings} heading{'s' * (read.headings > 1)}"] if read.headings else []
     bar = f'<span class="ms-bar" aria-hidden="true"><i style="width: {read.recited:.0%}"></i></span>'
     share = f"<b>{read.recited:.0%} recited</b>{f' from {as_html(read.row)}' if read.row else ''}"
     return (
