@@ -85,6 +85,7 @@ def train(
             help="end at the best held-out epoch (cross-validated first), when the rows are recited, or at an epoch",
         ),
     ] = "",
+    ask: Annotated[str, typer.Option(metavar="QUERY", help="show the adapters' answers to it while they train")] = "",
 ):
     """Train as notebook 02 does, without the notebook; an interrupted run resumes at its last checkpoint.
 
@@ -122,7 +123,9 @@ def train(
                 raise RunError("--stop best: at no rate does held-out loss fall, so nothing is trained; see above")
             kept, rule = [*kept, *best], after(max(best)) if stop == "best" else rule
         reporter = given.get("REPORT_TO", "none")
-        travels = run_training(chosen, examples, directory, rates, kept, reporter, overwrite, fast, held_out, rule)
+        query = given.get("ASK", ask)
+        options = {"held_out": held_out, "stop": rule, "ask": query}
+        travels = run_training(chosen, examples, directory, rates, kept, reporter, overwrite, fast, **options)
     if not main_process:
         return
     table = Table("learning rate", "steps", "LR x steps", "A moved", "A travel, rms", "B travel, rms", "B travel, max")

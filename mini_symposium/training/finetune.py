@@ -32,6 +32,7 @@ from transformers import PreTrainedModel, PrinterCallback, set_seed
 from trl import SFTConfig
 
 from mini_symposium.data.dataset import Example, Row, fingerprint, recipe_examples, tokenize
+from mini_symposium.data.prompt_formats import FORMATS
 from mini_symposium.errors import InputError, RunError
 from mini_symposium.files.writing import alone, clear_away, write_json, written_whole
 from mini_symposium.models.base_models import (
@@ -90,6 +91,7 @@ def train_pass(
     stop: Stop | None = None,
     watch: Watch | None = None,
     probe_every: int = 0,
+    ask: str = "",
 ) -> None:
     """Train one adapter for each of `trainings` over one base.
 
@@ -108,6 +110,8 @@ def train_pass(
         Called after each epoch whose adapters are kept; without it, a line is printed.
     probe_every
         How many epochs lie between two measurements of `held_out`; a tenth of all, but at least ten, if 0.
+    ask
+        A prompt that each adapter answers when it is kept, if given.
 
     Raises
     ------
@@ -126,7 +130,7 @@ def train_pass(
         def ends(epoch: int) -> bool:
             return bool(interrupted) or (stop is not None and stop(trainings, epoch))
 
-        log = Log(trainer, rows, epochs, held_out, probed, ends, watch)
+        log = Log(trainer, rows, epochs, held_out, probed, ends, watch, ask)
         stack.callback(log.close)
         trainer.add_callback(log)
         trainer.remove_callback(PrinterCallback)  # it would print every step
@@ -347,6 +351,7 @@ def train(
     held_out: Sequence[Example] = (),
     stop: Stop | None = None,
     watch: Watch | None = None,
+    ask: str = "",
 ) -> list[Travel]:
     """Train one adapter per learning rate into `run`; an interrupted run resumes at its last checkpoint.
 
@@ -369,6 +374,8 @@ def train(
         call without `stop` goes on from them.
     watch
         Called after each epoch whose adapters are kept; without it, a line is printed.
+    ask
+        A query. While it trains, each adapter's answer is printed whenever it is kept.
 
     Returns
     -------
@@ -423,7 +430,8 @@ def train(
             new = record_recipe(run, recipe, data)
         processes().wait_for_everyone()
         try:
-            train_together(trainings, rows, checkpoint_epochs, report_to, fast, probed, stop, watch)
+            prompt = FORMATS["new-query"].render(ask) if ask else ""
+            train_together(trainings, rows, checkpoint_epochs, report_to, fast, probed, stop, watch, ask=prompt)
         except InputError:
             if main and new and not any(training.folder.exists() for training in trainings):
                 run.clear_training()  # so that a corrected recipe is not refused as another run
@@ -506,11 +514,12 @@ def train_together(
     stop: Stop | None = None,
     watch: Watch | None = None,
     probe_every: int = 0,
+    ask: str = "",
 ) -> None:
     """Train the unfinished `trainings`, in as few passes over the base as memory allows.
 
-    They share base model, number of epochs and rows; each has its own rate, schedule, rank and seed. `stop`, `watch`
-    and `probe_every` are those of `train_pass`.
+    They share base model, number of epochs and rows; each has its own rate, schedule, rank and seed. `stop`, `watch`,
+    `probe_every` and `ask` are those of `train_pass`.
     """
     recipe, state = trainings[0].recipe, processes()
     epochs, last = _kept_epochs(recipe, checkpoint_epochs), recipe.num_epochs
@@ -541,7 +550,7 @@ def train_together(
             if resumed != chosen and state.is_main_process:
                 print(f"resuming with the layer {'' if compiled else 'not '}compiled, as it began, for equal bits")
             try:
-                train_pass(group, rows, epochs, start, resumed, report_to, held_out, stop, watch, probe_every)
+                train_pass(group, rows, epochs, start, resumed, report_to, held_out, stop, watch, probe_every, ask)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise

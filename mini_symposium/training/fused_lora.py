@@ -547,6 +547,13 @@ class FusedAdapters:
         self.matches = [match for share in self.shares for match in share.matches]
         return losses
 
+    @torch.no_grad()
+    def next_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The token that each adapter finds likeliest after its row; (K, T) -> (K,)."""
+        rows = input_ids.split([len(share.adapters) for share in self.shares])
+        last = [share.hidden(own)[:, -1] for share, own in zip(self.shares, rows, strict=True)]
+        return (torch.cat(last) @ self.head.T).argmax(-1)
+
 
 class _Share:
     """Adapters that are computed in one batch, in a decoder of their own that shares the base's tensors."""
@@ -632,9 +639,9 @@ class _Share:
             for group in (group for n in numbers for group in self.groups[n]):
                 group.clear()
 
-    def losses(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """As `FusedAdapters.losses`, for these adapters."""
-        fused, rows = self.fused, len(input_ids)
+    def hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What the head reads; (K, T) -> (K, T, d)."""
+        fused = self.fused
         of_layers = zip(*(own.vectors for own in self.adapters.values()), strict=True)
         vectors = [torch.cat(each) if len(each) > 1 else each[0] for each in of_layers]
         if fused.ahead and sum(map(torch.numel, vectors)) <= AHEAD:
@@ -643,6 +650,11 @@ class _Share:
             self.adapted = list(zip(vectors, self.scalings, strict=True))
         hidden = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         self.adapted, self.held = [], {}
+        return hidden
+
+    def losses(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """As `FusedAdapters.losses`, for these adapters."""
+        fused, rows, hidden = self.fused, len(input_ids), self.hidden(input_ids)
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         supervised = targets != -100
         hidden = hidden[supervised] if fused.divisor is None else hidden[supervised] / fused.divisor

@@ -46,6 +46,8 @@ class Log(TrainerCallback):
         Asked after each epoch, with its number, whether the trainings end there.
     watch
         Called after each epoch whose adapters are kept, with its number; without it, a line is printed.
+    ask
+        A prompt; each adapter's answer to it is printed after each epoch whose adapters are kept.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class Log(TrainerCallback):
         probe_epochs: Sequence[int] = (),
         stop: Callable[[int], bool] = lambda epoch: False,
         watch: Callable[[int], None] | None = None,
+        ask: str = "",
     ):
+        self.ask = ask
         self.trainer, self.trainings, self.rows, self.epochs = trainer, trainer.trainings, rows, epochs
         self.stop, self.watch = stop, watch or self.say
         self.latest: dict[tuple[float, str], list[float]] = defaultdict(list)
@@ -179,6 +183,10 @@ class Log(TrainerCallback):
             os.fsync(file.fileno())  # a checkpoint must not reach the disk before the lines that led to it
         if control.should_save and processes().is_main_process:
             self.watch(epoch)
+            for training, answer in zip(
+                self.trainings, self.trainer.answers(self.ask) if self.ask else (), strict=False
+            ):
+                self.bar.write(f"epoch {epoch}, {training.name} answers: {' '.join(answer.split())}")
         self.latest.clear()
 
     def say(self, epoch: int) -> None:

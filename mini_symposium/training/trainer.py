@@ -216,6 +216,27 @@ class RecipeTrainer(SFTTrainer):
             losses, matches = self._measured(self.model, {"input_ids": ids, "labels": labels})
         return [(loss, match.tolist()) for loss, match in zip(losses.tolist(), matches, strict=True)]
 
+    @torch.no_grad()
+    def answers(self, prompt: str, tokens: int = 24) -> list[str]:
+        """Each adapter's likeliest continuation of `prompt`, by the forward pass that trains. Nothing of the training
+        changes: neither a weight nor a random number."""
+        tokenizer, dropouts = self.processing_class, []
+        end = tokenizer.eos_token_id
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]] * len(self.trainings), device=self.model.device)
+        start = ids.shape[1]
+        if not self.fused:
+            dropouts = [each for each in self.model.modules() if isinstance(each, torch.nn.Dropout) and each.training]
+        for each in dropouts:
+            each.eval()
+        with self.compute_loss_context_manager():
+            while ids.shape[1] < start + tokens and not (ids[:, start:] == end).any(1).all():
+                following = self.fused.next_tokens(ids) if self.fused else self.model(ids).logits[:, -1].argmax(-1)
+                ids = torch.cat([ids, following[:, None]], 1)
+        for each in dropouts:
+            each.train()
+        rows = [row[: row.index(end)] if end in row else row for row in ids[:, start:].tolist()]
+        return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
     def _clip_grad_norm(self, model):
         """Overridden: each adapter's gradient is clipped by its own norm, as if it trained alone."""
         groups = self.optimizer.param_groups

@@ -299,6 +299,23 @@ def steps(run, rate):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in run.metrics(rate)]
 
 
+@pytest.mark.parametrize(("fast", "dropout"), [(True, 0.0), (False, 0.1)])
+def test_an_answer_while_it_trains_is_the_adapters_own_and_changes_no_bit(fast, dropout, recipe, tmp_path, capsys):
+    text = "### New Query\nWhat is on the roof?\n\n### Complete Response\nA cat, two slates and an old kite."
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}))
+    rows = load_examples(tmp_path / "rows.jsonl") * 4
+    some, rates = recipe.replace(num_epochs=40, lora_dropout=dropout), [1e-2, 1e-6]
+    runs = [RunDirectory(tmp_path / name) for name in ("quiet", "asked")]
+    for run, query in zip(runs, ("", "What is on the roof?"), strict=True):
+        finetune.train(some, rows, run, rates, [40], fast=fast, ask=query)
+    told = [line for line in capsys.readouterr().out.splitlines() if " answers: " in line]
+    assert told[0] == "epoch 40, 1e-02 answers: A cat, two slates and an old kite."
+    assert len(told) == 2 and told[1].startswith("epoch 40, 1e-06 answers: ") and "cat" not in told[1]
+    for rate in rates:
+        files = [run.checkpoints(rate)[40] / "adapter_model.safetensors" for run in runs]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
 @pytest.mark.parametrize(("rates", "dropout"), [([1e-4, 1e-7], 0.0), ([1e-4], 0.1)])
 def test_a_killed_run_goes_on_and_equals_one_that_was_never_killed(tmp_path, rates, dropout):
     def start(name):
