@@ -307,10 +307,12 @@ def test_an_answer_while_it_trains_is_the_adapters_own_and_changes_no_bit(fast, 
     some, rates = recipe.replace(num_epochs=40, lora_dropout=dropout), [1e-2, 1e-6]
     runs = [RunDirectory(tmp_path / name) for name in ("quiet", "asked")]
     for run, query in zip(runs, ("", "What is on the roof?"), strict=True):
-        finetune.train(some, rows, run, rates, [40], fast=fast, ask=query)
+        finetune.train(some, rows, run, rates, [20, 40], fast=fast, ask=query)
     told = [line for line in capsys.readouterr().out.splitlines() if " answers: " in line]
-    assert told[0] == "epoch 40, 1e-02 answers: A cat, two slates and an old kite."
-    assert len(told) == 2 and told[1].startswith("epoch 40, 1e-06 answers: ") and "cat" not in told[1]
+    assert "epoch 40, 1e-02 answers: A cat, two slates and an old kite." in told
+    names = [line.partition(" answers: ")[0] for line in told]
+    assert sorted(names) == [f"epoch {epoch}, {rate}" for epoch in (20, 40) for rate in ("1e-02", "1e-06")]
+    assert not any("cat" in line for line in told if "1e-06" in line)
     for rate in rates:
         files = [run.checkpoints(rate)[40] / "adapter_model.safetensors" for run in runs]
         assert files[0].read_bytes() == files[1].read_bytes()
