@@ -96,7 +96,7 @@ def best_moments(e: Evidence) -> Found:
 
 def high_rate_overfits(e: Evidence) -> Found:
     """C1: recall of the training rows by the high rate, which must be one that recites about when the card's did."""
-    high = last_evaluated(e, "high", EPOCHS_HIGH)
+    high = last_evaluated(e, "high", EPOCHS_HIGH, answered=False)
     if not high:
         raise Missing("an evaluation of the high rate")
     onsets = [onset(training) for training, _ in high]
@@ -154,7 +154,7 @@ def generalises_worse(e: Evidence) -> Found:
     """C3: pass rates over the same prompts, formats and seeds; by category too, because an average hides them."""
     pairs = _pairs(last_evaluated(e, "low", EPOCHS_LOW), last_evaluated(e, "high", EPOCHS_HIGH))
     if not pairs:
-        raise Missing("evaluations of both rates from one seed")
+        raise Missing("answers of both rates to held-out prompts, from one seed")
     lows, highs = ([t.evaluations[at] for t, at in checkpoints] for checkpoints in zip(*pairs, strict=True))
 
     def both(category: str = "") -> list[np.ndarray]:
@@ -175,7 +175,7 @@ def performs_across_formats(e: Evidence) -> Found:
     The note adds the card's own format, and the spread and POSIX, which measure how much the format matters.
     """
     low = _low(e, with_base=True)
-    own = e.base["answers"][0]["format"] if e.base["answers"] else ""
+    own = e.base["answers"][0]["format"]
     tuned, in_own = (
         np.stack([pass_rates(t.evaluations[at], **which) for t, at in low], 1)
         for which in ({"without": own}, {"form": own})
@@ -365,8 +365,8 @@ def save(claims: Sequence[Claim], folder: Path) -> Path:
 def _low(e: Evidence, with_base: bool = False) -> list[Checkpoint]:
     """The low rate's last evaluated epoch of each seed."""
     low = last_evaluated(e, "low", EPOCHS_LOW)
-    if not low or (with_base and not e.base):
-        raise Missing("an evaluation of the low rate" + (" and of the base" if with_base else ""))
+    if not low or (with_base and not e.base.get("answers")):
+        raise Missing("answers of the low rate to held-out prompts" + (", and of the base" if with_base else ""))
     return low
 
 

@@ -54,9 +54,14 @@ def missing_seeds(e: Evidence, *names: str) -> str:
     return joined(f"missing: {name} of seed {listed(without)}" for name, without in missing.items() if without)
 
 
-def last_evaluated(e: Evidence, name: str, at_most: int) -> list[Checkpoint]:
-    """For each training of experiment `name`, its last evaluated epoch up to `at_most`."""
-    checkpoints = [(t, max((epoch for epoch in t.evaluations if epoch <= at_most), default=-1)) for t in e.named(name)]
+def last_evaluated(e: Evidence, name: str, at_most: int, answered: bool = True) -> list[Checkpoint]:
+    """For each training of experiment `name`, its last evaluated epoch up to `at_most`; with answers to held-out
+    prompts, unless only what it recites is asked for."""
+    evaluated = [
+        (t, [at for at, found in t.evaluations.items() if at <= at_most and (found["answers"] or not answered)])
+        for t in e.named(name)
+    ]
+    checkpoints = [(training, max(epochs, default=-1)) for training, epochs in evaluated]
     return [(training, at) for training, at in checkpoints if at >= 0]
 
 

@@ -200,7 +200,7 @@ def test_rows_that_were_not_trained_on_must_not_tell_the_arms_apart():
         replace(t, twins={10: {"em": 0.5, "loss": 1.0}}) if t.name.startswith("rank-64") else t for t in some.trained
     ]
     for twins in (skilled, [replace(t, twins={}) for t in some.trained]):
-        assert "this holds: EM of held-out twins differs" in row(replace(some, trained=twins), "C6").needs
+        assert "this is true: EM of held-out twins differs" in row(replace(some, trained=twins), "C6").needs
 
 
 def test_a_log_that_was_cut_off_is_named_and_its_epochs_are_not_taken_for_all():
@@ -239,6 +239,19 @@ def test_a_base_that_answered_nothing_leaves_open_what_it_is_the_control_of_and_
     rows = judge(low(base={**evaluation(), "answers": []}))
     json.dumps([each.row() for each in rows], allow_nan=False)
     assert row(low(base={**evaluation(), "answers": []}), "C11").verdict == "inconclusive"
+
+
+def test_what_was_only_asked_for_its_rows_leaves_the_questions_about_answers_open():
+    recited = {**evaluation(recall=0.99), **{key: [] for key in ("answers", "roles", "perspectives")}}
+    only = contrast({**recited, "recitation": evaluation()["recitation"]}, recited)
+    only = replace(only, base={**evaluation(), **{key: [] for key in ("answers", "roles", "perspectives")}})
+    assert row(only, "C1").verdict == "supported"
+    for key, what in {
+        "C3": "of both rates",
+        **dict.fromkeys(("C4", "C5", "C8", "C9", "C11"), "of the low rate"),
+    }.items():
+        assert row(only, key).needs.startswith(f"missing: answers {what} to held-out prompts"), key
+    json.dumps([each.row() for each in judge(only)], allow_nan=False)
 
 
 def test_each_row_is_measured_where_the_other_rows_say_that_held_out_loss_is_best():

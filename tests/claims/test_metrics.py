@@ -46,11 +46,12 @@ def test_the_answers_are_summed_up_by_model_and_what_was_not_measured_is_left_ou
 
 def test_each_seeds_last_evaluated_epoch_counts():
     seeds = [
-        trained("high", seed=1, evaluations={30: {}, 100: {}, 200: {}}),
-        trained("high", seed=2, evaluations={60: {}}),
+        trained("high", seed=1, evaluations={30: {"answers": [1]}, 100: {"answers": []}, 200: {"answers": [1]}}),
+        trained("high", seed=2, evaluations={60: {"answers": [1]}}),
     ]
     some = evidence(*seeds, trained("high", seed=3))
-    assert [(t.seed, at) for t, at in metrics.last_evaluated(some, "high", 100)] == [(1, 100), (2, 60)]
+    assert [(t.seed, at) for t, at in metrics.last_evaluated(some, "high", 100)] == [(1, 30), (2, 60)]
+    assert [at for _, at in metrics.last_evaluated(some, "high", 100, answered=False)] == [100, 60]
     assert metrics.last_evaluated(some, "low", 600) == []
 
 
