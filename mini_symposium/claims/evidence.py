@@ -105,14 +105,17 @@ def load_evidence(*paths: str | Path) -> Evidence:
                 raise InputError(
                     f"{path}: {key} {value}, but {paths[0]} has {parts[0].source[key]}; judge them one by one"
                 )
+    if len(parts) == 1:
+        return parts[0]
     trained, curves, facts = {}, {}, {}
-    for part in parts:
-        facts = part.facts | facts
-        for training in part.trained:
-            trained.setdefault((training.name, training.seed, training.learning_rate), training)
-        for curve in part.curves:
-            curves.setdefault((curve["seed"], curve["learning_rate"]), curve)
-    base = max((part.base for part in parts), key=lambda base: len(base.get("answers", ())), default={})
+    with refuse_other_shapes(f"{', '.join(map(str, paths))}: parts that cannot be joined", "judge them one by one"):
+        for part in parts:
+            facts = part.facts | facts
+            for training in part.trained:
+                trained.setdefault((training.name, training.seed, training.learning_rate), training)
+            for curve in part.curves:
+                curves.setdefault((curve["seed"], curve["learning_rate"]), curve)
+    base = max((part.base for part in parts), key=lambda base: len(base.get("answers", ())))
     return replace(parts[0], base=base, trained=[*trained.values()], facts=facts, curves=[*curves.values()])
 
 

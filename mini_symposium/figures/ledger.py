@@ -86,7 +86,8 @@ def memorization_curves(trained: Sequence[Training], scale: str) -> Picture:
         log_axis(panels[1])
         # No curve passes through the upper left.
         handles = [shown[rate] for rate in rates]
-        handles.append(Line2D([], [], color=GREY, linestyle="", **open_mark, label="twins"))
+        if "twins" in set(table["rows"]):
+            handles.append(Line2D([], [], color=GREY, linestyle="", **open_mark, label="twins"))
         if "extractable_32" in table:
             handles.append(Line2D([], [], color=GREY, linestyle=":", linewidth=1.2, label="rows written on"))
         panels[1].legend(handles=handles, loc="upper left", handlelength=3.4)

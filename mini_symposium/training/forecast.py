@@ -24,7 +24,9 @@ An earlier form had no term for the number of rows and for L: the median error w
 their 90% intervals. This form, fitted to half as many trainings, was tested on fifteen other sets of rows: for what is
 half known the median error was 12%, and 11 of 15 epochs lay within; for what is recited 32%, and 5 of 15. For nine of
 the ten sets whose rows have fewer than a hundred tokens it was forecast 28% to 46% too late, and of code half was known
-from the start. These trainings have been fitted since, so that the intervals are wide enough for them.
+from the start. These trainings have been fitted since, so that the intervals are wide enough for them. Then 2.2e-5, a
+rate at which the thirteen rows had not been trained, was foreseen for the proxy: from three seeds the median error was
+6%, and 6 of 6 epochs lay within.
 """
 
 import hashlib

@@ -62,6 +62,13 @@ def test_parts_of_one_sweep_are_judged_together(tmp_path):
     assert "gathered and judged under" in said and judge(load_evidence(tmp_path / "both")) == judge(whole)
 
 
+def test_a_damaged_part_is_refused(tmp_path):
+    for name in ("first", "second"):
+        replace(contrast(evaluation(), evaluation()), curves=[None] * (name == "second")).save(tmp_path / name)
+    with pytest.raises(InputError, match="second: parts that cannot be joined"):
+        load_evidence(tmp_path / "first", tmp_path / "second")
+
+
 @pytest.mark.parametrize(
     ("other", "said"),
     [

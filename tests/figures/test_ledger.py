@@ -55,7 +55,7 @@ def test_seeds_of_a_rate_look_the_same_rates_differ_without_colour_and_the_legen
     low, high, other = (line.get_marker() for line in lines[1::2])
     assert high == other != low
     legend = memorization_curves(several, "proxy").axes[1].get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == ["LR 1e-4", "LR 1e-5"]
+    assert [text.get_text() for text in legend.get_texts()] == ["LR 1e-4", "LR 1e-5", "twins"]
 
 
 def test_a_run_without_a_whole_epoch_is_refused():

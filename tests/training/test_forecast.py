@@ -13,7 +13,7 @@ from mini_symposium.claims.evidence import load_evidence
 from mini_symposium.data.dataset import load_examples
 from mini_symposium.errors import InputError
 from mini_symposium.recipe import load_recipe
-from mini_symposium.run import RunDirectory, Training, find
+from mini_symposium.run import ROOT, RunDirectory, Training, find
 from mini_symposium.training import forecast as module
 from mini_symposium.training.finetune import as_rows, build_trainer, train
 from mini_symposium.training.forecast import (
@@ -320,5 +320,11 @@ def test_what_the_docstring_says_of_forecasts_made_beforehand():
 
     assert told(scored.query("law == 1"), "the median error was {}, and {} of {} epochs lay within") in said
     known, recited = (scored.query(f"law == 2 and moment == '{moment}'") for moment in MOMENTS)
+    assert (
+        told(scored.query("law == 3"), "from three seeds the median error was {}, and {} of {} epochs lay within")
+        in said
+    )
+    help_page = (ROOT / "notebooks/README.md").read_text(encoding="utf-8")
+    assert f"{scored['inside'].sum()} of {len(scored)} lay within their intervals" in help_page
     assert told(known, "half known the median error was {}, and {} of {} epochs lay within") in said
     assert told(recited, "recited {}, and {} of {}.") in said
