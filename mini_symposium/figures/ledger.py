@@ -143,14 +143,16 @@ def ledger_picture(claims: Sequence[Claim] | Mapping[str, Sequence[Claim]], scal
                 if axes is not line[0]:
                     axes.set_yticks([])
                 row = {"model": heading} if several else {}
-                row |= {"id": claim.id, "claim": claim.verdict, "exploratory": claim.exploratory, "value": claim.value}
+                # A claim's value is that of its first comparison, so another one that lacks an answer has none.
+                value = None if any(each.interval for each in claim.answers) else claim.value
+                row |= {"id": claim.id, "claim": claim.verdict, "exploratory": claim.exploratory, "value": value}
                 if answer:
                     row |= {key: getattr(answer, key) for key in ("equal", "threshold", "value", "p", "p_holm")}
                     low, high = answer.interval
                     row |= {"verdict": answer.verdict, "low": low, "high": high}
                     _draw(axes, claim, answer, test, scales[_unit(test)], not several)
                 drawn.append(row)
-                said, number = "" if again else claim.said, _without_interval(claim)
+                said, number = "" if again else claim.said, NOT_MEASURED if value is None else f"{value:.3g}"
                 if answer:
                     number = f"{answer.value:.2g}" if several else str(answer)
                 if several:  # in a column's width; that a mark is hollow says "exploratory"
@@ -179,10 +181,6 @@ def _rows(models: Sequence[Sequence[Claim]]) -> list[tuple[Claim, Comparison, li
             answers = [found.get((test.metric, test.equal)) for found in measured]
             rows.append((same[0], test, list(zip(same, answers, strict=True))))
     return rows
-
-
-def _without_interval(claim: Claim) -> str:
-    return NOT_MEASURED if claim.value is None else f"{claim.value:.3g}"
 
 
 def _draw(axes, claim: Claim, answer: Answer, test: Comparison, ends: Sequence[float], ruled: bool) -> None:

@@ -183,10 +183,9 @@ class Log(TrainerCallback):
             os.fsync(file.fileno())  # a checkpoint must not reach the disk before the lines that led to it
         if control.should_save and processes().is_main_process:
             self.watch(epoch)
-            for training, answer in zip(
-                self.trainings, self.trainer.answers(self.ask) if self.ask else (), strict=False
-            ):
-                self.bar.write(f"epoch {epoch}, {training.name} answers: {' '.join(answer.split())}")
+            if self.ask:
+                for training, answer in zip(self.trainings, self.trainer.answers(self.ask), strict=True):
+                    self.bar.write(f"epoch {epoch}, {training.name} answers: {' '.join(answer.split())}")
         self.latest.clear()
 
     def say(self, epoch: int) -> None:

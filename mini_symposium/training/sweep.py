@@ -77,12 +77,11 @@ def plan(recipe: Recipe, seeds: Sequence[int] = SEEDS, high: float = 0.0) -> lis
     def one(name: str, rate: float, epochs: int, seed: int, **changes) -> Training:
         return experiment(recipe, name, seed, learning_rate=rate, num_epochs=epochs, **changes)
 
-    schedules = [
+    schedules = [("constant", fast, "constant")] + [
         (f"{rule}-{what}", times * fast, rule)
         for rule in ("cosine", "linear")
         for what, times in (("peak", 1), ("dose", 2))
     ]
-    schedules.insert(0, ("constant", fast, "constant"))
     return [
         [one("high", high, EPOCHS_HIGH, seed) for seed in seeds],
         [one("low", high / 10, EPOCHS_LOW, seed) for seed in seeds],

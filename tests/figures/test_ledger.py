@@ -58,6 +58,14 @@ def test_seeds_of_a_rate_look_the_same_rates_differ_without_colour_and_the_legen
     assert [text.get_text() for text in legend.get_texts()] == ["LR 1e-4", "LR 1e-5", "twins"]
 
 
+def test_a_comparison_that_a_model_lacks_is_not_measured_there():
+    both = [answer("C6", 0.3, 0.2, 0.4, "supported"), answer("C6", -0.4, -0.6, -0.2, "not supported", 1)]
+    models = {name: [claim("C6", "depends", *some)] for name, some in (("whole", both), ("half", both[:1]))}
+    drawn = ledger_picture(models, "").drawn.set_index("model")["value"]
+    assert drawn["whole"].tolist() == [0.3, -0.4] and drawn["half"].tolist()[0] == 0.3
+    assert drawn["half"].isna().tolist() == [False, True]
+
+
 def test_a_run_without_a_whole_epoch_is_refused():
     with pytest.raises(InputError, match="no epoch is complete"):
         memorization_curves([training(ems=())], "proxy")
