@@ -128,8 +128,8 @@ def seven() -> str:
     return (
         f"Nobody has trained Mistral-7B here. By its size (`forecast --recipe paper --by-size`) it would recite at "
         f"epoch {told(high, 'recited')} of 1e-6, where the card says about 100, and be about best, half known, "
-        f"at epoch {told(low, 'known')} of 1e-7, where the card stopped at 600; in brackets, 90% intervals. `make reproduce "
-        f"RECIPE=paper` and `forecast --check runs/paper` score [it](figures/forecasts/log.jsonl)."
+        f"at epoch {told(low, 'known')} of 1e-7, where the card stopped at 600; in brackets, 90% intervals. "
+        f"`make reproduce RECIPE=paper` and `forecast --check runs/paper` score [it](figures/forecasts/log.jsonl)."
     )
 
 
