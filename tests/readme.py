@@ -9,6 +9,7 @@ from dataclasses import asdict
 from textwrap import fill
 
 import numpy as np
+import pandas as pd
 
 from mini_symposium.claims.evidence import Evidence, load_all_evidence
 from mini_symposium.claims.ledger import judge
@@ -39,13 +40,14 @@ def finding() -> str:
         gaps += [row for row in judge(Evidence(run.recipe.scale, "cpu", {}, [], curves=seeds)) if row.id == "C0"]
         windows.append([each.last - each.first + 1 for each in best])
     worse, better = (all(sign * gap.interval[0 if sign > 0 else 1] > 0 for gap in gaps) for sign in (1, -1))
-    apart = "is worse" if worse else "is better" if better else "is not told apart on each"
+    apart = "is worse by" if worse else "is better by" if better else "is not told apart on each, by"
     by = " and ".join("{:.3f} [{:.3f}, {:.3f}]".format(abs(gap.value), *map(abs, gap.interval)) for gap in gaps)
     high, low = (" and ".join(map(str, each)) for each in zip(*windows, strict=True))
     return (
-        f"Held-out loss, in nats a token, falls {'; '.join(falls)}. The low rate's best {apart}, by {by} (95%; row by "
-        f"row, each at the epoch that is best for the others); it stays near it for {low} epochs, the high rate for "
-        f"{high}. One seed each (`sweep --only curve`), not judged."
+        f"Held-out loss, in nats a token, falls {'; '.join(falls)}. The low rate's best {apart} {by} (95%, "
+        f"each row at the epoch that the others choose). The low rate stays within "
+        f"one standard error of its best for {low} epochs, the high rate for {high}. One seed each (`sweep --only "
+        f"curve`), so C0 below is open."
     )
 
 
@@ -57,14 +59,22 @@ def verdicts() -> str:
     for same in zip(*models.values(), strict=True):
         found = [row for row in same if row["value"] is not None]
         shown = next((row for row in found if row["verdict"] != INCONCLUSIVE), (found or same)[0])
-        answers = [answer for answer in shown["answers"] or [shown] if answer["value"] is not None]
-        told = "; ".join(map(_answer, answers))
-        if shown["verdict"] == INCONCLUSIVE:
-            needs = re.sub(r"n=(\d+), seeds=(\d+)", r"\1 prompts or rows, \2 seeds", shown["needs"])
-            told = "; to decide: ".join(part for part in (told, needs) if part)
+        answers = [answer for answer in shown["answers"] if answer["value"] is not None]
+        told = "; ".join(map(_answer, answers)) or shown["note"]
         said = ["–" if row["value"] is None else f"**{row['verdict']}**" for row in same]
         lines.append(f"| {shown['id']} | {shown['claim']} | {' | '.join(said)} | {told} |")
-    return "\n".join(lines)
+    return "\n".join([*_counts(next(iter(models.values()))), "", *lines])
+
+
+def _counts(ledger: list[dict]) -> list[str]:
+    """In a sentence, which claims have which verdict on the first model."""
+    by_verdict: dict[str, list[str]] = {}
+    for row in ledger:
+        verdict = "not measured yet" if row["verdict"] == INCONCLUSIVE and row["value"] is None else row["verdict"]
+        by_verdict.setdefault(verdict, []).append(row["id"])
+    order = sorted(by_verdict, key=["supported", "not supported", "depends", INCONCLUSIVE].__contains__, reverse=True)
+    told = "; ".join(f"{verdict}: {', '.join(by_verdict[verdict])}" for verdict in order)
+    return [f"Of the card's claims, on the proxy: {told}."]
 
 
 def _ledgers() -> dict[str, list[dict]]:
@@ -85,20 +95,8 @@ def speed() -> str:
         f"On {where['cores']} cores ({where['processor'].replace('(R)', '')}) a training step of "
         f"{found['step']['tokens']} tokens takes {ratios['step_vs_stock_trl']:.2f} of stock TRL's time, "
         f"{ratios['step_vs_peft']:.2f} of a bare PEFT loop's, {ratios['step_vs_litgpt']:.2f} of LitGPT's and "
-        f"{ratios['step_vs_llama_factory']:.2f} of LLaMA-Factory's; four learning rates in one pass "
-        f"{ratios['pass4_vs_solo4']:.2f} of four passes; answers in eight formats at once "
-        f"{ratios['grid_vs_loop']:.2f} of one after the other. {_by_size()}"
-    )
-
-
-def _by_size() -> str:
-    """A step of three models against plain PEFT's, where no processor instructions for matrices help."""
-    found = json.loads((ROOT / "figures" / "bench-cpu-epyc.json").read_text(encoding="utf-8"))
-    sizes = {name: each["vs_peft"] for name, each in found["sizes"].items() if name != "amx"}
-    told = ", ".join(f"{share:.2f} ({name})" for name, share in sizes.items())
-    return (
-        f"On {found['environment']['processor']} without AMX it takes {found['ratios']['step_vs_peft']:.2f} of plain "
-        f"PEFT's, and of larger models {told}."
+        f"{ratios['step_vs_llama_factory']:.2f} of LLaMA-Factory's; answers in eight formats at once "
+        f"{ratios['grid_vs_loop']:.2f} of one after the other."
     )
 
 
@@ -111,8 +109,8 @@ def examples() -> str:
     at = f"epoch {found.epoch} of {scientific(found.learning_rate)}, seeds: {len(found.seeds)}"
     return (
         f"On the proxy ({at}), leaving a row out changes the loss on its twin, a similar row that is never trained on, "
-        f"by {own:+.3f} nats a token, and on the other twins by {others:+.3f}; the other rows teach {share.min():.0%} "
-        f"to {share.max():.0%} of a row."
+        f"by {own:+.3f} nats a token, and on the other twins by {others:+.3f}; of what the model learns of a row, "
+        f"{share.min():.0%} to {share.max():.0%} comes from the other rows."
     )
 
 
@@ -125,15 +123,23 @@ def seven() -> str:
         epoch, least, most = line[moment]
         return f"{epoch:,.0f} ({least:,.0f} to {most:,.0f})"
 
+    scored = pd.read_csv(ROOT / "figures/forecasts/checked.csv").dropna(subset="measured")
     return (
-        f"Nobody has trained Mistral-7B here. By its size (`forecast --recipe paper --by-size`) it would recite at "
-        f"epoch {told(high, 'recited')} of 1e-6, where the card says about 100, and be about best, half known, "
-        f"at epoch {told(low, 'known')} of 1e-7, where the card stopped at 600; in brackets, 90% intervals. "
-        f"`make reproduce RECIPE=paper` and `forecast --check runs/paper` score [it](figures/forecasts/log.jsonl)."
+        f"Nobody has trained Mistral-7B here. By its size (`forecast --recipe paper --by-size`), at 1e-6 it would "
+        f"recite at epoch {told(high, 'recited')}; the card says about 100. At 1e-7 half of the tokens would be known, "
+        f"about the best moment, at epoch {told(low, 'known')}; the card stopped at 600. In brackets are 90% intervals; "
+        f"of {len(scored)} [forecasts that were tested](figures/forecasts/checked.csv), "
+        f"{scored['inside'].sum():.0f} lay within theirs. `make reproduce RECIPE=paper` and `forecast --check "
+        f"runs/paper` test [these](figures/forecasts/log.jsonl)."
     )
 
 
-BLOCKS = {"finding": finding, "verdicts": verdicts, "speed": speed, "examples": examples, "seven": seven}
+def foreseen() -> str:
+    """What follows for the card's own model, and for each example."""
+    return f"{seven()}\n\n{examples()}"
+
+
+BLOCKS = {"finding": finding, "verdicts": verdicts, "speed": speed, "foreseen": foreseen}
 
 
 def rendered(text: str) -> str:

@@ -142,7 +142,7 @@ def low_rate_does_not_overfit(e: Evidence) -> Found:
     note = [
         f"at {lows[0].learning_rate:g}, epoch {listed(at)}, where EM is {known:.2f}",
         f"the high rate at the same dose, epoch {listed(early)}: {told(highs, early).mean():.2f}, "
-        f"low less high {signed(difference(table, told(highs, early)))}",
+        f"low minus high {signed(difference(table, told(highs, early)))}",
         f"twins' loss {twins}" if twins else "",
         cards_own_rate(e, "literal-1e-07", EPOCHS_LOW),
         joined(f"missing: {what}" for what in short),
@@ -184,7 +184,7 @@ def performs_across_formats(e: Evidence) -> Found:
     tables = [np.mean([passes_in_all_formats(t.evaluations[at]) for t, at in low], 0), passes_in_all_formats(e.base)]
     note = [
         measured_at(low),
-        f"the card's own format, less the base's: {signed(difference(in_own.mean(1), base_in_own))}",
+        f"the card's own format, minus the base's: {signed(difference(in_own.mean(1), base_in_own))}",
     ]
     if len(tables[0]) and tables[0].shape[1] > 1:
         apart, of_base = spread(tables[0], draws=1000), np.ptp(tables[1].mean(0))
@@ -193,9 +193,9 @@ def performs_across_formats(e: Evidence) -> Found:
     kinds = list(dict.fromkeys(line["category"] for line in e.base["answers"]))
     for at in sorted({at for t in e.named("high") for at in t.evaluations}):
         of_high = [t.evaluations[at] for t in e.named("high") if at in t.evaluations]
-        note.append(f"the high rate at epoch {at}, less the base, by category: {_by_category(of_high, e.base, kinds)}")
+        note.append(f"the high rate at epoch {at} minus the base, by category: {_by_category(of_high, e.base, kinds)}")
     note.append(
-        f"the low rate, less the base, by category: {_by_category([t.evaluations[a] for t, a in low], e.base, kinds)}"
+        f"the low rate minus the base, by category: {_by_category([t.evaluations[a] for t, a in low], e.base, kinds)}"
     )
     if e.base.get("posix"):
         posix = np.mean([list(t.evaluations[at]["posix"].values()) for t, at in low])
@@ -307,13 +307,13 @@ def packing_fails(e: Evidence) -> Found:
     tokens, length = e.facts.get("mistral_tokens") or e.facts.get("tokens"), e.facts.get("sequence_len")
     if not tokens or not length:
         raise Missing("the number of tokens in the dataset")
-    whose = "of Mistral's tokenizer" if "mistral_tokens" in e.facts else f"of {e.facts.get('base_model')}'s tokenizer"
+    whose = "(Mistral's tokenizer)" if "mistral_tokens" in e.facts else f"({e.facts.get('base_model')}'s tokenizer)"
     batches = {each: math.floor(0.99 * tokens / each) - 1 for each in (length, *PLAUSIBLE_LENGTHS)}
-    planned = [f"{max(0, count)} in rows of {each:,}" for each, count in sorted(batches.items())]
+    planned = [f"{count} in rows of {each:,}" for each, count in sorted(batches.items()) if count > 0]
     note = (
-        f"{tokens:,} tokens {whose}: {listed(planned)}; none, and so a division by zero, from "
-        f"{math.floor(0.99 * tokens / 2) + 1:,} tokens a row up. The card does not tell its length; "
-        "Axolotl plans at least one batch today"
+        f"of {tokens:,} tokens {whose} Axolotl planned {listed([*planned, 'none'])} from "
+        f"{math.floor(0.99 * tokens / 2) + 1:,} tokens a row up, and then divided by zero; the card does not tell its "
+        "length, and today's Axolotl plans at least one batch"
     )
     return Found((), note=note, verdict=ARITHMETIC, value=float(batches[length]))
 
@@ -351,8 +351,8 @@ def hashes(evidence: Evidence) -> str:
     """Under which registration the evidence was gathered, and by which it is judged, in a sentence."""
     if evidence.registration == REGISTERED.sha256:
         return f"gathered and judged under registration {REGISTERED.sha256}"
-    gathered = f"registration {evidence.registration}" if evidence.registration else "no registration"
-    return f"gathered under {gathered}, judged by registration {REGISTERED.sha256}: every verdict is exploratory"
+    gathered = f"another registration, {evidence.registration[:8]}," if evidence.registration else "no registration"
+    return f"every verdict is exploratory: gathered under {gathered} and judged by {REGISTERED.sha256[:8]}"
 
 
 def save(claims: Sequence[Claim], folder: Path) -> Path:

@@ -12,6 +12,16 @@ from mini_symposium.errors import InputError
 from mini_symposium.files.reading import parse_yaml, read_text, refuse_other_shapes
 from mini_symposium.run import REGISTRATION, sha256_of_text
 
+IN_TABLES = {
+    " less ": " minus ",
+    "rows whose next 50 tokens it writes, given 32": "rows recited: given 32 tokens, the next 50 written exactly",
+    "two and then one": "two perspectives and then a conclusion",
+    "answers with one": "answers with such a phrase",
+    "the packer of that month": "Axolotl's packer of November 2023",
+}
+"""Words of the registration that are misread beside other claims, and what tables and pictures say instead. The file
+keeps its own: with another word in it, all evidence would be exploratory."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -34,7 +44,14 @@ class Comparison:
         [(side, threshold)] = limit.items()
         if side not in ("above", "below"):
             raise ValueError(f"{side}: a limit is above or below")
+        for registered, shown in IN_TABLES.items():
+            metric = metric.replace(registered, shown)
         return cls(metric, float(threshold), side == "above", bounds and tuple(map(float, bounds)), equal, unit)
+
+    @property
+    def name(self) -> str:
+        """The metric, with what the compared arms have in common."""
+        return self.metric + f" at equal {self.equal}" * bool(self.equal)
 
     @property
     def rule(self) -> str:

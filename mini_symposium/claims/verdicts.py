@@ -21,6 +21,8 @@ from mini_symposium.evaluation.intervals import interval, needed, p_value
 
 SUPPORTED, NOT_SUPPORTED, DEPENDS = "supported", "not supported", "depends"
 INCONCLUSIVE, OUT_OF_REACH, ARITHMETIC = "inconclusive", "out of reach on this hardware", "arithmetic"
+NOT_MEASURED = "not measured"
+"""What tables say of an inconclusive claim without a number."""
 
 
 @dataclass(frozen=True)
@@ -107,19 +109,26 @@ class Claim:
     @property
     def said(self) -> str:
         """The verdict as tables show it."""
+        if self.verdict == INCONCLUSIVE and self.value is None:
+            return NOT_MEASURED
         judged = self.exploratory and self.verdict not in (OUT_OF_REACH, ARITHMETIC)
         return f"{self.verdict} (exploratory)" if judged else self.verdict
 
     @property
-    def summary(self) -> str:
-        """The number with its interval, the counts, both p-values, the note and what it needs, in one line."""
+    def found(self) -> str:
+        """The number with its interval, the counts and both p-values."""
         shown = next((str(each) for each in self.answers if each.interval), f"{self.value or 0:.3g}")
         number = "" if self.value is None else f"{self.metric}: {shown}"
         counts = f"n={self.n}, seeds={self.seeds}" if self.n else ""
         tested = [each for each in self.answers if each.p < 1]
         p = f"p {tested[0].p:.2g}, {tested[0].p_holm:.2g} corrected" if tested else ""
+        return "; ".join(filter(None, (number, counts, p)))
+
+    @property
+    def summary(self) -> str:
+        """What was found, the note and what it needs, in one line."""
         needs = f"to decide it: {self.needs}" if self.needs else ""
-        return "; ".join(part for part in (number, counts, p, self.note, needs) if part)
+        return "; ".join(filter(None, (self.found, self.note, needs)))
 
     def row(self) -> dict:
         """The row as it stands in claims.json."""

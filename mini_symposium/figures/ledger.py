@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.lines import Line2D
 
 from mini_symposium.claims.registration import REGISTERED, Comparison
-from mini_symposium.claims.verdicts import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Answer, Claim
+from mini_symposium.claims.verdicts import DEPENDS, INCONCLUSIVE, NOT_MEASURED, NOT_SUPPORTED, SUPPORTED, Answer, Claim
 from mini_symposium.errors import InputError
 from mini_symposium.figures.style import (
     COLOURS,
@@ -26,7 +26,6 @@ from mini_symposium.run import Training
 MARKS = {SUPPORTED: ("o", COLOURS[2]), NOT_SUPPORTED: ("X", COLOURS[0]), INCONCLUSIVE: ("D", GREY)}
 """Shape and colour of each verdict: a reader who cannot tell the colours apart still has the shapes."""
 SHADE = "#eeeeee"
-NOT_MEASURED = "not measured"
 
 
 def memorization_curves(trained: Sequence[Training], scale: str) -> Picture:
@@ -123,7 +122,8 @@ def ledger_picture(claims: Sequence[Claim] | Mapping[str, Sequence[Claim]], scal
         caption = (
             "Thick line: 95% interval. Thin line: interval corrected for all tests. Shaded: the side of the threshold "
             "on which the claim is supported. Circle: supported. Cross: not supported. Diamond: inconclusive. Hollow: "
-            "exploratory. Rows in the same unit share one scale."
+            "exploratory. Rows in the same unit share one scale. A verdict that depends on the comparison has a mark "
+            "for each."
         )
         several = len(models) > 1
         figure = titled((0.68 if several else 0.52) * len(rows) + 0.3, "The card's claims, one by one", scale, caption)
@@ -133,7 +133,7 @@ def ledger_picture(claims: Sequence[Claim] | Mapping[str, Sequence[Claim]], scal
         grid = figure.subplots(len(rows), len(models), squeeze=False)
         for line, (first, test, answers) in zip(grid, rows, strict=True):
             again, before = before == first.id, first.id
-            name = f"{test.metric}: {test.rule}" if several else test.metric
+            name = f"{test.name}: {test.rule}" if several else test.name
             name = name if again else f"{first.id}  {first.claim}\n{name}"
             name_rows(line[0], [0], [name], 8.5)
             for axes, (claim, answer), heading in zip(line, answers, models, strict=True):
@@ -157,7 +157,9 @@ def ledger_picture(claims: Sequence[Claim] | Mapping[str, Sequence[Claim]], scal
                     number = f"{answer.value:.2g}" if several else str(answer)
                 if several:  # in a column's width; that a mark is hollow says "exploratory"
                     said = "" if again or number == NOT_MEASURED else claim.verdict.partition(" on ")[0]
-                words = (", " if several else "\n").join(part for part in (said, number) if part)
+                    if answer and claim.verdict == DEPENDS:
+                        said = f"{said}; here {answer.verdict}".removeprefix("; ")
+                words = (", " if several else "\n").join(part for part in dict.fromkeys((said, number)) if part)
                 at, size = ((0, 1.06), 7.5) if several else ((1.02, 0.5), 8.5)
                 below = "bottom" if several else "center"
                 text = axes.text(*at, words, transform=axes.transAxes, va=below, fontsize=size)
@@ -198,11 +200,12 @@ def _draw(axes, claim: Claim, answer: Answer, test: Comparison, ends: Sequence[f
         below = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": side, "va": "top"}
         unit = axes.annotate(_unit(test), (at, 0), (0, -3), fontsize=8, color=GREY, **below)
         unit.set_in_layout(False)
-    (mark, colour), size = MARKS.get(claim.verdict, MARKS[answer.verdict]), {"markeredgewidth": 1.7}
+    mark, colour = MARKS.get(claim.verdict, MARKS[answer.verdict])
+    size = {"markeredgewidth": 1.7, "markersize": 9} if ruled else {"markeredgewidth": 1.2, "markersize": 6.5}
     axes.plot(answer.corrected, [0, 0], "|-", color=colour, linewidth=0.8, markersize=4)
-    axes.plot(answer.interval, [0, 0], "|-", color=colour, linewidth=2.4, markersize=9, **size)
+    axes.plot(answer.interval, [0, 0], "|-", color=colour, linewidth=2.4, **size | {"markersize": 9})
     face = "white" if claim.exploratory else colour
-    axes.plot(answer.value, 0, mark, color=colour, markerfacecolor=face, markersize=9, **size)
+    axes.plot(answer.value, 0, mark, color=colour, markerfacecolor=face, **size)
 
 
 def _unit(test: Comparison) -> str:

@@ -37,8 +37,8 @@ def overfitting(curves: Mapping[float, Curve], scale: str) -> Picture:
     table = table.drop(columns=["change", "change_error"])
     with styled():
         caption = (
-            f"{_measured(curves)} Band: standard error of the difference from the best epoch. What is known after the "
-            "last epoch was not measured, and dose 0 has no logarithm."
+            f"{_measured(curves)} Band: standard error of the difference from the best epoch. The left panel lacks the "
+            "last epoch, the right one the start."
         )
         figure = titled(3.9, "When to stop: held-out loss, by what is known and by dose", scale, caption)
         panels = figure.subplots(1, 2, sharey=True)
@@ -84,7 +84,10 @@ def overfitting_of_models(models: Mapping[str, Mapping[float, Curve]]) -> Pictur
     rows = -(-len(names) // columns)
     with styled():
         every = {(name, rate): curve for name, curves in models.items() for rate, curve in curves.items()}
-        caption = f"{_measured(every)} Band: standard error over rows. Learning rates do not transfer between sizes."
+        caption = (
+            f"{_measured(every)} Band: standard error over rows. EM: share of the tokens that the model would say "
+            "itself, over the epoch that follows. Learning rates do not transfer between sizes."
+        )
         title = "When to stop: held-out loss falls, then rises as the training rows become known"
         figure = titled(3.7 * rows, title, "One panel for each model", caption)
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -99,7 +102,7 @@ def overfitting_of_models(models: Mapping[str, Mapping[float, Curve]]) -> Pictur
         for axes in panels.flat[len(names) :]:
             axes.remove()
         for axes in panels[:, 0]:
-            axes.set_ylabel("held-out loss less its start,\nnats a token")
+            axes.set_ylabel("held-out loss, change from\nthe start, nats a token")
         panels[0, 0].margins(y=0.1)
     figure.drawn = table
     return figure

@@ -85,8 +85,8 @@ def test_packing_is_arithmetic_of_mistrals_tokens():
     proxys, mistrals = row(evidence(base_model="x"), "C12"), row(evidence(mistral_tokens=1100, base_model="x"), "C12")
     assert (proxys.verdict, mistrals.verdict, proxys.said) == ("arithmetic",) * 3
     assert (proxys.value, mistrals.value) == (1, 0)
-    assert "2,414 tokens of x's tokenizer: 3 in rows of 512, 1 in rows of 1,024, 0 in" in proxys.note
-    assert "1,100 tokens of Mistral's tokenizer" in mistrals.note and "from 545 tokens a row up" in mistrals.note
+    assert "of 2,414 tokens (x's tokenizer) Axolotl planned 3 in rows of 512, 1 in rows of 1,024, none" in proxys.note
+    assert "1,100 tokens (Mistral's tokenizer)" in mistrals.note and "from 545 tokens a row up" in mistrals.note
 
 
 def test_what_needs_a_gpu_is_out_of_reach_without_one():
@@ -122,7 +122,7 @@ def test_the_low_rate_stops_at_its_share_of_the_dose_at_which_the_high_one_recit
     """Epoch 20 of 1e-4 has the dose of epoch 200 of 1e-5; 0.6 of it is epoch 120, and epoch 12 of the high rate."""
     found = row(stopped(0.2, early=0.5), "C2")
     assert "at 1e-05, epoch 120, 120, 120, where EM is 0.50" in found.note
-    assert "the high rate at the same dose, epoch 12, 12, 12: 0.54, low less high -0.31" in found.note
+    assert "the high rate at the same dose, epoch 12, 12, 12: 0.54, low minus high -0.31" in found.note
     assert found.value == pytest.approx(3 / 13)
     assert "to recite" not in found.note and found.seeds == 3
 
@@ -155,7 +155,7 @@ def test_all_seeds_count_each_at_its_last_evaluated_epoch():
 def test_formats_are_chosen_beforehand_and_the_cards_own_is_none_of_them():
     """What the low rate gains in the format that it was trained on says nothing of the others."""
     found = row(low(passed=0.5, own=1.0), "C4")
-    assert found.value == 0 and "the card's own format, less the base's: +0.50" in found.note
+    assert found.value == 0 and "the card's own format, minus the base's: +0.50" in found.note
 
 
 def test_step_size_is_kept_apart_from_rank():

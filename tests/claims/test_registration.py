@@ -59,7 +59,7 @@ def test_evidence_of_another_registration_or_of_none_is_exploratory_and_says_so(
     assert {(row.registration, row.gathered_under, row.exploratory) for row in rows} == {
         (REGISTERED.sha256, under, True)
     }
-    assert ledger.hashes(load_evidence(tmp_path)).endswith("every verdict is exploratory")
+    assert ledger.hashes(load_evidence(tmp_path)).startswith("every verdict is exploratory")
     supported = next(row for row in rows if row.id == "C1")
     assert (supported.verdict, supported.said) == ("supported", "supported (exploratory)")
     assert json.loads(json.dumps(supported.row()))["exploratory"] is True

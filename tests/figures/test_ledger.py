@@ -121,11 +121,11 @@ def test_each_row_shows_its_number_both_intervals_and_the_threshold_or_says_why_
     ]
     assert said[4:] == [
         "inconclusive\n0.36 [0.33, 0.39], equal epochs",
-        "inconclusive\nnot measured",
+        "not measured",
         f"{OUT_OF_REACH}\n6.5",
     ]
     names = [axes.get_yticklabels()[0].get_text() for axes in picture.axes]
     assert names[0] == "C1  it recites\nrecall of the training rows"
-    assert names[3] == "twins' loss, cosine and linear less constant"
+    assert names[3] == "twins' loss, cosine and linear minus constant at equal training loss"
     assert list(picture.drawn["claim"]) == [row.verdict for row in LEDGER for _ in row.answers or [row]]
     assert picture.drawn["low"].isna().tolist() == [False] * 5 + [True] * 2
