@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mini_symposium.cli.options import Base, BaseModel, Checkpoint, Checkpoints, Rate, Run, note_macros, say
+from mini_symposium.run import open_run, resolve
 
 app = typer.Typer(
     help="Write a run's model, prompt formats, recipe or card as files for other programs.",
@@ -106,8 +107,6 @@ def axolotl(
     out: Out,
 ):
     """The recipe as Axolotl's YAML, and its dataset as JSONL."""
-    from mini_symposium.run import resolve
-
     resolved = resolve(run_or_recipe, "recipe", "run")
     from mini_symposium.release.export import axolotl as write
 
@@ -127,8 +126,6 @@ def card(
     ] = "",
 ):
     """A model card from the run's own files; `out` may hold a model already."""
-    from mini_symposium.run import open_run
-
     directory = open_run(run)
     from mini_symposium.models.adapters import find_checkpoint
     from mini_symposium.release.model_card import write_card

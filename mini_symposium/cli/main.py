@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,7 +31,11 @@ from mini_symposium.cli.options import (
     note_recommended,
     say,
 )
-from mini_symposium.errors import InputError, RunError, printable
+from mini_symposium.errors import Faults, InputError, RunError, printable
+from mini_symposium.files.writing import alone, check_new, write_json, written_whole
+from mini_symposium.models.strength import check_strength
+from mini_symposium.recipe import load_recipe
+from mini_symposium.run import ROOT, RunDirectory, environment, open_run, rate_and_epoch, resolve
 
 app = typer.Typer(
     help="Fine-tune a language model on a dozen handwritten examples, and know what happened.",
@@ -64,7 +69,6 @@ def reproduce(
     summary = execute(recipe, run or None, parse_parameters(parameter or []), chosen, overwrite, console=console)
     print_summary(summary, console)
     from mini_symposium.release.report import write_report
-    from mini_symposium.run import RunDirectory
 
     directory = RunDirectory(summary["run"])
     ran = any(notebook["status"] != "already there" for notebook in summary["notebooks"])
@@ -91,7 +95,6 @@ def train(
 
     A run that --stop ended is whole, and goes on from there without --stop.
     """
-    from mini_symposium.files.writing import alone
     from mini_symposium.reproduce.notebooks import check_parameters, parse_parameters
 
     given = check_parameters(parse_parameters(parameter or []), "02_finetune")
@@ -150,8 +153,6 @@ def examples(
     """Leave out each row in turn: which rows teach others, which harm, which are redundant. Writes influence.csv."""
     from mini_symposium.data.dataset import load_examples, recipe_examples
     from mini_symposium.data.held_out import apart
-    from mini_symposium.files.writing import alone
-    from mini_symposium.run import open_run
 
     directory = open_run(run)
     rows = recipe_examples(directory.recipe)[0]
@@ -177,7 +178,6 @@ def inspect(
 ):
     """Validate and describe datasets, each by itself."""
     from mini_symposium.data.dataset import describe, lint, load_examples, write_axolotl_jsonl
-    from mini_symposium.errors import Faults
 
     if len(files) > 1 and (as_json or axolotl):
         raise InputError("--json, --axolotl: take one dataset")
@@ -234,8 +234,6 @@ def ask(
 ):
     """Ask one query in several prompt formats, and show the answers one below the other."""
     from mini_symposium.data.prompt_formats import prompt_format
-    from mini_symposium.models.strength import check_strength
-    from mini_symposium.run import resolve
 
     strengths = [check_strength(each) for each in strength or [1]]
     formats = [prompt_format(name) for name in format or ["new-query", "alpaca", "chatml", "bare"]]
@@ -267,9 +265,6 @@ def merge(
     base_model: BaseModel = "",
 ):
     """Merge adapters into their base and write a model, tensor by tensor. Several are averaged, or weighted."""
-    from mini_symposium.models.strength import check_strength
-    from mini_symposium.run import resolve
-
     check_strength(strength)
     resolved = resolve(run, "adapter", "run")
     from mini_symposium.models.adapters import find_checkpoints, with_base
@@ -301,7 +296,6 @@ def merge(
 def report(run: Run, out: Annotated[str, typer.Option(help="the file to write; RUN/report.html if not given")] = ""):
     """Write what a run has shown into one HTML file that needs no network."""
     from mini_symposium.release.report import write_report
-    from mini_symposium.run import open_run
 
     say(f"report: {write_report(open_run(run), out)}")
 
@@ -322,10 +316,6 @@ def survival(
     dataset: Annotated[str, typer.Option(help="rows to measure an adapter from elsewhere on; else the kit's own")] = "",
 ):
     """Measure how much of a fine-tune each storage format keeps: of the weights, and of the model's predictions."""
-    from mini_symposium.files.writing import write_json
-    from mini_symposium.recipe import load_recipe
-    from mini_symposium.run import rate_and_epoch, resolve
-
     resolved = resolve(run, "adapter", "run")
     from mini_symposium.models.adapters import find_checkpoint, with_base
     from mini_symposium.release.storage_formats import STORAGES
@@ -376,7 +366,6 @@ def claims(
     from mini_symposium.claims.crate import write_crate
     from mini_symposium.claims.evidence import load_all_evidence, load_evidence
     from mini_symposium.figures.redraw import redraw
-    from mini_symposium.run import RunDirectory
 
     if len(runs) == 1 and not save and (found := load_all_evidence(runs[0])):
         judged = [ledger.judge(evidence) for evidence in found.values()]
@@ -427,7 +416,6 @@ def figures(
     """Draw a run's figures again from its metrics and csv files; needs no model and no torch."""
     from mini_symposium.claims.crate import CRATE, write_crate
     from mini_symposium.figures.redraw import redraw
-    from mini_symposium.run import RunDirectory
 
     for run in runs:
         directory = RunDirectory(run)
@@ -441,7 +429,6 @@ def figures(
 def publish(run: Annotated[str, typer.Argument(help="a finished run directory")]):
     """Copy a run's cleaned outputs into notebooks/, and its metrics, results and figures into figures/NAME."""
     from mini_symposium.reproduce.publish import publish as put
-    from mini_symposium.run import RunDirectory
 
     for path in put(RunDirectory(run)):
         say(path)
@@ -482,11 +469,6 @@ def models(
 @app.command()
 def notebooks(out: Annotated[str, typer.Argument(metavar="DIR", help="a new folder")]):
     """Write the notebooks into a folder, to step through them without a checkout."""
-    import shutil
-
-    from mini_symposium.files.writing import check_new, written_whole
-    from mini_symposium.run import ROOT
-
     folder = Path(out)
     check_new(folder)
     with written_whole(folder) as temporary:
@@ -498,12 +480,10 @@ def notebooks(out: Annotated[str, typer.Argument(metavar="DIR", help="a new fold
 def doctor(recipe: RecipeOption = "proxy"):
     """Versions, device, whether 4-bit works here, and how the recipe is trained in the memory that is free."""
     from mini_symposium.data.dataset import recipe_examples
-    from mini_symposium.recipe import load_recipe
 
     chosen = load_recipe(recipe)
     from mini_symposium.models.base_models import check_special_tokens, four_bit_works, load_tokenizer
     from mini_symposium.models.devices import device, memory, unused_card
-    from mini_symposium.run import environment
     from mini_symposium.training.memory_plan import choose, longest_row, needed, predicted
 
     for note in chosen.notes:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mini_symposium.errors import printable
+from mini_symposium.run import rate_and_epoch
 
 console = Console()
 
@@ -26,8 +27,6 @@ def note_macros(form) -> None:
 
 def note_recommended(run, checkpoints) -> None:
     """Say what the run's held-out curves recommend, if one of `checkpoints` has a rate with a curve."""
-    from mini_symposium.run import rate_and_epoch
-
     for path in checkpoints:
         rate, epoch = rate_and_epoch(path)
         if (best := run.recommended(rate)) is not None:

@@ -8,7 +8,10 @@ from rich.table import Table
 
 from mini_symposium.cli.options import RecipeOption, console, literal, say
 from mini_symposium.errors import InputError
-from mini_symposium.training.experiments import PER_PASS
+from mini_symposium.files.writing import alone
+from mini_symposium.recipe import load_recipe
+from mini_symposium.run import RunDirectory, find, open_run, read_object
+from mini_symposium.training.experiments import PER_PASS, grid, parse_numbers, parse_ranks, refuse_repeats
 
 BENCH = "figures/bench-cpu-epyc.json"
 """Seconds of a step of 256 tokens; a row of the card's has 175."""
@@ -42,9 +45,6 @@ def forecast(
     if check:
         _check(log, check)
         return
-    from mini_symposium.recipe import load_recipe
-    from mini_symposium.training.experiments import grid, parse_numbers, parse_ranks
-
     chosen = load_recipe(recipe, **({"datasets": [{"path": dataset, "type": "completion"}]} if dataset else {}))
     rates = parse_numbers("learning-rates", learning_rates, float) or list(chosen.contrast)
     rules = [rule.strip() for rule in schedules.split(",")] if schedules else []
@@ -85,7 +85,6 @@ def forecast(
 
 def _check(log: str, runs: list[str]) -> None:
     """Print the forecasts of a log beside what runs measured."""
-    from mini_symposium.run import find, open_run
     from mini_symposium.training.forecast import LOG
     from mini_symposium.training.forecast import check as score
 
@@ -131,10 +130,6 @@ def sweep(
     show_plan: Annotated[bool, typer.Option("--plan", help="show what is left to do, and train nothing")] = False,
 ):
     """Train and measure what the claims need, or a grid of your own; run again, it resumes."""
-    from mini_symposium.recipe import load_recipe
-    from mini_symposium.run import RunDirectory
-    from mini_symposium.training.experiments import grid, parse_numbers, parse_ranks, refuse_repeats
-
     chosen = load_recipe(recipe)
     numbers = parse_numbers("seeds", seeds) or [chosen.seed]
     refuse_repeats("seeds", numbers)
@@ -157,7 +152,6 @@ def sweep(
     from mini_symposium.data.dataset import load_examples, recipe_examples
     from mini_symposium.data.held_out import apart, load_held_out
     from mini_symposium.evaluation.memorization import PROBES
-    from mini_symposium.files.writing import alone
     from mini_symposium.training.sweep import CURVE, Sweep, check_engine
 
     check_engine(engine)
@@ -229,8 +223,6 @@ def _gathered(folder: str, base_model: str) -> set[tuple[str, int]]:
 
 def _show_plan(whole, rows: int) -> None:
     """Print what is left of a sweep, with hours by the kit's own bench where that has the model."""
-    from mini_symposium.run import find, read_object
-
     planned = whole.planned(rows)
     title = literal(f"{whole.base.base_model}, {rows} rows")
     table = Table("experiment", "learning rate", "epochs", "seeds left", "adapter steps", "evaluated", title=title)
