@@ -21,13 +21,6 @@ DEEPEST_YAML = 10
 
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_OPENING = (
-    yaml.FlowSequenceStartToken,
-    yaml.FlowMappingStartToken,
-    yaml.BlockSequenceStartToken,
-    yaml.BlockMappingStartToken,
-)
-_CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
 def path_of(given: str | Path) -> Path:
@@ -195,7 +188,7 @@ def parse_yaml(text: str, name: str | Path, hint: str) -> tuple[dict, yaml.Mappi
     """
     where, values = str(name), {}
     try:
-        _check_tokens(text, name)
+        _check_events(text, name)
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
@@ -218,15 +211,15 @@ def parse_yaml(text: str, name: str | Path, hint: str) -> tuple[dict, yaml.Mappi
     return values, root
 
 
-def _check_tokens(text: str, name: str | Path) -> None:
+def _check_events(text: str, name: str | Path) -> None:
     depth = 0
-    for token in yaml.scan(text, Loader=yaml.SafeLoader):
-        if isinstance(token, (yaml.AliasToken, yaml.AnchorToken)):
-            where = f"{name}:{token.start_mark.line + 1}"
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        where = f"{name}:{event.start_mark.line + 1}"
+        if isinstance(event, yaml.NodeEvent) and event.anchor:
             raise InputError(f"{where}: anchors and aliases are not read; write the value out")
-        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST_YAML:
-            raise InputError(f"{name}:{token.start_mark.line + 1}: nested too deeply")
+            raise InputError(f"{where}: nested too deeply")
 
 
 def _check_keys(node: yaml.Node, name: str | Path) -> None:
