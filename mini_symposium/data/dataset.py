@@ -98,12 +98,7 @@ def load_examples(path: str | Path) -> list[Example]:
     """Read a document, a table or a folder of them.
 
     A document is a .md or .txt file of `### ` headings. A table is JSON Lines, JSON, CSV, TSV or Parquet, each row in
-    one of `forms.FORMS`, or a chat log of SillyTavern's.
-
-    Raises
-    ------
-    InputError
-        If the data cannot be trained on; names file, line and remedy of each fault.
+    one of `forms.FORMS`, or a chat log of SillyTavern's. InputError names file, line and remedy of each fault.
 
     >>> examples = load_examples("data/minisymposium.md")
     >>> print(len(examples), examples[2].source, examples[2].query[:26])
@@ -139,11 +134,6 @@ def load_examples(path: str | Path) -> list[Example]:
 
 def recipe_examples(recipe: Recipe) -> tuple[list[Example], list[Example]]:
     """The rows that a recipe trains on, and those that its `val_set_size` holds out, which its seed draws.
-
-    Raises
-    ------
-    InputError
-        As `load_examples`, and if no row is left to train on.
 
     >>> from mini_symposium import load_recipe
     >>> [len(rows) for rows in recipe_examples(load_recipe("tiny", val_set_size=0.2))]
@@ -253,10 +243,9 @@ def _read(path: Path, faults: Faults) -> list[Example]:
     names = _described(path)
     if suffix == ".parquet":
         return _from_table([(row, f"{name}, row {n}") for n, row in enumerate(_parquet(path), start=1)], faults, names)
-    text = read_text(path)
+    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
     if suffix in (".csv", ".tsv"):
         return _from_table(_csv(text, name, faults), faults, names)
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if suffix in (".jsonl", ".ndjson", ".json") or text.lstrip()[:1] in ("{", "["):
         values = json_values(text, name, faults)
         if is_chat_log([value for value, _ in values]):
@@ -306,11 +295,9 @@ def _unwrapped(values: list[tuple[object, int]], name: str) -> tuple[list[tuple[
 def _csv(text: str, name: str, faults: Faults) -> list[tuple[dict, str]]:
     """Rows of a table with a line of column names, separated as in that line, or as Excel's `sep=;` above it says."""
     csv.field_size_limit(LARGEST)
-    told = re.match(r"sep=(.)\r?\n", text)
+    told = re.match(r"sep=(.)\n", text)
     header = re.sub(r'"[^"\n]*"', "", text.lstrip().partition("\n")[0])
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=told[1] if told else max(",;\t|", key=header.count), strict=True
-    )
+    reader = csv.reader(io.StringIO(text), delimiter=told[1] if told else max(",;\t|", key=header.count), strict=True)
     rows, columns, line = [], None, 1
     try:
         for cells in reader:
@@ -324,7 +311,6 @@ def _csv(text: str, name: str, faults: Faults) -> list[tuple[dict, str]]:
             elif len(cells) != len(columns):
                 faults.append(f"{name}:{line}: {len(cells)} cells, but {len(columns)} columns; quote text with commas")
             else:
-                cells = [cell.replace("\r\n", "\n").replace("\r", "\n") for cell in cells]
                 rows.append((dict(zip(columns, cells, strict=True)), f"{name}:{line}"))
             line = reader.line_num + 1
     except csv.Error as error:
@@ -409,6 +395,7 @@ def _from_text(text: str, name: str) -> list[Example]:
 BLANK = r"[ \t\xa0\u3000]"
 HEADING = re.compile(rf" {{0,3}}###{BLANK}(.*\S.*)")
 """A line that opens a section of a document."""
+FENCE = re.compile(r" {0,3}(`{3,}|~{3,})(.*)")
 RULE = re.compile(r"##? .*|(?:- ?){3,}|(?:\* ?){3,}|(?:_ ?){3,}")
 """A line between examples that belongs to none: a rule or a title."""
 
@@ -441,11 +428,9 @@ def _fence(line: str, opened: str) -> str:
 
     As in CommonMark, a fence of four backticks is closed by four, so that its code may show a fence of three.
     """
-    body = line.lstrip(" ")
-    mark = body[: len(body) - len(body.lstrip(body[:1]))]
-    if len(line) - len(body) > 3 or len(mark) < 3 or mark[0] not in "`~":
+    if not (match := FENCE.match(line)):
         return opened
-    rest = body[len(mark) :]
+    mark, rest = match.groups()
     if opened:
         return "" if mark.startswith(opened) and not rest.strip() else opened
     return "" if mark[0] == "`" and "`" in rest else mark
@@ -599,11 +584,6 @@ def write_axolotl_jsonl(examples: Sequence[Example], path: str | Path, answers_o
 
     With `answers_only`, `{"segments": [{"label", "text"}, ...]}`, as its `type: input_output` does: only answers are
     labelled as learned.
-
-    Raises
-    ------
-    InputError
-        If the file exists.
     """
     path = Path(path)
     if path.exists():
@@ -635,20 +615,13 @@ def tokenize(examples: Sequence[Example], tokenizer, sequence_len: int, completi
     Special tokens that a text spells out become these tokens, and BOS and EOS are not added a second time. Checks for
     mistakes that silently break small fine-tunes: a prompt whose tokens are not a prefix of the row's, so that training
     sees another boundary than inference; a special token that this tokenizer would split into pieces; nothing in the
-    loss; a row cut at `sequence_len`.
+    loss; a row cut at `sequence_len`. InputError names file and line of each.
 
     Parameters
     ----------
-    tokenizer
-        A transformers tokenizer.
     completion_only
         Supervise only the answers, each with what ends it; otherwise every token but those of answers that their row
         excludes.
-
-    Raises
-    ------
-    InputError
-        For each example that fails a check; names its file and line.
 
     >>> from mini_symposium.models.base_models import load_tokenizer
     >>> examples, tokenizer = load_examples("data/minisymposium.md"), load_tokenizer("tiny")

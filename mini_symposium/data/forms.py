@@ -99,12 +99,7 @@ NOT_TRAINED = ("tools", "functions", "images", "image", "videos", "video", "audi
 
 
 def read_row(row: object, where: str) -> TableRow:
-    """One row of a table in any form.
-
-    Raises
-    ------
-    InputError
-        If the row has no known form, a field holds something else than text, or one of NOT_TRAINED is in it.
+    """One row of a table in any form; InputError if it has none, or something that cannot be trained on.
 
     >>> row = read_row({"question": "Why?", "answer": "So.", "id": 7}, "mine.csv:2")
     >>> [piece.text for piece in row.pieces if piece.learned], row.notes
@@ -291,8 +286,7 @@ SPOKEN = ROLES | {"input": "user", "question": "user", "output": "assistant", "a
 
 
 def _messages(value: object) -> object:
-    """A chat as a list of messages: also from JSON in a text, from texts in turn, and from rounds."""
-    value = _parsed(value)
+    """A chat as a list of messages: also from texts in turn, and from rounds."""
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
         return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(value)]
     if isinstance(value, list) and all(isinstance(each, Mapping) and set(each) <= set(SPOKEN) for each in value):
@@ -303,7 +297,7 @@ def _messages(value: object) -> object:
 
 def _turns(row: TableRow, messages: object, name: str) -> list[Turn]:
     """The turns in a list of messages in OpenAI's form (role, content), ShareGPT's (from, value), Gemini's (parts)."""
-    given, messages = _parsed(messages), _messages(messages)
+    messages = _messages(given := _parsed(messages))
     if isinstance(given, list) and any(isinstance(each, str) for each in given):
         row.notes.append(f"`{name}` names no speakers: read as the user and the assistant in turn")
     if not isinstance(messages, list) or not messages or not all(isinstance(each, Mapping) for each in messages):
@@ -422,15 +416,7 @@ READ |= {f"extra.{key}" for key in MEDIA}
 def read_chat_log(rows: Sequence[Mapping], places: Sequence[str]) -> tuple[str, str, list[Turn], list[str]]:
     """User, character, turns and notes of SillyTavern's chat log. A turn's heading is its speaker's name.
 
-    Parameters
-    ----------
-    places
-        File and line of each row.
-
-    Raises
-    ------
-    InputError
-        If a message has no text or no name.
+    `places` are file and line of each row.
     """
     header = {} if "mes" in rows[0] else rows[0]
     turns, notes, faults, unused = [], [], Faults(), {}
