@@ -108,7 +108,6 @@ class Recipe:
 
     @property
     def dataset(self) -> str:
-        """The dataset's path."""
         return self.datasets[0]["path"]
 
     @property
@@ -131,7 +130,7 @@ class Recipe:
         return tuple(sorted({math.ceil(self.num_epochs * tenth / 10) for tenth in range(11)}))
 
     def replace(self, **changes) -> "Recipe":
-        """A copy with other values. Raises InputError as `load_recipe` does."""
+        """A copy with other values, checked as `load_recipe` does."""
         values = {key: getattr(self, key) for key in KEYS} | changes
         places = self.places | dict.fromkeys(changes, "override")
         return dataclasses.replace(_checked(values, places, self.name), notes=self.notes)
@@ -174,10 +173,7 @@ TYPES = {f.name: f.type for f in fields(Recipe)}
 def load_recipe(name_or_path: str | Path, **overrides) -> Recipe:
     """Read a recipe by its name in SHIPPED, or a file, and replace the values in `overrides`.
 
-    Raises
-    ------
-    InputError
-        If there is no such recipe, a key is unknown, or a value is not allowed; names file and line.
+    InputError names file and line of each unknown key and each value that is not allowed.
 
     >>> load_recipe("paper").contrast
     (1e-06, 1e-07)

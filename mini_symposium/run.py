@@ -44,11 +44,7 @@ def standing() -> Path:
 
 
 def find(path: str | Path) -> Path:
-    """The path as given, relative to the current folder; what ships with the kit is found from anywhere.
-
-    >>> find("data/minisymposium.md").name
-    'minisymposium.md'
-    """
+    """The path as given, relative to the current folder; what ships with the kit is found from anywhere."""
     path = path_of(path)
     if path.is_absolute() or path.exists():
         return path
@@ -58,13 +54,7 @@ def find(path: str | Path) -> Path:
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """Rows of a JSON Lines file that the kit appends to; a last line that a crash cut short is left out.
-
-    Raises
-    ------
-    InputError
-        If the file cannot be read, or another line is damaged.
-    """
+    """Rows of a JSON Lines file that the kit appends to; a last line that a crash cut short is left out."""
     rows = []
     for number, line in enumerate(read_text(Path(path)).split("\n")[:-1], start=1):
         try:
@@ -233,7 +223,6 @@ class Training:
         return self.folder / "probes.jsonl"
 
     def checkpoint(self, epoch: int) -> Path:
-        """Where the checkpoint of an epoch goes."""
         return self.folder / "checkpoints" / f"epoch-{epoch:04d}"
 
     def checkpoints(self) -> dict[int, Path]:
@@ -248,11 +237,7 @@ def _by_epoch(paths: Iterable[Path]) -> dict[int, Path]:
 
 
 class RunDirectory:
-    """Paths in a run directory. Creating this object touches no file.
-
-    >>> RunDirectory("runs/proxy").learning_rate_dir(1e-5).name
-    'lr-1e-05'
-    """
+    """Paths in a run directory. Creating this object touches no file."""
 
     def __init__(self, path: str | Path):
         path = find(path)
@@ -297,11 +282,6 @@ class RunDirectory:
 
         Loss, em and es (see `memorization`) are those of the step's example before its update; so is what
         `memorization.extraction` returns, where all of a row is supervised.
-
-        Raises
-        ------
-        InputError
-            If nothing has been trained here at that rate.
         """
         path = self.learning_rate_dir(learning_rate) / "metrics.jsonl"
         if not path.is_file():
@@ -332,7 +312,6 @@ class RunDirectory:
 
     @staticmethod
     def evaluation_file(checkpoint: Path) -> Path:
-        """Path of a checkpoint's evaluation."""
         return checkpoint.parents[1] / "evaluations" / f"{checkpoint.name}.json"
 
     def newest_checkpoints(self) -> dict[str, Path]:
@@ -361,7 +340,6 @@ class RunDirectory:
         return {f"dose control, epoch {epoch}": high[epoch]} if epoch and epoch in high else {}
 
     def merged(self, learning_rate: float, epoch: int) -> Path:
-        """Where the merge of that checkpoint goes."""
         return self.learning_rate_dir(learning_rate) / "merged" / f"epoch-{epoch:04d}"
 
     def survival_file(self, learning_rate: float, epoch: int) -> Path:
@@ -371,10 +349,7 @@ class RunDirectory:
     def record_recipe(self, recipe: Recipe, dataset_sha256: str, hardware: str) -> bool:
         """Record what is trained here, and on what; return True if the run had no record yet.
 
-        Raises
-        ------
-        InputError
-            If the run already records another recipe or another dataset.
+        InputError if it records another recipe or another dataset.
         """
         if not self.recipe_file.exists():
             found = environment(device=hardware, seed=recipe.seed, dataset_sha256=dataset_sha256)
@@ -463,17 +438,7 @@ KINDS = {
 
 
 def resolve(typed: str | Path, *kinds: str) -> Resolved:
-    """The run, model, recipe, ... that `typed` names.
-
-    Parameters
-    ----------
-    kinds
-        Those of KINDS that make sense here.
-
-    Raises
-    ------
-    InputError
-        If it is none of them, or its recipe is damaged.
+    """The run, model, recipe, ... that `typed` names, of one of `kinds`, which are keys of KINDS; else InputError.
 
     >>> resolve("proxy", "recipe", "run").base_model
     'SmolLM2-135M-Instruct'
@@ -507,14 +472,5 @@ def _adapter_in(folder: Path) -> Path | None:
 
 
 def open_run(path: str | Path) -> RunDirectory:
-    """The run directory at `path`, which has a recipe.
-
-    Raises
-    ------
-    InputError
-        If there is no recipe.yml in it, or it is damaged.
-
-    >>> open_run("figures/proxy").recipe.base_model
-    'SmolLM2-135M-Instruct'
-    """
+    """The run directory at `path`; InputError if there is no recipe.yml in it, or it is damaged."""
     return resolve(path, "run").run

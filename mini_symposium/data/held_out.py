@@ -80,18 +80,7 @@ def passes(prompt: HeldOut, answer: str) -> bool:
 
 
 def load_held_out(split: str | None = None) -> list[HeldOut]:
-    """The prompts of FILES, which have a list of them for each category.
-
-    Parameters
-    ----------
-    split
-        One of SPLITS; None for all.
-
-    Raises
-    ------
-    InputError
-        If there is no such split.
-    """
+    """The prompts of FILES, which have a list of them for each category: of one of SPLITS, or all."""
     if split not in (None, *SPLITS):
         raise InputError(f"split {split!r}: is one of {', '.join(SPLITS)}")
     prompts = []
@@ -114,14 +103,9 @@ Held = TypeVar("Held", HeldOut, Example)
 
 
 def apart(held_out: Sequence[Held], examples: Sequence[Example], say: Callable[[str], object] = print) -> list[Held]:
-    """The held-out prompts, or rows, that share no wording with a training row.
+    """The held-out prompts, or rows, that share no wording with a training row; InputError if no prompt is left.
 
     `say` is called with a line about each other one.
-
-    Raises
-    ------
-    InputError
-        If there were prompts, and none is left.
     """
     shared = [
         shared_wording(each, examples)

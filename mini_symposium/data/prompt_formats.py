@@ -91,11 +91,6 @@ class PromptFormat:
         messages
             Dicts with `role` (system, user or assistant), `content`, and if it is another than `user` or `char`, the
             speaker's `name`; oldest first.
-
-        Raises
-        ------
-        InputError
-            If there are no messages, a message has another role or no text, or the prompt has over 2**25 characters.
         """
         _check(messages, "the chat")
         last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
@@ -302,13 +297,7 @@ LARGEST_PRESET, LARGEST_CHAT = 2**18, 2**24
 
 
 def load_preset(path: str | Path) -> PromptFormat:
-    """Read a SillyTavern instruct preset of the present or an older version.
-
-    Raises
-    ------
-    InputError
-        If it is not JSON, or a key has another type than SillyTavern gives it.
-    """
+    """Read a SillyTavern instruct preset of the present or an older version."""
     found = _as_object(_load_values(path, LARGEST_PRESET), path)
     whole = isinstance(found.get("instruct"), dict)  # a Master export
     preset = {key: value for key, value in (found["instruct"] if whole else found).items() if value is not None}
@@ -339,13 +328,7 @@ def load_preset(path: str | Path) -> PromptFormat:
 
 
 def load_chat(path: str | Path) -> dict:
-    """Read `{"user", "char", "messages": [{"role", "content"}]}`, or a chat log of SillyTavern's as the same.
-
-    Raises
-    ------
-    InputError
-        If the file is anything else.
-    """
+    """Read `{"user", "char", "messages": [{"role", "content"}]}`, or a chat log of SillyTavern's as the same."""
     values = _load_values(path, LARGEST_CHAT)
     rows = [value for value, _ in values]
     if is_chat_log(rows):

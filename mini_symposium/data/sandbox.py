@@ -36,12 +36,8 @@ READY = b"ready"
 def passes(code: str, asserts: str) -> bool:
     """Whether `code` runs, and `asserts` after it in the same namespace, within the limits.
 
-    Code that exits early does not pass: the child writes a random word after the last assert.
-
-    Raises
-    ------
-    RunError
-        If this machine cannot run the child process; an answer must not fail for that reason.
+    Code that exits early does not pass: the child writes a random word after the last assert. RunError if this machine
+    cannot run the child process; an answer must not fail for that reason.
 
     >>> passes("def double(x):\\n    return 2 * x", "assert double(4) == 8")
     True

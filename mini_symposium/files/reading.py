@@ -24,11 +24,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def path_of(given: str | Path) -> Path:
-    """`given` as a path with ~ filled in. Raises InputError for a path that no file can have.
-
-    >>> path_of("data/mine.md").name
-    'mine.md'
-    """
+    """`given` as a path with ~ filled in. Raises InputError for a path that no file can have."""
     try:
         path = Path(given).expanduser()
         path.lstat()
@@ -40,13 +36,7 @@ def path_of(given: str | Path) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, without a byte order mark.
-
-    Raises
-    ------
-    InputError
-        If the file does not exist, is not an ordinary file, cannot be read, or is not UTF-8 (then names the line).
-    """
+    """The text of a file in UTF-8, without a byte order mark."""
     try:
         # Folders and devices are not read, nor named pipes: reading one would wait for a writer.
         data = path.read_bytes() if path.is_file() or not path.exists() else None
@@ -64,18 +54,10 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, name: str | Path, line: int | None = None):
-    """The value of a JSON text.
+    """The value of a JSON text; `line` is its number if it is one line of the file `name`.
 
-    Parameters
-    ----------
-    name, line
-        The file's name, and the line number if `text` is one line of the file.
-
-    Raises
-    ------
-    InputError
-        If `text` is not JSON, has a key twice in one object, is nested more than `DEEPEST` levels deep, or holds a
-        number of thousands of digits or half of a surrogate pair.
+    Refused are also a key twice in one object, more than `DEEPEST` levels, a number of thousands of digits, and half of
+    a surrogate pair.
     """
     where = f"{name}:{line}" if line else str(name)
     try:
@@ -175,16 +157,8 @@ def _deeper(value, levels: int) -> bool:
 def parse_yaml(text: str, name: str | Path, hint: str) -> tuple[dict, yaml.MappingNode]:
     """The values of a YAML file of `key: value` lines, and its root node; nodes have line numbers.
 
-    Parameters
-    ----------
-    hint
-        What the file should look like, for the error if it is a list or a single value.
-
-    Raises
-    ------
-    InputError
-        If the text is not YAML of `key: value` lines, a mapping has a key twice, or the text could grow when it is
-        read: it has anchors, aliases or more than `DEEPEST_YAML` levels.
+    Refused are also a key twice in a mapping, and what could grow when it is read: anchors, aliases and more than
+    `DEEPEST_YAML` levels. `hint` says what the file should look like, if it is a list or a single value.
     """
     where, values = str(name), {}
     try:

@@ -27,12 +27,8 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write to; if the block raises nothing, it is renamed to `path`.
 
-    Works for a file and for a directory (the body then makes the directory itself).
-
-    Raises
-    ------
-    InputError
-        If the disk is full or the directory cannot be written. `path` is then unchanged.
+    Works for a file and for a directory (the body then makes the directory itself). InputError if the disk is full or
+    cannot be written; `path` is then unchanged.
     """
     path = Path(path)
     try:
@@ -82,10 +78,7 @@ def discard(path: Path) -> None:
 def clear_away(folder: Path, name: str = "") -> bool:
     """Delete what killed writers left behind: of `folder`/`name`, or without a name of anything below `folder`.
 
-    Returns
-    -------
-    bool
-        Whether a living process is writing there. Also True if there are leftovers on a file system without locks.
+    Returns whether a living process is writing there. Also True if leftovers are on a file system without locks.
     """
     being_written = False
     for part in folder.glob(f".{name}.*{PART}") if name else list(folder.rglob(f".*{PART}")):
@@ -106,17 +99,7 @@ def clear_away(folder: Path, name: str = "") -> bool:
 def alone(folder: Path, name: str = LOCK, patience: float = 0.0) -> Iterator[None]:
     """Keep other processes and threads from working in `folder`, until the end of the block or of the process.
 
-    Parameters
-    ----------
-    name
-        The lock file's name; a folder may have several locks.
-    patience
-        Seconds to wait for another process to end.
-
-    Raises
-    ------
-    InputError
-        If another process works there, or the folder cannot be written.
+    A folder may have several locks, by `name`. After `patience` seconds another process is an InputError.
     """
     try:
         lock = _lock(folder / name, patience, reentrant=True)
@@ -133,14 +116,8 @@ def alone(folder: Path, name: str = LOCK, patience: float = 0.0) -> Iterator[Non
 def _lock(path: Path, patience: float = 0.0, reentrant: bool = False):
     """Lock the file `path`; the lock ends with the process. If `reentrant`, this thread may lock it several times.
 
-    Missing folders are made. On a file system without locks nothing is locked: the lock's `is_locked` is False.
-
-    Raises
-    ------
-    TimeoutError
-        If another process or thread still has the lock after `patience` seconds.
-    OSError
-        If the file cannot be written.
+    Missing folders are made. On a file system without locks nothing is locked: the lock's `is_locked` is False. It is a
+    TimeoutError if another process or thread still has the lock after `patience` seconds.
     """
     from filelock import FileLock  # here, because its import would slow `--help` by a third
 
