@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from mini_symposium.errors import INVISIBLE, Faults, InputError
 from mini_symposium.files.reading import parse_json
@@ -157,12 +158,9 @@ def _segments(row: TableRow) -> None:
         row.pieces.append(Piece(text, True if label else None))
 
 
-def _chat(name: str) -> Callable[[TableRow], None]:
-    def read(row: TableRow) -> None:
-        row.system()
-        _write_turns(row, _turns(row, row.take(name), name))
-
-    return read
+def _chat(row: TableRow, name: str) -> None:
+    row.system()
+    _write_turns(row, _turns(row, row.take(name), name))
 
 
 def _prompt_completion(row: TableRow) -> None:
@@ -185,48 +183,40 @@ def _prompt_completion(row: TableRow) -> None:
     _write_turns(row, context + _turns(row, answered, "completion"))
 
 
-def _alpaca(answer: str) -> Callable[[TableRow], None]:
+def _alpaca(row: TableRow, answer: str) -> None:
     """Alpaca's form, with the system text first and the history as earlier turns, as LLaMA-Factory has them."""
-
-    def read(row: TableRow) -> None:
-        row.system()
-        asked = [row.optional(name).strip() for name in ("instruction", "input", "context")]
-        instruction, *context = [text for text in asked if text] or [row.text("instruction")]
-        context = "\n\n".join(context)
-        output = row.text(answer).rstrip()
-        history = _parsed(row.take("history"))
-        history = [] if _absent(history) else history
-        if not isinstance(history, list):
-            raise InputError(f"{row.where}: `history` is {_quoted(history)}; write a list of pairs")
-        for number, turn in enumerate(history, start=1):
-            if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2 or not _all_text(turn):
-                raise InputError(f"{row.where}, history {number}: takes two texts, what was asked and the answer")
-            row.pieces.append(Piece(f"### Instruction\n{turn[0].strip()}\n\n### Response\n"))
-            row.pieces.append(Piece(turn[1].strip() + "\n\n", True))
-        prompt = f"### Instruction\n{instruction}\n\n" + (f"### Input\n{context}\n\n" if context else "")
-        row.query = "\n\n".join(filter(None, [instruction, context]))
-        if row.pieces:
-            row.query = "".join(piece.text for piece in row.pieces) + row.query
-        row.pieces += [Piece(prompt + "### Response\n"), Piece(output, True)]
-        row.heading = "Response"
-
-    return read
+    row.system()
+    asked = [row.optional(name).strip() for name in ("instruction", "input", "context")]
+    instruction, *context = [text for text in asked if text] or [row.text("instruction")]
+    context = "\n\n".join(context)
+    output = row.text(answer).rstrip()
+    history = _parsed(row.take("history"))
+    history = [] if _absent(history) else history
+    if not isinstance(history, list):
+        raise InputError(f"{row.where}: `history` is {_quoted(history)}; write a list of pairs")
+    for number, turn in enumerate(history, start=1):
+        if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2 or not _all_text(turn):
+            raise InputError(f"{row.where}, history {number}: takes two texts, what was asked and the answer")
+        row.pieces.append(Piece(f"### Instruction\n{turn[0].strip()}\n\n### Response\n"))
+        row.pieces.append(Piece(turn[1].strip() + "\n\n", True))
+    prompt = f"### Instruction\n{instruction}\n\n" + (f"### Input\n{context}\n\n" if context else "")
+    row.query = "\n\n".join(filter(None, [instruction, context]))
+    if row.pieces:
+        row.query = "".join(piece.text for piece in row.pieces) + row.query
+    row.pieces += [Piece(prompt + "### Response\n"), Piece(output, True)]
+    row.heading = "Response"
 
 
 def _all_text(values: Sequence) -> bool:
     return all(isinstance(value, str) and not blank(value) for value in values)
 
 
-def _pair(asked: str, answer: str) -> Callable[[TableRow], None]:
+def _pair(row: TableRow, asked: str, answer: str) -> None:
     """A question and its answer. A `context` comes before the question, as Axolotl has it, an `input` after it."""
-
-    def read(row: TableRow) -> None:
-        row.system()
-        parts = row.optional("context"), row.text(asked), row.optional("input") if asked != "input" else ""
-        query = "\n\n".join(part.strip() for part in parts if part)
-        _write_turns(row, [Turn("user", query), Turn("assistant", row.text(answer).strip(), True)])
-
-    return read
+    row.system()
+    parts = row.optional("context"), row.text(asked), row.optional("input") if asked != "input" else ""
+    query = "\n\n".join(part.strip() for part in parts if part)
+    _write_turns(row, [Turn("user", query), Turn("assistant", row.text(answer).strip(), True)])
 
 
 def _text(row: TableRow) -> None:
@@ -243,12 +233,12 @@ PAIRS = (
     ("text_input", "output"),
 )
 FORMS = [
-    *(((name,), _chat(name)) for name in CHATS[:3]),
+    *(((name,), partial(_chat, name=name)) for name in CHATS[:3]),
     (("segments",), _segments),
     (("prompt", "completion"), _prompt_completion),
-    *((("instruction", answer), _alpaca(answer)) for answer in ANSWERS[::-1]),
-    *((names, _pair(*names)) for names in PAIRS),
-    *(((name,), _chat(name)) for name in CHATS[3:]),
+    *((("instruction", answer), partial(_alpaca, answer=answer)) for answer in ANSWERS[::-1]),
+    *(((asked, answer), partial(_pair, asked=asked, answer=answer)) for asked, answer in PAIRS),
+    *(((name,), partial(_chat, name=name)) for name in CHATS[3:]),
     (("text",), _text),
 ]
 """[(the fields that a form needs, its reader)], the first that fits is taken."""
