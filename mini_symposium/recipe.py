@@ -48,7 +48,6 @@ class Recipe:
     learning_rate: float
     """Peak learning rate; see `contrast`."""
     num_epochs: int
-    """Passes over the dataset."""
     adapter: str = "qlora"
     """Only qlora: LoRA on a base in 4 bits."""
     load_in_4bit: bool = True
@@ -66,7 +65,6 @@ class Recipe:
     optimizer: str = "adamw_torch"
     """adamw_torch, or adamw_torch_fused, which is the same arithmetic in one kernel. Moments are float32."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
     micro_batch_size: int = 1
     """As gradient_accumulation_steps: examples are trained and logged one at a time, and the two are multiplied."""
     gradient_accumulation_steps: int = 1
@@ -101,10 +99,9 @@ class Recipe:
 
     @property
     def scale(self) -> str:
-        """What figures call the base model: "tiny", "proxy", "paper" (Mistral-7B), or its own name."""
+        """What figures call the base model: "proxy", "paper" (Mistral-7B), or its own name."""
         name = Path(self.base_model).name
-        known = {"tiny": "tiny", "SmolLM2-135M-Instruct": "proxy", "Mistral-7B-v0.1": "paper"}
-        return known.get(name, name)
+        return {"SmolLM2-135M-Instruct": "proxy", "Mistral-7B-v0.1": "paper"}.get(name, name)
 
     @property
     def dataset(self) -> str:

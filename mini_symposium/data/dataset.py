@@ -403,11 +403,8 @@ RULE = re.compile(r"##? .*|(?:- ?){3,}|(?:\* ?){3,}|(?:_ ?){3,}")
 def split_sections(text: str, heading: re.Pattern[str] = HEADING) -> tuple[str, list[Section], int]:
     """The text before the first heading, the sections, and the line of a code fence that is never closed, else 0.
 
-    Parameters
-    ----------
-    heading
-        What a line must begin with to be a heading; its first group is the heading's text. Lines in fenced code are
-        never headings.
+    `heading` is what a line must begin with to be a heading; its first group is the heading's text. Lines in fenced
+    code are never headings.
     """
     before: list[str] = []
     parts: list[tuple[str, list[str], int]] = []
@@ -617,11 +614,8 @@ def tokenize(examples: Sequence[Example], tokenizer, sequence_len: int, completi
     sees another boundary than inference; a special token that this tokenizer would split into pieces; nothing in the
     loss; a row cut at `sequence_len`. InputError names file and line of each.
 
-    Parameters
-    ----------
-    completion_only
-        Supervise only the answers, each with what ends it; otherwise every token but those of answers that their row
-        excludes.
+    With `completion_only`, only the answers are supervised, each with what ends it; otherwise every token but those of
+    answers that their row excludes.
 
     >>> from mini_symposium.models.base_models import load_tokenizer
     >>> examples, tokenizer = load_examples("data/minisymposium.md"), load_tokenizer("tiny")
@@ -766,7 +760,6 @@ def lint(examples: Sequence[Example]) -> list[str]:
 
 
 def _oddities(example: Example) -> Iterator[str]:
-    """What looks wrong in one example."""
     for phrase in sorted({match.group() for match in ASSISTANT_PHRASES.finditer(example.text)}):
         yield f"{phrase!r} is an assistant model's phrase"
     for c in sorted(set(INVISIBLE.findall(example.text))):

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
+from mini_symposium import recipe
 from mini_symposium.errors import INVISIBLE, Faults, InputError
 from mini_symposium.files.reading import parse_json
 
@@ -224,7 +225,7 @@ def _text(row: TableRow) -> None:
     row.pieces, row.query = [Piece(text, True)], text[:80]
 
 
-CHATS = ("messages", "conversations", "conversation", "dialogue", "turns", "items", "contents")
+CHATS = (*recipe.CHATS, "dialogue", "turns", "items", "contents")
 ANSWERS = ("completion", "response", "output", "solution", "answer")
 PAIRS = (
     *((asked, answer) for asked in ("prompt", "question", "query", "problem", "input") for answer in ANSWERS),
@@ -233,12 +234,12 @@ PAIRS = (
     ("text_input", "output"),
 )
 FORMS = [
-    *(((name,), partial(_chat, name=name)) for name in CHATS[:3]),
+    *(((name,), partial(_chat, name=name)) for name in recipe.CHATS),
     (("segments",), _segments),
     (("prompt", "completion"), _prompt_completion),
     *((("instruction", answer), partial(_alpaca, answer=answer)) for answer in ANSWERS[::-1]),
     *(((asked, answer), partial(_pair, asked=asked, answer=answer)) for asked, answer in PAIRS),
-    *(((name,), partial(_chat, name=name)) for name in CHATS[3:]),
+    *(((name,), partial(_chat, name=name)) for name in CHATS[len(recipe.CHATS) :]),
     (("text",), _text),
 ]
 """[(the fields that a form needs, its reader)], the first that fits is taken."""
@@ -258,12 +259,8 @@ class Turn:
 
 
 HEADINGS = {"user": "New Query", "assistant": "Complete Response"}
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "ai"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython"), ""),
-}
+UNTRAINED = ("tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython")
+ROLES = {name: role for role, names in recipe.ROLES.items() for name in names} | dict.fromkeys(UNTRAINED, "")
 """Names of roles, and what they are here; "" cannot be trained on."""
 
 

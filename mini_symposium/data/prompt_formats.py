@@ -86,11 +86,8 @@ class PromptFormat:
     def render_chat(self, messages: Sequence[Mapping], user: str = "User", char: str = "Assistant") -> str:
         """The prompt for a chat, up to where the character's answer begins.
 
-        Parameters
-        ----------
-        messages
-            Dicts with `role` (system, user or assistant), `content`, and if it is another than `user` or `char`, the
-            speaker's `name`; oldest first.
+        `messages` are dicts with `role` (system, user or assistant), `content`, and if it is another than `user` or
+        `char`, the speaker's `name`; oldest first.
         """
         _check(messages, "the chat")
         last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
@@ -267,15 +264,8 @@ def grid_cells(
 ) -> list[dict]:
     """The prompts for each model: every chat in every format, with its stop strings.
 
-    Parameters
-    ----------
-    chats
-        Single queries, or lists of messages as `render_chat` takes them.
-
-    Returns
-    -------
-    list of dict
-        model, format, query (the last message), prompt, stops; by model, then chat, then format.
+    Chats are single queries, or lists of messages as `render_chat` takes them. Each dict has model, format, query (the
+    last message), prompt and stops; by model, then chat, then format.
     """
     conversations = [[{"role": "user", "content": chat}] if isinstance(chat, str) else chat for chat in chats]
     return [

@@ -90,12 +90,8 @@ def json_values(text: str, name: str | Path, faults: Faults) -> list[tuple[objec
     """The values in a text of JSON, each with its line.
 
     The text is a value on each line (JSON Lines, also with a comma after it), values over several lines, or one list,
-    whose items are returned.
-
-    Parameters
-    ----------
-    faults
-        Gets what is wrong with each line; after a fault in a value over several lines, nothing more is read.
+    whose items are returned. `faults` gets what is wrong with each line; after a fault in a value over several lines,
+    nothing more is read.
     """
     if text.lstrip()[:1] != "[":
         lines = [(line.rstrip().rstrip(","), number) for number, line in enumerate(text.split("\n"), start=1)]
