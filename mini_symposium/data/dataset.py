@@ -442,16 +442,15 @@ LONGEST_HEADING = 200
 def _from_markdown(text: str, name: str, faults: Faults) -> Iterator[Example]:
     """The examples of a document. A heading that differs from the first one only in case, a colon, a missing blank or a
     number is read as that one, with a note."""
-    before, sections, left_open = split_sections(text)
-    known = list(dict.fromkeys(section.heading for section in sections if len(section.heading) <= LONGEST_HEADING))
-    level, names = "###", "|".join(map(re.escape, known[:MOST_HEADINGS]))
-    if sections:  # headings without a blank after ###
-        spelled = re.compile(rf" {{0,3}}###(?:{BLANK}|(?=(?:{names})\W*$))(.*\S.*)", re.I)
-        before, sections, left_open = split_sections(text, spelled)
-    for other, then in () if sections else (("##", BLANK), ("####", BLANK), ("#", BLANK), ("###", "(?!#)")):
-        if not sections:
-            level, spelled = other, re.compile(rf" {{0,3}}{other}{then}(.*\S.*)")
-            before, sections, left_open = split_sections(text, spelled)
+    found = split_sections(text)[1]
+    known = list(dict.fromkeys(section.heading for section in found if len(section.heading) <= LONGEST_HEADING))
+    names = "|".join(map(re.escape, known[:MOST_HEADINGS]))
+    unspaced = ("###", rf"(?:{BLANK}|(?=(?:{names})\W*$))")  # headings without a blank after ###
+    others = (("##", BLANK), ("####", BLANK), ("#", BLANK), ("###", "(?!#)"))
+    for level, then in [unspaced] if found else others:
+        before, sections, left_open = split_sections(text, re.compile(rf" {{0,3}}{level}{then}(.*\S.*)", re.I))
+        if sections:
+            break
     notes = _titles(before, text, name, faults)
     said = [re.fullmatch(r"([^\W\d][\w ]{0,30}): +(.+)", section.heading) for section in sections]
     if sections and all(said) and not any(section.text for section in sections):  # ### Human: Name a tree.
