@@ -8,6 +8,7 @@ import ast
 import json
 import re
 import textwrap
+from contextlib import suppress
 
 from mini_symposium.data import sandbox
 
@@ -75,17 +76,12 @@ def code_in(answer: str) -> str:
 
 def _parsing(block: str) -> str:
     lines = textwrap.dedent(block).split("\n")[:200]
-    while lines and not _parses("\n".join(lines)):
+    while lines:
+        with suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+            ast.parse("\n".join(lines))
+            break
         lines.pop()
     return "\n".join(lines)
-
-
-def _parses(code: str) -> bool:
-    try:
-        ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
 
 
 def any_of(terms, answer, query):

@@ -128,10 +128,9 @@ def read_row(row: object, where: str) -> TableRow:
             f"{where}: found {keys}; a row has messages or conversations, prompt and completion, instruction and "
             "output, question and answer, or text"
         )
-    if reader is None:
-        raise InputError(*faults)
-    with faults.collected():
-        reader(read)
+    if reader:
+        with faults.collected():
+            reader(read)
     faults.refuse()
     unused = [name for name, value in read.fields.items() if name not in read.used and not _absent(value)]
     read.notes += [f"{f'`{name}`' if name else 'a column without a name'} is not used" for name in unused]
@@ -259,8 +258,8 @@ class Turn:
 
 
 HEADINGS = {"user": "New Query", "assistant": "Complete Response"}
-UNTRAINED = ("tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython")
-ROLES = {name: role for role, names in recipe.ROLES.items() for name in names} | dict.fromkeys(UNTRAINED, "")
+TOOLS = ("tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython")
+ROLES = {name: role for role, names in recipe.ROLES.items() for name in names} | dict.fromkeys(TOOLS, "")
 """Names of roles, and what they are here; "" cannot be trained on."""
 
 

@@ -80,7 +80,7 @@ def passes(prompt: HeldOut, answer: str) -> bool:
 
 
 def load_held_out(split: str | None = None) -> list[HeldOut]:
-    """The prompts of FILES, which have a list of them for each category: of one of SPLITS, or all."""
+    """The prompts of FILES, which have a list of them for each category; all, or those of one of SPLITS."""
     if split not in (None, *SPLITS):
         raise InputError(f"split {split!r}: is one of {', '.join(SPLITS)}")
     prompts = []
