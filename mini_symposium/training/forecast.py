@@ -43,12 +43,12 @@ from scipy.special import stdtrit
 
 from mini_symposium.data.dataset import Example, Row, fingerprint
 from mini_symposium.errors import Faults, InputError
-from mini_symposium.files.writing import written_whole
 from mini_symposium.models.base_models import compute_in_float32, load_model
 from mini_symposium.recipe import Recipe
 from mini_symposium.run import RunDirectory, Training, environment, find, read_jsonl
 from mini_symposium.training.finetune import add_adapters, as_rows
 from mini_symposium.training.fused_lora import FusedAdapters
+from mini_symposium.training.log import rewrite
 from mini_symposium.training.memory_plan import choose
 from mini_symposium.training.trainer import EpochOrder, adapter_name, schedule
 
@@ -145,16 +145,6 @@ def slopes(recipe: Recipe, rows: Sequence[Row]) -> Slopes:
     return Slopes(size(of_b), size(measure("lora_A")[1]) / PROBE, loss)
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """An epoch and its interval; infinite beyond the recipe's epochs if its rate decays before."""
-
-    moment: str
-    epoch: float
-    low: float
-    high: float
-
-
 def trainings() -> pd.DataFrame:
     """The measured trainings that the law is fitted to."""
     return pd.read_csv(find(TRAININGS))
@@ -185,8 +175,8 @@ def _crowded(steps):
     return np.sqrt(STEPS / steps)
 
 
-def forecast(found: Slopes, recipe: Recipe, steps: int, measured: pd.DataFrame | None = None) -> list[Forecast]:
-    """When the recipe's learning rate reaches each of MOMENTS, with an interval for what was not fitted to.
+def doses(found: Slopes, steps: int, measured: pd.DataFrame | None = None) -> dict[str, list[float]]:
+    """{moment: the dose at which it is reached, and its interval's ends, for what was not fitted to}.
 
     Parameters
     ----------
@@ -195,34 +185,39 @@ def forecast(found: Slopes, recipe: Recipe, steps: int, measured: pd.DataFrame |
     measured
         The trainings to fit to; `trainings()` if None.
     """
-    measured, result = trainings() if measured is None else measured, []
+    measured, result = trainings() if measured is None else measured, {}
     for moment in MOMENTS:
         mean, deviation, pairs = fit(measured, moment)
         # the spread of one more, beside the uncertainty of the mean
         width = stdtrit(pairs - 1, (1 + LEVEL) / 2) * deviation * math.sqrt(1 + 1 / pairs)
-        doses = [found.dose(found.loss * math.exp(mean + shift)) / _crowded(steps) for shift in (0, -width, width)]
-        result.append(Forecast(moment, *(LAG + epochs_of(dose, recipe, steps) for dose in doses)))
+        shifts = (0, -width, width)
+        result[moment] = [found.dose(found.loss * math.exp(mean + shift)) / _crowded(steps) for shift in shifts]
     return result
 
 
+def forecast(recipe: Recipe, steps: int, reached_at: Mapping[str, Sequence[float]]) -> dict:
+    """A row of `foresee`: when the recipe's schedule comes to these doses, see `doses`."""
+    line = {key: getattr(recipe, key) for key in ("learning_rate", "lora_r", "lora_alpha", "lr_scheduler")}
+    for moment, own in reached_at.items():
+        epochs = [LAG + epochs_of(dose, recipe, steps) for dose in own]
+        line |= dict(zip((moment, f"{moment}_low", f"{moment}_high"), epochs, strict=True))
+    return line | {"rate_for_100": reached_at["known"][0] / ((100 - LAG) * steps)}
+
+
 def foresee(recipes: Sequence[Recipe], examples: Sequence[Example]) -> pd.DataFrame:
-    """A row for each recipe: its learning_rate, lora_r, lora_alpha and lr_scheduler, and for each of MOMENTS the epoch,
-    with its interval in the columns `_low` and `_high`.
+    """A row for each recipe: its learning_rate, lora_r, lora_alpha and lr_scheduler; for each of MOMENTS the epoch,
+    with its interval in the columns `_low` and `_high`; and the constant rate at which half is known at epoch 100.
 
     They share base model and dataset; each rank and alpha is measured once.
     """
-    first, measured, lines = recipes[0], {}, []
+    first, measured = recipes[0], {}
     rows = as_rows(first, examples)
     steps = EpochOrder(len(rows), [first.seed], first.batch).steps
     for recipe in recipes:
         kind = recipe.lora_r, recipe.lora_alpha
         if kind not in measured:
-            measured[kind] = slopes(recipe, rows)
-        line = {key: getattr(recipe, key) for key in ("learning_rate", "lora_r", "lora_alpha", "lr_scheduler")}
-        for each in forecast(measured[kind], recipe, steps):
-            line |= {each.moment: each.epoch, f"{each.moment}_low": each.low, f"{each.moment}_high": each.high}
-        lines.append(line | {"rate_for_100": rate_for(measured[kind], 100, steps)})
-    return pd.DataFrame(lines)
+            measured[kind] = doses(slopes(recipe, rows), steps)
+    return pd.DataFrame([forecast(each, steps, measured[each.lora_r, each.lora_alpha]) for each in recipes])
 
 
 def foresee_by_size(recipes: Sequence[Recipe], parameters: int, steps: int) -> pd.DataFrame:
@@ -236,10 +231,15 @@ def foresee_by_size(recipes: Sequence[Recipe], parameters: int, steps: int) -> p
     InputError
         If a recipe has another r or alpha than 16 and 32.
     """
-    sizes, measured, lines = pd.read_csv(find(SIZES)), trainings(), []
+    for recipe in recipes:
+        if (recipe.lora_r, recipe.lora_alpha) != (16, 32):
+            raise InputError(
+                f"r {recipe.lora_r}, alpha {recipe.lora_alpha}: a forecast by size is for r 16 and alpha 32"
+            )
+    sizes, measured = pd.read_csv(find(SIZES)), trainings()
     x = np.log(sizes["parameters"])
     apart, free = np.log(parameters) - x.mean(), len(x) - 2
-    doses = {}
+    found = {}
     for moment in MOMENTS:
         mean, deviation, _ = fit(measured, moment)
         of_law = np.log(
@@ -253,24 +253,8 @@ def foresee_by_size(recipes: Sequence[Recipe], parameters: int, steps: int) -> p
         of_size = variance * (1 + 1 / len(x) + apart**2 / ((x - x.mean()) ** 2).sum())
         width = stdtrit(free, (1 + LEVEL) / 2) * math.sqrt(of_size + ((of_law[:, 2] - of_law[:, 1]) / 2).mean() ** 2)
         at = start + slope * math.log(parameters)
-        doses[moment] = [math.exp(at + shift) / _crowded(steps) for shift in (0, -width, width)]
-    for recipe in recipes:
-        if (recipe.lora_r, recipe.lora_alpha) != (16, 32):
-            raise InputError(
-                f"r {recipe.lora_r}, alpha {recipe.lora_alpha}: a forecast by size is for r 16 and alpha 32"
-            )
-        line = {key: getattr(recipe, key) for key in ("learning_rate", "lora_r", "lora_alpha", "lr_scheduler")}
-        for moment, own in doses.items():
-            epochs = [LAG + epochs_of(dose, recipe, steps) for dose in own]
-            line |= dict(zip((moment, f"{moment}_low", f"{moment}_high"), epochs, strict=True))
-        lines.append(line | {"rate_for_100": doses["known"][0] / ((100 - LAG) * steps)})
-    return pd.DataFrame(lines)
-
-
-def rate_for(found: Slopes, epoch: float, steps: int, moment: str = "known") -> float:
-    """The constant learning rate that reaches `moment` at `epoch`."""
-    mean, _, _ = fit(trainings(), moment)
-    return float(found.dose(found.loss * math.exp(mean)) / _crowded(steps) / ((epoch - LAG) * steps))
+        found[moment] = [math.exp(at + shift) / _crowded(steps) for shift in (0, -width, width)]
+    return pd.DataFrame([forecast(recipe, steps, found) for recipe in recipes])
 
 
 def epochs_of(dose: float, recipe: Recipe, steps: int) -> float:
@@ -311,8 +295,7 @@ def append_to_log(path: Path, recipe: Recipe, examples: Sequence[Example], found
         }
         chain = _chained(chain, line)
         lines.append({**line, "chain": chain})
-    with written_whole(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in [*kept, *lines]), encoding="utf-8")
+    rewrite(path, [*kept, *lines])
 
 
 def _chained(before: str, line: dict) -> str:

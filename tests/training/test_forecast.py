@@ -21,11 +21,11 @@ from mini_symposium.training.forecast import (
     Slopes,
     append_to_log,
     check,
+    doses,
     epochs_of,
     fit,
     forecast,
     foresee,
-    rate_for,
     reached,
     read_log,
     slopes,
@@ -111,8 +111,10 @@ def test_a_model_that_was_left_out_is_forecast():
     whole = world(spread=0.0)
     left = whole[whole["model"] == "m0"].iloc[0]
     own, recipe = Slopes(left["first"], left["second"], 4.0), load_recipe("proxy", learning_rate=1e-4)
-    for each in forecast(own, recipe, 13, whole[whole["model"] != "m0"]):
-        assert each.epoch == pytest.approx(left[each.moment]) and each.low == pytest.approx(each.high)
+    line = forecast(recipe, 13, doses(own, 13, whole[whole["model"] != "m0"]))
+    for moment in MOMENTS:
+        assert line[moment] == pytest.approx(left[moment])
+        assert line[f"{moment}_low"] == pytest.approx(line[f"{moment}_high"])
 
 
 def test_intervals_hold_as_often_as_they_say():
@@ -121,8 +123,8 @@ def test_intervals_hold_as_often_as_they_say():
         whole = world(spread=0.3, models=5, seed=seed)
         left = whole[whole["model"] == "m0"].iloc[0]
         own, recipe = Slopes(left["first"], left["second"], 4.0), load_recipe("proxy", learning_rate=1e-4)
-        for each in forecast(own, recipe, 13, whole[whole["model"] != "m0"]):
-            inside.append(each.low <= left[each.moment] <= each.high)
+        line = forecast(recipe, 13, doses(own, 13, whole[whole["model"] != "m0"]))
+        inside += [line[f"{moment}_low"] <= left[moment] <= line[f"{moment}_high"] for moment in MOMENTS]
     assert 0.85 <= np.mean(inside) <= 0.95
 
 
@@ -138,20 +140,20 @@ def test_a_decaying_rate_comes_later_or_never():
 
 def test_of_four_times_as_many_rows_each_is_known_after_twice_the_dose():
     found, recipe = Slopes(400.0, 9e4, 4.0), load_recipe("proxy", learning_rate=1e-4)
-    few, many = (forecast(found, recipe, steps, world())[0].epoch - 1 for steps in (5, 20))
+    few, many = (forecast(recipe, steps, doses(found, steps, world()))["known"] - 1 for steps in (5, 20))
     assert 20 * many == pytest.approx(2 * 5 * few)
 
 
 def test_more_to_learn_takes_longer():
     recipe = load_recipe("proxy")
-    little, much = (forecast(Slopes(400.0, 9e4, loss), recipe, 13, world())[0].epoch for loss in (2.0, 4.0))
+    little, much = (forecast(recipe, 13, doses(Slopes(400.0, 9e4, loss), 13, world()))["known"] for loss in (2.0, 4.0))
     assert little < much < 2 * little
 
 
 def test_the_rate_that_is_asked_for_reaches_its_moment_then():
-    found, recipe = Slopes(400.0, 9e4, 4.0), load_recipe("proxy")
-    rate = rate_for(found, 100, 13)
-    assert forecast(found, recipe.replace(learning_rate=rate), 13)[0].epoch == pytest.approx(100)
+    found, recipe = doses(Slopes(400.0, 9e4, 4.0), 13), load_recipe("proxy")
+    rate = forecast(recipe, 13, found)["rate_for_100"]
+    assert forecast(recipe.replace(learning_rate=rate), 13, found)["known"] == pytest.approx(100)
 
 
 def test_one_model_is_no_law():
@@ -183,9 +185,12 @@ def test_what_is_left_out_of_the_committed_trainings_is_forecast_as_the_docstrin
     table, found = trainings(), []
     for row in table.itertuples():
         own, recipe = Slopes(row.first, row.second, row.loss), load_recipe("proxy", learning_rate=row.learning_rate)
-        for each in forecast(own, recipe, row.steps, table[table[left_out] != getattr(row, left_out)]):
-            if not math.isnan(true := getattr(row, each.moment)):
-                found.append((each.moment, abs(each.epoch / true - 1), each.low <= true <= each.high))
+        there = table[table[left_out] != getattr(row, left_out)]
+        line = forecast(recipe, row.steps, doses(own, row.steps, there))
+        for moment in MOMENTS:
+            if not math.isnan(true := getattr(row, moment)):
+                inside = line[f"{moment}_low"] <= true <= line[f"{moment}_high"]
+                found.append((moment, abs(line[moment] / true - 1), inside))
     found = pd.DataFrame(found, columns=["moment", "error", "inside"])
     errors, inside = found.groupby("moment")["error"].median(), found["inside"].mean()
     said = f"one {left_out} at a time, the median error is {errors['known']:.0%} and {errors['recited']:.0%}"
