@@ -104,19 +104,12 @@ def train_pass(
         After which the adapters are kept, 0 and the last included.
     start
         The epoch to resume from; None for the beginning.
-    stop
-        Ends the pass before the last epoch, if given; the adapters are kept, and can train on.
-    watch
-        Called after each epoch whose adapters are kept; without it, a line is printed.
     probe_every
         How many epochs lie between two measurements of `held_out`; a tenth of all, but at least ten, if 0.
     ask
-        A prompt that each adapter answers when it is kept, if given.
+        A whole prompt, where that of `train` is a query.
 
-    Raises
-    ------
-    KeyboardInterrupt
-        If interrupted. The first interrupt waits for the end of the epoch, so that nothing is lost.
+    The other parameters, and what is raised, are those of `train`.
     """
     first, scratch = trainings[0], trainings[0].run / SCRATCH
     with ExitStack() as stack:
@@ -431,7 +424,8 @@ def train(
         processes().wait_for_everyone()
         try:
             prompt = FORMATS["new-query"].render(ask) if ask else ""
-            train_together(trainings, rows, checkpoint_epochs, report_to, fast, probed, stop, watch, ask=prompt)
+            options = {"report_to": report_to, "held_out": probed, "watch": watch, "ask": prompt}
+            train_together(trainings, rows, checkpoint_epochs, fast, stop, **options)
         except InputError:
             if main and new and not any(training.folder.exists() for training in trainings):
                 run.clear_training()  # so that a corrected recipe is not refused as another run
@@ -508,19 +502,11 @@ def train_together(
     trainings: Sequence[Training],
     rows: Sequence[Row],
     checkpoint_epochs: Sequence[int] | None = None,
-    report_to: str = "none",
     fast: bool = True,
-    held_out: Sequence[Row] = (),
     stop: Stop | None = None,
-    watch: Watch | None = None,
-    probe_every: int = 0,
-    ask: str = "",
+    **options,
 ) -> None:
-    """Train the unfinished `trainings`, in as few passes over the base as memory allows.
-
-    They share base model, number of epochs and rows; each has its own rate, schedule, rank and seed. `stop`, `watch`,
-    `probe_every` and `ask` are those of `train_pass`.
-    """
+    """Train the unfinished `trainings`, in as few passes over the base as memory allows; `options` of `train_pass`."""
     recipe, state = trainings[0].recipe, processes()
     epochs, last = _kept_epochs(recipe, checkpoint_epochs), recipe.num_epochs
     waiting = {training.folder.resolve() for training in trainings if not checkpoints.finished(training)}
@@ -550,7 +536,7 @@ def train_together(
             if resumed != chosen and state.is_main_process:
                 print(f"resuming with the layer {'' if compiled else 'not '}compiled, as it began, for equal bits")
             try:
-                train_pass(group, rows, epochs, start, resumed, report_to, held_out, stop, watch, probe_every, ask)
+                train_pass(group, rows, epochs, start, resumed, stop=stop, **options)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
