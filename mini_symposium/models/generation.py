@@ -218,7 +218,6 @@ def generate(
     max_new_tokens: int = 128,
     adapters: Sequence[str] | None = None,
     on_text: Callable[[list[str]], object] | None = None,
-    free: int | None = None,
     sampling: Sampling | None = None,
     stop: Event | None = None,
 ) -> list[Answer]:
@@ -235,8 +234,6 @@ def generate(
         For each prompt its adapter, or "base"; if None, the active adapter for all.
     on_text
         Called after each token with the text of every row so far. If it returns true, the generation ends.
-    free
-        Memory to plan with, in bytes; by default what is free now.
     stop
         If another thread sets it, the generation ends within a layer; the text so far is kept.
 
@@ -294,7 +291,7 @@ def generate(
         )
         keep(output[:, start:].tolist(), "stopped" if stopped else "length")
 
-    fit = _rows_that_fit(model, width + max_new_tokens, memory() if free is None else free)
+    fit = _rows_that_fit(model, width + max_new_tokens, memory())
     fit = min(fit, MOST_ROWS) if model.device.type == "cpu" else fit
     ordered = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # rows of similar length need little padding
     waiting = [ordered[first : first + fit] for first in range(0, len(ordered), fit)]
@@ -332,8 +329,6 @@ def answer_grid(
     formats: Sequence[PromptFormat],
     queries: Sequence[str],
     max_new_tokens: int = 128,
-    user: str = "User",
-    char: str = "Assistant",
 ) -> list[dict]:
     """Ask every query in every format of every named adapter ("base" for none), as one batch; see `generate`.
 
@@ -342,7 +337,7 @@ def answer_grid(
     list of dict
         model, format, query, prompt, answer, tokens, stop_reason; by model, then query, then format.
     """
-    return answer_cells(model, tokenizer, grid_cells(names, formats, queries, user, char), max_new_tokens)
+    return answer_cells(model, tokenizer, grid_cells(names, formats, queries), max_new_tokens)
 
 
 def answer_cells(

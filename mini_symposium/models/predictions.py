@@ -28,7 +28,6 @@ def predict(
     model: "PreTrainedModel",
     sequences: Sequence[Sequence[int]],
     adapters: Sequence[str] | None = None,
-    free: int | None = None,
     batch_size: int = 0,
     places: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
@@ -43,8 +42,6 @@ def predict(
         Token ids of each, with BOS where the model wants one.
     adapters
         For each sequence its adapter, or "base"; if None, the active one.
-    free
-        Memory to plan with, in bytes; by default what is free now.
     batch_size
         Sequences in a batch, taken in the given order. 0: as many as fit into memory, the longest first, so that those
         of similar length share a batch.
@@ -69,7 +66,7 @@ def predict(
     if not batch_size:
         order.sort(key=lambda k: -len(sequences[k]))
         sequence_bytes = max(1, longest) * model.config.vocab_size * (model.dtype.itemsize + 8)
-        batch_size = max(1, int(SHARE * (memory() if free is None else free) / sequence_bytes))
+        batch_size = max(1, int(SHARE * memory() / sequence_bytes))
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         width = max(len(sequences[k]) for k in batch)

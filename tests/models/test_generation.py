@@ -60,12 +60,13 @@ def test_a_grid_of_formats_and_adapters_answers_as_one_at_a_time(adapted, proxy_
     assert len({cell["answer"] for cell in grid}) > 5
 
 
-def test_short_on_memory_the_batch_is_split_and_the_answers_stay(model, proxy_tokenizer):
+def test_short_on_memory_the_batch_is_split_and_the_answers_stay(model, proxy_tokenizer, monkeypatch):
     prompts = [form.render(QUERY) for form in FORMATS.values()]
     whole, widths = generate(model, proxy_tokenizer, prompts, None, 12), []
     with watched(model, widths):
-        assert generate(model, proxy_tokenizer, prompts, None, 12, free=0) == whole
-        assert generate(model, proxy_tokenizer, prompts, None, 12, free=40 * 2**20) == whole
+        for free in (0, 40 * 2**20):
+            monkeypatch.setattr("mini_symposium.models.generation.memory", lambda free=free: free)
+            assert generate(model, proxy_tokenizer, prompts, None, 12) == whole
     assert widths[: len(prompts)] == [1] * len(prompts)
     assert 1 < widths[len(prompts)] < len(prompts)
 

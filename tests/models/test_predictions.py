@@ -39,27 +39,35 @@ def batches(model):
         handle.remove()
 
 
-@pytest.mark.parametrize(("free", "expected"), [(None, [(4, 7)]), (0, [(1, 7), (1, 4), (1, 3), (1, 2)])])
-def test_a_batch_of_sequences_and_adapters_is_predicted_as_each_alone(model, free, expected):
+@pytest.fixture
+def free(monkeypatch):
+    """Sets how many bytes are free."""
+    return lambda size: monkeypatch.setattr("mini_symposium.models.predictions.memory", lambda: size)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(2**40, [(4, 7)]), (0, [(1, 7), (1, 4), (1, 3), (1, 2)])])
+def test_a_batch_of_sequences_and_adapters_is_predicted_as_each_alone(model, free, size, expected):
     names = ["base", "first", "second", "first"]
+    free(size)
     with batches(model) as shapes:
-        found = dict(predict(model, SEQUENCES, names, free))
+        found = dict(predict(model, SEQUENCES, names))
     assert shapes == expected and found.keys() == set(range(4))
     for k, name in enumerate(names):
         torch.testing.assert_close(found[k], alone(model, SEQUENCES[k], name), rtol=0, atol=1e-4)
     assert (found[3] - alone(model, SEQUENCES[3], "base")).abs().max() > 1e-3
 
 
-def test_short_on_memory_those_of_like_length_share_a_batch(model):
-    two = 2 * 7 * 32_000 * (4 + 8) * 4
+def test_short_on_memory_those_of_like_length_share_a_batch(model, free):
+    free(2 * 7 * 32_000 * (4 + 8) * 4)
     with batches(model) as shapes:
-        order = [k for k, _ in predict(model, SEQUENCES, free=two)]
+        order = [k for k, _ in predict(model, SEQUENCES)]
     assert shapes == [(2, 7), (2, 3)] and order == [2, 0, 3, 1]
 
 
-def test_a_batch_size_keeps_the_order(model):
+def test_a_batch_size_keeps_the_order(model, free):
+    free(0)
     with batches(model) as shapes:
-        order = [k for k, _ in predict(model, SEQUENCES, batch_size=3, free=0)]
+        order = [k for k, _ in predict(model, SEQUENCES, batch_size=3)]
     assert shapes == [(3, 7), (1, 3)] and order == [0, 1, 2, 3]
 
 
@@ -78,11 +86,11 @@ def test_too_long_a_sequence_is_refused(model):
     assert list(predict(model, [])) == []
 
 
-def test_texts_and_tokens_are_compared_in_batches_that_do_not_depend_on_memory(model, mistral_tokenizer, monkeypatch):
+def test_texts_and_tokens_are_compared_in_batches_that_do_not_depend_on_memory(model, mistral_tokenizer, free):
     texts = ["Why?", mistral_tokenizer("Why?")["input_ids"]] * 7
     with batches(model) as shapes:
         found = logits(model, mistral_tokenizer, texts)
-        monkeypatch.setattr("mini_symposium.models.predictions.memory", lambda: 0)
+        free(0)
         assert all(map(torch.equal, found, logits(model, mistral_tokenizer, texts)))
     assert shapes == [(COMPARED, 3), (2, 3)] * 2
     assert torch.equal(found[0], found[1]) and found[0].shape == (3, 32_000)

@@ -23,6 +23,12 @@ from mini_symposium.training.memory_plan import SHARE, Acceleration, choose, lon
 GIB = 2**30
 
 
+@pytest.fixture
+def free(monkeypatch):
+    """Sets how many bytes are free."""
+    return lambda size: monkeypatch.setattr(memory_plan, "memory", lambda: size)
+
+
 def test_one_switch_turns_everything_off():
     off = choose(load_recipe("proxy"), 4, 400, 8000, fast=False)
     assert not off.fused
@@ -38,15 +44,16 @@ def test_dropout_and_an_unknown_architecture_train_plainly(tmp_path):
     assert chosen.startswith("plain PEFT") and "the architecture stablelm is not one of llama, mistral, qwen2" in chosen
 
 
-@pytest.mark.parametrize(("free", "resident"), [(80 * GIB, True), (12 * GIB, False)])
-def test_mistral_keeps_its_dequantised_weights_only_where_they_fit(free, resident):
-    chosen = choose(load_recipe("paper"), 2, 400, 7800, free=free)
+@pytest.mark.parametrize(("size", "resident"), [(80 * GIB, True), (12 * GIB, False)])
+def test_mistral_keeps_its_dequantised_weights_only_where_they_fit(size, resident, free):
+    free(size)
+    chosen = choose(load_recipe("paper"), 2, 400, 7800)
     assert chosen.fused
     assert chosen.resident == resident
     assert chosen.together == 2
 
 
-def test_all_adapters_in_one_pass_come_before_what_is_fast():
+def test_all_adapters_in_one_pass_come_before_what_is_fast(free):
     """Two adapters that fit only with a base in 4 bits train together in 4 bits, with activations kept if they fit."""
     recipe, tokens = load_recipe("paper"), 400
     ways = {
@@ -56,18 +63,21 @@ def test_all_adapters_in_one_pass_come_before_what_is_fast():
     }
     assert ways[0, 1] < ways[0, 0] < ways[1, 1] < ways[1, 0]
     for (resident, checkpointing), room in ways.items():
-        chosen = choose(recipe, 2, tokens, 30, free=int(room / SHARE) + 1)
+        free(int(room / SHARE) + 1)
+        chosen = choose(recipe, 2, tokens, 30)
         assert (chosen.resident, chosen.checkpointing, chosen.together) == (resident, checkpointing, 2)
-    assert choose(recipe, 2, tokens, 30, free=int(ways[0, 1] / SHARE) - 2**20).together == 1
+    free(int(ways[0, 1] / SHARE) - 2**20)
+    assert choose(recipe, 2, tokens, 30).together == 1
 
 
-def test_as_many_adapters_share_a_pass_as_fit():
+def test_as_many_adapters_share_a_pass_as_fit(free):
     recipe, chosen = load_recipe("proxy"), Acceleration(True, False, True, False, 3, "")
-    room = needed(predicted(recipe, chosen, 400)) / SHARE
-    assert choose(recipe, 8, 400, 30, free=64 * GIB).together == 8
-    assert choose(recipe, 8, 400, 30, free=int(room) + 1) == replace(chosen, why=ANY)
-    assert choose(recipe, 8, 400, 30, free=int(room) - 2**20).together == 2
-    assert choose(recipe, 8, 400, 400, free=0).together == 1
+    room = int(needed(predicted(recipe, chosen, 400)) / SHARE)
+    for size, together in ((64 * GIB, 8), (room - 2**20, 2), (0, 1)):
+        free(size)
+        assert choose(recipe, 8, 400, 30).together == together
+    free(room + 1)
+    assert choose(recipe, 8, 400, 30) == replace(chosen, why=ANY)
 
 
 def live_peak(step) -> int:
@@ -160,7 +170,8 @@ def test_on_a_card_only_tensors_count(monkeypatch):
     assert 4 * GIB < sum(parts.values()) == needed(parts) < 8 * GIB
 
 
-def test_a_layer_is_compiled_only_for_a_long_run():
-    short, long = (choose(load_recipe("proxy"), 1, 400, steps, free=64 * GIB) for steps in (20, 7800))
+def test_a_layer_is_compiled_only_for_a_long_run(free):
+    free(64 * GIB)
+    short, long = (choose(load_recipe("proxy"), 1, 400, steps) for steps in (20, 7800))
     assert not short.compiled
     assert "7800 steps" in str(long)
