@@ -47,16 +47,12 @@ def _sealed(training: Training, epoch: int) -> dict:
 
 def compiled(training: Training, epoch: int) -> bool | None:
     """Whether the layers were compiled when a checkpoint was trained; None if it does not say."""
-    found = _sealed(training, epoch).get("compiled")
-    return found if isinstance(found, bool) else None
+    return _sealed(training, epoch).get("compiled")
 
 
 def companions(training: Training, epoch: int) -> set[Path]:
     """Folders of the adapters that trained in one pass up to a checkpoint; empty if it does not say."""
-    try:
-        return {(training.run / name).resolve() for name in _sealed(training, epoch).get("companions", [])}
-    except TypeError:
-        return set()
+    return {(training.run / name).resolve() for name in _sealed(training, epoch).get("companions", [])}
 
 
 def _sha256(path: Path) -> str:

@@ -146,7 +146,7 @@ class RecipeTrainer(SFTTrainer):
             options = {key: getattr(acceleration, key) for key in ("resident", "checkpointing", "compiled")}
             self.fused = FusedAdapters(self.model, self.adapters, **options)
         self.optimizer = self._optimizer()
-        self.lr_scheduler = self._scheduler(steps)
+        self.lr_scheduler = LambdaLR(self.optimizer, [schedule(training.recipe, steps) for training in trainings])
         self._skip_module_traversals()
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -166,10 +166,6 @@ class RecipeTrainer(SFTTrainer):
         # The Trainer clears the gradients of the model's parameters; an adapter's vectors are none of these.
         optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
         return optimizer
-
-    def _scheduler(self, steps: int) -> LambdaLR:
-        """Each adapter's schedule, as transformers has it, over `steps` steps."""
-        return LambdaLR(self.optimizer, [schedule(training.recipe, steps) for training in self.trainings])
 
     def _skip_module_traversals(self) -> None:
         """Disable three calls that loop over all modules at every step: the FLOP count, which is not used, and, with
