@@ -11,9 +11,7 @@ layers replaced, so that every architecture keeps its norms, rotations, masks an
   summed loss has the same gradient for an adapter as its own loss;
 - on a CPU they share the base's memory, and one thread computes each adapter, with the same bits as if it trained
   alone. Threads wait for each other once a step, not after each product;
-- on a GPU what is small is done for many layers at once, because a step waits for its launches: the adapters of all
-  layers are cast together, and the 4-bit weights of a layer are dequantised together, with the same bits; a norm is
-  torch's own kernel, which rounds once where the model's rounds twice;
+- on a GPU what is small is done for many layers at once, with the same bits, because a step waits for its launches;
 - the head runs on positions that have a label, and never holds more than a block of its logits;
 - decoder layers are compiled, up to three at a time, and not the whole model: layers that are alike share the compiled
   code, and so do rows of every length.
@@ -86,7 +84,7 @@ def sharing_copy(
 def fused_norm(module: torch.nn.Module) -> torch.nn.Module | None:
     """torch's own kernel for an RMS norm as llama's, two launches a step on a GPU and not 22; None for other modules.
 
-    Gemma's norms are others: they add one to their weight.
+    It rounds once where the model's rounds twice. Gemma's norms are others: they add one to their weight.
     """
     if not hasattr(module, "variance_epsilon"):
         return None
