@@ -26,7 +26,7 @@ from mini_symposium.recipe import Recipe, load_recipe
 from mini_symposium.run import RunDirectory, Training
 from mini_symposium.training.checkpoints import finished
 from mini_symposium.training.cross_validation import FOLDS, LEAST_ROWS, cross_validate, folds
-from mini_symposium.training.experiments import experiment, grid, refuse_repeats
+from mini_symposium.training.experiments import experiment, grid
 from mini_symposium.training.finetune import as_rows, held_out_rows, locked, record_recipe, train_together
 
 SEEDS = (42, 43, 44)
@@ -120,7 +120,6 @@ class Sweep:
         high: float = 0.0,
         had: Collection[tuple[str, int]] = (),
     ):
-        refuse_repeats("seeds", seeds)
         self.base, self.root, self.had = recipe, root, had
         planned = plan(recipe, seeds, high) if passes is None else passes
         planned = [[training for training in group if (training.name, training.seed) not in had] for group in planned]
@@ -161,7 +160,6 @@ class Sweep:
         RunError
             If a pass failed, or what it trained is not in the folder.
         """
-        check_engine(engine)
         asked = [[t for t in group if not names or t.name in names] for group in self.passes]
         # Finished trainings stay with the rest of their pass, which may resume from their last common checkpoint.
         todo = [group for group in asked if not all(map(finished, group))]
