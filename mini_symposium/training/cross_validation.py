@@ -5,7 +5,7 @@ that their epochs have equally many steps: where the rows do not divide by K, so
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mini_symposium.data.dataset import Example, Row, fingerprint
 from mini_symposium.errors import InputError
@@ -95,19 +95,35 @@ def cross_validate(
         overwrite_once(note, made_from, lambda: _forget(run))
     curves = load_curves(run)
     for rate in rates:
-        trainings = [
-            Training.of(recipe.replace(learning_rate=rate), run.folds / f"{count}-fold-{k + 1}", left_out=fold)
-            for k, fold in enumerate(folds(len(rows), count, recipe.seed))
-        ]
-        with locked([training.run for training in trainings]):
-            for training in trainings:
-                record_recipe(RunDirectory(training.run), recipe, data)
-            train_together(trainings, rows, [recipe.num_epochs], fast=fast, stop=risen)
-        curves[rate] = Curve.of(trainings)
+        left_out = {f"{count}-fold-{k + 1}": fold for k, fold in enumerate(folds(len(rows), count, recipe.seed))}
+        curves[rate] = Curve.of(train_without(recipe, rate, rows, left_out, run, data, fast))
         save_curves(run, curves, made_from)
     note.unlink(missing_ok=True)
     print(in_words(curves))
     return curves
+
+
+def train_without(
+    recipe: Recipe,
+    learning_rate: float,
+    rows: Sequence[Row],
+    left_out: Mapping[str, Sequence[int]],
+    run: RunDirectory,
+    data: str,
+    fast: bool,
+    last: int = 0,
+    items: Sequence[Row] = (),
+) -> list[Training]:
+    """Train {folder: rows left out} up to epoch `last`, and measure all of them on `items` there; if `last` is 0, up to
+    where held-out loss has risen for good."""
+    own = recipe.replace(learning_rate=learning_rate)
+    trainings = [Training.of(own, run.folds / name, left_out=tuple(some)) for name, some in left_out.items()]
+    with locked([training.run for training in trainings]):
+        for training in trainings:
+            record_recipe(RunDirectory(training.run), recipe, data)
+        stop = after(last) if last else risen
+        train_together(trainings, rows, [last or recipe.num_epochs], fast, stop, held_out=items)
+    return trainings
 
 
 def stop_rule(text: str, num_epochs: int) -> Stop | None:

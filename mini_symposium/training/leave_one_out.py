@@ -1,7 +1,7 @@
 """What each example teaches, by exact retraining: for every row an adapter that is trained without it."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from mini_symposium.data.dataset import Example, Row, fingerprint
@@ -11,8 +11,8 @@ from mini_symposium.evaluation.influence import Influence, load_influence, save_
 from mini_symposium.files.writing import discard
 from mini_symposium.recipe import Recipe
 from mini_symposium.run import RunDirectory, Training
-from mini_symposium.training.cross_validation import after, check_rows, cross_validate, risen
-from mini_symposium.training.finetune import as_rows, held_out_rows, locked, record_recipe, train_together
+from mini_symposium.training.cross_validation import check_rows, cross_validate, train_without
+from mini_symposium.training.finetune import as_rows, held_out_rows
 
 PARTS = 4
 """Adapters of each number of rows in the learning curve."""
@@ -86,7 +86,7 @@ def leave_one_out(
     high = recipe.replace(learning_rate=rate)
     for seed in range(recipe.seed + len(found.seeds), recipe.seed + seeds):
         without = {f"without-{k + 1}-seed-{seed}-epoch-{last}": (k,) for k in range(len(rows))}
-        trainings = _train(high.replace(seed=seed), rows, without, run, last, data, fast, [*rows, *apart])
+        trainings = train_without(high.replace(seed=seed), rate, rows, without, run, data, fast, last, [*rows, *apart])
         own = Curve.of(trainings)
         found = replace(
             found,
@@ -99,28 +99,6 @@ def leave_one_out(
         for training in trainings:  # two gigabytes for the proxy's thirteen rows
             discard(training.run)
     return found
-
-
-def _train(
-    recipe: Recipe,
-    rows: Sequence[Row],
-    left_out: Mapping[str, Sequence[int]],
-    run: RunDirectory,
-    last: int,
-    data: str,
-    fast: bool,
-    items: Sequence[Row] = (),
-) -> list[Training]:
-    """Train {folder: rows left out} up to epoch `last`, and measure all of them on `items` there; if `last` is 0, up to
-    where held-out loss has risen for good."""
-    trainings = [Training.of(recipe, run.folds / name, left_out=tuple(some)) for name, some in left_out.items()]
-    with locked([training.run for training in trainings]):
-        for training in trainings:
-            record_recipe(RunDirectory(training.run), recipe, data)
-        kept = [last or recipe.num_epochs]
-        stop = after(last) if last else risen
-        train_together(trainings, rows, kept, fast=fast, held_out=items, stop=stop)
-    return trainings
 
 
 def _losses(training: Training, epoch: int) -> list[float]:
@@ -144,7 +122,7 @@ def _learning_curve(
             f"{fewer}-rows-{k + 1}": sorted(shuffled[(start + place) % count] for place in range(count - fewer))
             for k, start in enumerate(starts)
         }
-        found[fewer] = _best(Curve.of(_train(recipe, rows, parts, run, 0, data, fast)))
+        found[fewer] = _best(Curve.of(train_without(recipe, recipe.learning_rate, rows, parts, run, data, fast)))
     return {str(trained_on): found[trained_on] for trained_on in sorted(found)}
 
 
