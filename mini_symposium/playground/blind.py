@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import SystemRandom
 
-from mini_symposium.errors import InputError
-
 MOST_VOTES = 10_000
 """Beyond so many votes, `votes_to_decide` says that no number would do."""
 
@@ -38,11 +36,6 @@ class BlindTest:
     ----------
     cells
         Answered cells, as from `Workbench.ask`: those of the first side, then those of the second, by the same queries.
-
-    Raises
-    ------
-    InputError
-        If both sides are the same model in the same format.
     """
 
     cells: Sequence[Mapping]
@@ -51,7 +44,7 @@ class BlindTest:
 
     def __post_init__(self):
         half = len(self.cells) // 2
-        self.sides = check_sides(*((self.cells[n]["model"], self.cells[n]["format"]) for n in (0, half)))
+        self.sides = [(self.cells[n]["model"], self.cells[n]["format"]) for n in (0, half)]
         self.pairs = list(zip(self.cells[:half], self.cells[half:], strict=True))
         self.orders = [SystemRandom().sample((0, 1), 2) for _ in self.pairs]
         """For each pair, the sides as they are shown, from left to right."""
@@ -95,19 +88,6 @@ class BlindTest:
             "votes_to_decide": votes_to_decide(wins[1], sum(wins)),
             "votes": self.votes,
         }
-
-
-def check_sides(first: tuple[str, str], second: tuple[str, str]) -> list[tuple[str, str]]:
-    """The two sides, each a model and a format.
-
-    Raises
-    ------
-    InputError
-        If they are the same.
-    """
-    if first == second:
-        raise InputError(f"both sides are {' in '.join(first)}; choose two models or two formats")
-    return [first, second]
 
 
 def sentence(result: Mapping) -> str:

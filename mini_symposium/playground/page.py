@@ -111,8 +111,6 @@ class Playground:
         self.bench, self.background = bench, background
         self.stop, self._turns = Event(), Lock()
         self._job, self._waiting = "", {}  # the name of the running job; {name: job} of those that wait
-        self.error: Exception | None = None
-        """The last error, with its traceback."""
         full = Layout(width="auto", min_width="0")
         self.query = Textarea(query, description="Query", rows=2, layout=full, continuous_update=True)
         self.formats: dict[str, PromptFormat] = {}
@@ -169,11 +167,9 @@ class Playground:
             for name, *boxes in (("Formats", self.chips.box), ("Models", self.models.box, buttons["Blend two"]))
         ]
         actions = Box([buttons["Generate"], buttons["Stop"], self.status, self.progress], layout=WRAP)
-        top = VBox([self.query, *chips, actions, Accordion(list(more.values()), titles=list(more))])
-        top.add_class("ms-ask")
-        page = VBox([HTML(cards.STYLE), HTML(cards.LEGEND), top, self.tab])
-        page.add_class("ms")
-        return page
+        more = Accordion(list(more.values()), titles=list(more))
+        top = VBox([self.query, *chips, actions, more]).add_class("ms-ask")
+        return VBox([HTML(cards.STYLE), HTML(cards.LEGEND), top, self.tab]).add_class("ms")
 
     def begin(self) -> None:
         """Load the chosen models and ask the query; on Colab, or if nothing could be opened, only say so."""
@@ -201,7 +197,7 @@ class Playground:
         try:
             action()
         except Exception as error:  # of any kind: the page has to stay usable
-            self._show_error(error)
+            self.say(str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}", problem=True)
 
     def start(self, name: str, job: Callable[[], str], restart: bool = False) -> None:
         """Run a job on a thread, and put what it returns into the status line; while another runs, it waits its turn.
@@ -226,11 +222,8 @@ class Playground:
     def _work(self, job: Callable[[], str] | None) -> None:
         """Run a job, and then those that wait."""
         while job:
-            try:
-                self.say(f"{self._job} …")
-                self.say(job())
-            except Exception as error:  # as in `attempt`
-                self._show_error(error)
+            self.say(f"{self._job} …")
+            self.attempt(lambda job=job: self.say(job()))
             self.progress.value = 0
             with self._turns:
                 self._job = next(iter(self._waiting), "")
@@ -288,14 +281,11 @@ class Playground:
         self.tab.selected_index = 0
         self.start("Generate", self.compare.answer)
 
-    def _busy(self) -> bool:
-        return bool(self._job)
-
     def _stop(self) -> None:
         with self._turns:
             self.stop.set()
             self._waiting.clear()
-        self.say(f"stopping {self._job}; answers so far stay" if self._busy() else "nothing is running")
+        self.say(f"stopping {self._job}; answers so far stay" if self._job else "nothing is running")
 
     def _reset_sampling(self) -> None:
         for name, value in {"temperature": 0, "top_k": 0, "top_p": 1, "repetition_penalty": 1, "seed": 0}.items():
@@ -340,10 +330,6 @@ class Playground:
     def _show_step(self, what: str, number: int, of: int) -> None:
         self.progress.max, self.progress.value = of, number
         self.say(f"loading {what} ({number} of {of}) …")
-
-    def _show_error(self, error: Exception) -> None:
-        self.error = error
-        self.say(str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}", problem=True)
 
     def _refresh(self, chosen: Sequence[str]) -> None:
         shelf = self.bench.shelf

@@ -30,7 +30,7 @@ from mini_symposium.data.held_out import load_held_out
 from mini_symposium.errors import InputError
 from mini_symposium.models.strength import STRONGEST, at_strength
 from mini_symposium.playground import cards, session
-from mini_symposium.playground.blind import BlindTest, check_sides, sentence
+from mini_symposium.playground.blind import BlindTest, sentence
 from mini_symposium.run import standing
 
 WIDE = {"description_width": "initial"}
@@ -44,8 +44,7 @@ class Chips:
     """Names to choose any number of, each a button that is pressed or not."""
 
     def __init__(self):
-        self.box = Box()
-        self.box.add_class("ms-chips")
+        self.box = Box().add_class("ms-chips")
 
     @property
     def names(self) -> list[str]:
@@ -78,8 +77,7 @@ class Row:
         self.slider = FloatSlider(**share, step=0.05, continuous_update=False, readout_format=".2f", style=WIDE)
         self.slider.description = "share of the second" if len(self.ends) == 2 else "strength"
         self.slider.observe(lambda _: released(self), "value")
-        self.box = VBox([self.head, self.slider] if slides else [self.head])
-        self.box.add_class("ms-row")
+        self.box = VBox([self.head, self.slider] if slides else [self.head]).add_class("ms-row")
 
     @property
     def name(self) -> str:
@@ -100,11 +98,10 @@ class Compare:
 
     def __init__(self, page):
         self.page, self.cells, self.cards = page, [], []
-        self.columns, self.rows = {"": HTML()}, {}  # format -> its head, "" -> the corner; model -> its row
+        self.columns = {"": HTML().add_class("ms-top")}  # format -> its head, "" -> the corner
+        self.rows: dict[str, Row] = {}
         self.shown: list[Row] = []
-        self.grid = GridBox()
-        self.grid.add_class("ms-grid")
-        self.columns[""].add_class("ms-top")
+        self.grid = GridBox().add_class("ms-grid")
         self.inspector = HTML(cards.hint("Press a card's button to see its exact prompt and the tokens in it."))
         self.reference = Dropdown(description="Show differences from", options=[("nothing", ("", 0))], style=WIDE)
         self.only = ToggleButton(description="Only different")
@@ -172,11 +169,6 @@ class Compare:
         if self.only.value and not kept:
             self.page.say("no answer differs" if kind else "choose what the answers shall differ from")
 
-    def _places(self, number: int) -> slice:
-        """Where the cells and cards of a shown row are."""
-        width = len(self.cells) // len(self.shown)
-        return slice(number * width, (number + 1) * width)
-
     def _released(self, row: Row) -> None:
         """Ask one row again at its slider's value; a move of the slider ends what the move before has begun."""
         if row in self.shown:
@@ -185,8 +177,8 @@ class Compare:
     def _again(self, row: Row) -> str:
         if row not in self.shown:
             return f"{row.model} is not shown any more"
-        number = self.shown.index(row)
-        places = self._places(number)
+        number, width = self.shown.index(row), len(self.cells) // len(self.shown)
+        places = slice(number * width, (number + 1) * width)
         forms = [self.page.formats[cell["format"]] for cell in self.cells[places]]
         cells = self.page.bench.cells(self.cells[0]["query"], forms, [row.name])
         self.cells[places] = self.page.ask(cells, partial(self._draw, first=number))
@@ -194,8 +186,7 @@ class Compare:
         return f"{row.name}: {self.page.summary(self.cells[places])}"
 
     def _card(self, place: int) -> tuple[VBox, HTML, Button]:
-        card, button = HTML(), Button(description="Inspect prompt")
-        button.add_class("ms-inspect")
+        card, button = HTML(), Button(description="Inspect prompt").add_class("ms-inspect")
         button.on_click(lambda _: self.page.attempt(lambda: self.inspect(place)))
         return VBox([card, button]), card, button
 
@@ -234,8 +225,7 @@ class Series:
         )
         self.card = HTML()
         self.bars = HTML()
-        card = Box([self.card])
-        card.add_class("ms-card")
+        card = Box([self.card]).add_class("ms-card")
         self.box = VBox([HBox([self.series, self.format, button], layout=WRAP), self.step, card, self.bars])
         button.on_click(lambda _: page.start("Generate all", self._answer))
         self.series.observe(lambda _: self._choose(), "value")
@@ -259,10 +249,8 @@ class Series:
         self.cells = {}
         self.step.description = "Strength" if (self.series.value or "").endswith(BY_STRENGTH) else "Epoch"
         self.step.options = [(f"{step:g}", step) for step in steps] if steps else [("–", 0)]
-        self.card.value, self.bars.value = (
-            "",
-            cards.hint("Generate, then move the slider to see where recitation begins."),
-        )
+        self.card.value = ""
+        self.bars.value = cards.hint("Generate, then move the slider to see where recitation begins.")
 
     def _answer(self) -> str:
         page, steps = self.page, self._all().get(self.series.value)
@@ -301,13 +289,8 @@ class Chat:
         send = Button(description="Send", button_style="primary")
         clear = Button(description="Start over")
         self.panes = [HTML(), HTML()]
-        boxes = [Box([pane]) for pane in self.panes]
-        for box in boxes:
-            box.add_class("ms-card")
         who = HBox([self.model, self.user, self.char, *self.formats], layout=WRAP)
-        grid = Box(boxes)
-        grid.add_class("ms-split")
-        self.box = VBox([who, self.scene, grid, self.message, HBox([send, clear])])
+        self.box = VBox([who, self.scene, _split(self.panes), self.message, HBox([send, clear])])
         send.on_click(lambda _: page.start("Send", self._answer))
         clear.on_click(lambda _: page.start("Start over", self._clear))
 
@@ -377,13 +360,9 @@ class Blind:
             button.on_click(actions[button.description])
         start.button_style = "primary"
         self.key.observe(lambda change: page.attempt(lambda: self._typed(change["new"])), "value")
-        boxes = [Box([pane]) for pane in self.panes]
-        for box in boxes:
-            box.add_class("ms-card")
-        grid = Box(boxes)
-        grid.add_class("ms-split")
         chosen = [Box(pair, layout=WRAP) for pair in zip(self.models, self.formats, strict=True)]
-        self.box = VBox([*chosen, self.queries, start, grid, Box(votes, layout=WRAP), self.key, self.said])
+        below = [_split(self.panes), Box(votes, layout=WRAP), self.key, self.said]
+        self.box = VBox([*chosen, self.queries, start, *below])
 
     def refresh(self) -> None:
         """Offer the current models, those of the grid at their strengths, and the formats."""
@@ -396,7 +375,8 @@ class Blind:
     def _answer(self) -> str:
         page = self.page
         sides = [(m.value, f.value) for m, f in zip(self.models, self.formats, strict=True)]
-        check_sides(*sides)
+        if sides[0] == sides[1]:
+            raise InputError(f"both sides are {' in '.join(sides[0])}; choose two models or two formats")
         queries = list(filter(None, map(str.strip, self.queries.value.splitlines())))
         if not queries:
             raise InputError("no query; write one a line")
@@ -477,6 +457,11 @@ class Keep:
             cards.download(path.name, base64.b64encode(path.read_bytes()).decode()) for path in paths
         )
         self.page.say(f"written to {paths[0].parent}: {', '.join(path.name for path in paths)}")
+
+
+def _split(panes: list[HTML]) -> Box:
+    """Two cards side by side."""
+    return Box([Box([pane]).add_class("ms-card") for pane in panes]).add_class("ms-split")
 
 
 def _options(choice: Dropdown, options: list[str], first: str = "") -> None:

@@ -53,7 +53,7 @@ def main(job: str) -> None:
         if options.get("stop"):
             drawn.clear()
             page._generate(None)
-            while not drawn and page._busy():
+            while not drawn and page._job:
                 time.sleep(0.001)
             pressed = time.monotonic()
             page._stop()
@@ -65,10 +65,10 @@ def main(job: str) -> None:
 
 
 def _wait(page: Playground) -> None:
-    while page._busy():
+    while page._job:
         time.sleep(0.001)
-    if page.error:
-        raise page.error
+    if 'role="alert"' in page.status.value:
+        raise RuntimeError(page.status.value)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,3 @@
-import pytest
-
-from mini_symposium.errors import InputError
 from mini_symposium.playground.blind import BlindTest, sentence, votes_to_decide
 
 
@@ -45,9 +42,3 @@ def test_so_many_votes_decide_and_one_less_does_not():
         votes, more = votes_to_decide(k, n), max(k, n - k)
         lows = [binomtest(v * more // n, v).proportion_ci().low for v in (votes - 1, votes)]
         assert lows[0] <= 0.5 < lows[1]
-
-
-def test_a_single_model_in_a_single_format_has_nothing_to_vote_on():
-    with pytest.raises(InputError, match="both sides are base in qa"):
-        BlindTest(cells(2, second=("base", "qa")))
-    assert BlindTest(cells(2, second=("base", "bare"))).shown

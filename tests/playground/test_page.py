@@ -26,7 +26,7 @@ def page(bench):
     made = Playground(bench, PICTURE, ["new-query"], ["base"], 40)
     yield made
     made.stop.set()
-    until(lambda: not made._busy())
+    until(lambda: not made._job)
 
 
 def until(holds, seconds=60):
@@ -42,7 +42,7 @@ def test_what_is_pressed_while_the_models_load_is_said_and_then_done(reciting_ru
     page.begin()
     press(page, "Generate")
     assert page.status.value.count("Generate") == 1 and "next: Generate" in page.status.value
-    until(lambda: not page._busy())
+    until(lambda: not page._job)
     assert "1 answers in" in page.status.value and len(page.bench.log) == 1
 
 
@@ -53,13 +53,13 @@ def test_generate_runs_on_a_thread_and_stop_keeps_what_came_and_forgets_what_wai
     assert "Generate is still running · next: Generate" in page.status.value
     until(lambda: page.compare.cards and len(page.compare.cards[0][1].value) > 1500)
     press(page, "Stop")
-    until(lambda: not page._busy())
+    until(lambda: not page._job)
     assert "1 answers stopped after" in page.status.value
     assert len(page.compare.cells[0]["answer"]) > 100 and "next" not in page.status.value
     press(page, "Reset to greedy")
     page.max_new_tokens.value = 40
     press(page, "Generate")
-    until(lambda: not page._busy())
+    until(lambda: not page._job)
     assert "1 recite training rows" in page.status.value
     assert "&lt;img src=x onerror=" in page.compare.cards[0][1].value
     assert "<img" not in page.compare.cards[0][1].value
@@ -68,15 +68,15 @@ def test_generate_runs_on_a_thread_and_stop_keeps_what_came_and_forgets_what_wai
 def test_what_goes_wrong_stands_in_the_status_line_and_the_page_goes_on(page, tmp_path):
     page.query.value = "word " * 20_000
     press(page, "Generate")
-    until(lambda: not page._busy())
+    until(lambda: not page._job)
     assert 'role="alert"' in page.status.value and "at most 20,000" in page.status.value
     page.run.value = str(tmp_path)
     press(page, "Open")
-    until(lambda: not page._busy())
+    until(lambda: not page._job)
     assert "a run" in page.status.value
     page.query.value = SKY
     press(page, "Generate")
-    until(lambda: not page._busy())
+    until(lambda: not page._job)
     assert "1 answers in" in page.status.value
     assert "[Han]" in page.compare.cards[0][1].value
 
@@ -87,7 +87,7 @@ def test_the_next_generation_makes_no_new_widgets(page):
     page.max_new_tokens.value, counts = 1, []
     for _ in range(3):
         press(page, "Generate")
-        until(lambda: not page._busy())
+        until(lambda: not page._job)
         counts.append(len(_instances))
     assert len(set(counts)) == 1
 
