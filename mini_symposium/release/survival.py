@@ -28,7 +28,7 @@ from mini_symposium.models.adapters import Factors, load_with_adapters, read_ada
 from mini_symposium.models.base_models import load_tokenizer
 from mini_symposium.models.generation import generate
 from mini_symposium.models.merge import merge
-from mini_symposium.models.predictions import logits, predict
+from mini_symposium.models.predictions import compare, logits, predict
 from mini_symposium.models.safetensors_files import plus, read_header, read_model, take, write_tensors
 from mini_symposium.recipe import Recipe
 from mini_symposium.release.gguf import QUERIES
@@ -53,19 +53,15 @@ class Reference:
         self.tokenizer = tokenizer
         self.sequences = [[*ids, *answer.ids] for ids, answer in zip(prompt_ids, answers, strict=True)]
         self.starts = [len(ids) - 1 for ids in prompt_ids]
-        # In float64, because a float32 file changes the KL by far less than float32 resolves.
-        self.log_probs = [scores.double().log_softmax(-1) for scores in logits(model, tokenizer, self.sequences)]
+        self.logits = logits(model, tokenizer, self.sequences)
 
     def compare(self, model: PreTrainedModel) -> dict[str, float]:
         """kl: divergence of the model's predictions from the reference's, in nats a token over prompts and answers.
         same: share of the reference's answers that the model gives too."""
         predicted = logits(model, self.tokenizer, self.sequences)
-        same, kl = 0, 0.0
-        for ours, reference, start in zip(predicted, self.log_probs, self.starts, strict=True):
-            same += torch.equal(ours[start:].argmax(-1), reference[start:].argmax(-1))
-            log_probs = ours.double().log_softmax(-1)
-            kl += torch.nn.functional.kl_div(log_probs, reference, reduction="sum", log_target=True).item()
-        return {"kl": kl / sum(map(len, predicted)), "same": same / len(predicted)}
+        pairs = zip(predicted, self.logits, self.starts, strict=True)
+        same = sum(torch.equal(ours[start:].argmax(-1), theirs[start:].argmax(-1)) for ours, theirs, start in pairs)
+        return {"kl": compare(self.logits, predicted)["kl"], "same": same / len(predicted)}
 
 
 def loss_and_match(model: PreTrainedModel, rows: Sequence[Row]) -> dict[str, float]:
@@ -202,15 +198,7 @@ def _compare_weights(
     without: Mapping[str, torch.Tensor],
     plain: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, float], list[dict]]:
-    """`_shares` of all adapted matrices together, and of each.
-
-    Parameters
-    ----------
-    tensors, without
-        stored(base + B A) and stored(base).
-    plain
-        The base.
-    """
+    """`_shares` of all adapted matrices together, and of each, from stored(base + B A), stored(base) and the base."""
     layers, total = [], torch.zeros(4, dtype=torch.float64)
     for name, (a, b) in factors.items():
         intended = b @ a
