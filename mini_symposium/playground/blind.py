@@ -64,13 +64,8 @@ class BlindTest:
         self.votes.append({"query": self.pairs[number][0]["query"], "better": better})
 
     def result(self) -> dict:
-        """Who is who, the votes of each, the second side's share with its interval, and the votes that would decide it.
-
-        Returns
-        -------
-        dict
-            sides, wins, no_difference, share, low, high, decided, votes_to_decide; without votes, the numbers are None.
-        """
+        """Who is who, the votes of each, the second side's share with its interval, and the votes that would decide it;
+        without votes, the share, its interval and the votes that would decide are None."""
         from scipy.stats import binomtest
 
         better = [vote["better"] for vote in self.votes]

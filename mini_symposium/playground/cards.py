@@ -132,15 +132,7 @@ def inspector(cell: Mapping, tokens: Sequence) -> str:
 
 
 def recited_by(what: str, cells: Mapping[float, Mapping], chosen: float, rows: TrainingRows) -> str:
-    """A row of bars: how much of the answer is recited at each step. The `chosen` step has a frame.
-
-    Parameters
-    ----------
-    what
-        What a step is: "epoch" or "strength".
-    cells
-        {step: cell}, as `card` takes them.
-    """
+    """A row of bars: how much of the answer is recited at each step, an epoch or a strength; `chosen` has a frame."""
     bars = []
     for step, cell in cells.items():
         share = rows.read(cell["answer"], cell["prompt"]).recited if "answer" in cell else None
@@ -155,13 +147,7 @@ def recited_by(what: str, cells: Mapping[float, Mapping], chosen: float, rows: T
 
 
 def chat(title: str, messages: Sequence[Mapping], names: Mapping[str, str], rows: TrainingRows) -> str:
-    """A chat, each message under its speaker's name; the assistant's messages have marks, as in `marked`.
-
-    Parameters
-    ----------
-    names
-        {role: name} of user and assistant; system messages are under "Scene".
-    """
+    """A chat, each message under its speaker's name in {role: name}; the assistant's have marks, as in `marked`."""
     turns = []
     for message in messages:
         text = message["content"]

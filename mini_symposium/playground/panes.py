@@ -48,7 +48,6 @@ class Chips:
 
     @property
     def names(self) -> list[str]:
-        """All names."""
         return [chip.tooltip for chip in self.box.children]
 
     @property

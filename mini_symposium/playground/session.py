@@ -26,19 +26,7 @@ from mini_symposium.playground.blind import sentence
 def save(log: Iterable[Mapping], about: Mapping, folder: Path, blind_tests: Sequence[Mapping] = ()) -> list[Path]:
     """Write a session as JSON, Markdown, CSV and HTML, with the same file name; return the paths.
 
-    Parameters
-    ----------
-    log
-        `workbench.Workbench.log`.
-    about
-        Where the answers come from: scale, base model and the like.
-    blind_tests
-        Each as from `blind.BlindTest.result`.
-
-    Raises
-    ------
-    InputError
-        If the log is empty, or the folder cannot be written.
+    `log` is that of a `Workbench`, `about` tells where its answers come from, and a blind test is a `BlindTest.result`.
     """
     log = list(log)
     if not log:
@@ -140,18 +128,7 @@ def export_preset(form: PromptFormat, folder: Path) -> Path:
 
 
 def read_preset(name: str, content: bytes, taken: Container[str] = ()) -> PromptFormat:
-    """An uploaded SillyTavern preset, under a name that is not in `taken`.
-
-    Parameters
-    ----------
-    name
-        The file's name, as the user sees it; used for a preset that has no name of its own.
-
-    Raises
-    ------
-    InputError
-        If the file is too large, not JSON, or not an instruct preset.
-    """
+    """An uploaded SillyTavern preset, under its own name or else its file's; a number is added if it is `taken`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "preset.json"
         path.write_bytes(content)

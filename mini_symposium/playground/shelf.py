@@ -43,22 +43,9 @@ class Shelf:
     _datasets: dict[str, dict[str, str]] = field(default_factory=dict)  # dataset -> {label: row}
 
     def open(self, path: str) -> str:
-        """Add the models of a run, or one adapter; a run or model on another base replaces all that was open.
+        """Add the models of a run, one adapter, or the base of a recipe or a model directory; return what to say of it.
 
-        Parameters
-        ----------
-        path
-            A run directory, a folder with an adapter or with a model, or a recipe for its base.
-
-        Returns
-        -------
-        str
-            A sentence on what was opened, and what is missing.
-
-        Raises
-        ------
-        InputError
-            If `path` is none of these. What was open stays open.
+        Another base replaces all that was open. After an InputError, what was open stays open.
         """
         resolved = resolve(path, "recipe", "adapter", "run", "model")
         if resolved.kind == "adapter":
@@ -131,13 +118,7 @@ class Shelf:
         return ["base", *chosen] if self.models else []
 
     def parts(self, name: str) -> dict[str, float]:
-        """{model: its strength} of a name such as `1e-05/epoch-30`, `1e-05/epoch-30 x 0.5`, or of two joined by ` + `.
-
-        Raises
-        ------
-        InputError
-            If a model is unknown, has no strength to change, or a strength is not a number from 0 to 1.5.
-        """
+        """{model: its strength} of a name such as `1e-05/epoch-30`, `1e-05/epoch-30 x 0.5`, or two with ` + `."""
         parts: dict[str, float] = {}
         for part in [name] if name in self.models else name.split(" + "):
             model, _, strength = (part, "", "1") if part in self.models else part.rpartition(" x ")

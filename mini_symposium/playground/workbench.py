@@ -92,13 +92,7 @@ class Workbench:
             return summary
 
     def load(self, names: Sequence[str] = ("base",), on_step: OnStep = lambda *_: None) -> None:
-        """Load the models of these names, as `ask` does; a merged model is loaded when it is asked.
-
-        Raises
-        ------
-        InputError
-            If a name is none that `Shelf.parts` takes, or an adapter is missing or belongs to another base.
-        """
+        """Load the models of these names, as `ask` does; a merged model is loaded when it is asked."""
         with self._alone():
             self._load(names, on_step)
 
@@ -225,7 +219,8 @@ class Workbench:
         Raises
         ------
         InputError
-            As `load`; or if a prompt is too long for its model, or a merged model cannot be loaded.
+            If a model's name is none that `Shelf.parts` takes, an adapter is missing or belongs to another base, a
+            merged model cannot be loaded, or a prompt is too long for its model.
         """
         texts, answered = [""] * len(cells), [None] * len(cells)
         with self._alone():
@@ -282,13 +277,7 @@ class Workbench:
         }
 
     def inspect(self, prompt: str) -> list[Token]:
-        """The tokens that the model gets for a prompt, with the special tokens that its tokenizer adds.
-
-        Raises
-        ------
-        InputError
-            If the tokenizer is not loaded yet.
-        """
+        """The tokens that the model gets for a prompt, with the special tokens that its tokenizer adds."""
         if self.tokenizer is None:
             raise InputError("the tokenizer is not loaded yet; wait for it")
         special = set(self.tokenizer.all_special_ids)

@@ -65,15 +65,7 @@ llama.cpp multiplies f32 files in float32; for f16 files it rounds each input to
 
 
 def to_gguf(model: Path, target: Path, outtype: str, name: str = "") -> None:
-    """Write the model directory `model` as the GGUF file `target`, by llama.cpp's converter.
-
-    Parameters
-    ----------
-    outtype
-        f32, f16, bf16 or q8_0.
-    name
-        The model's name in the file; by default the directory's.
-    """
+    """Write the model directory `model` as the f32, f16 or bf16 GGUF file `target`, by llama.cpp's converter."""
     with written_whole(target) as temporary:
         named = ["--model-name", name] if name else []
         _run("converter", [converter(), model, "--outfile", temporary, "--outtype", outtype, *named])
@@ -83,11 +75,7 @@ def lora_to_gguf(checkpoint: Path, base: Path, target: Path) -> None:
     """Write an adapter as a GGUF file, which llama.cpp adds at run time to a base GGUF file of any type.
 
     In float32, because at a learning rate of 1e-7 the elements of lora_B are so small that float16 has few digits left.
-
-    Parameters
-    ----------
-    base
-        The directory of the base model; only its configuration is read.
+    Of the model directory `base` only the configuration is read.
     """
     with written_whole(target) as temporary:
         script = converter("convert_lora_to_gguf.py")
@@ -195,7 +183,6 @@ class Reply:
     """llama.cpp's answer to one prompt."""
 
     prompt_ids: list[int]
-    """The prompt's tokens."""
     ids: list[int]
     """The tokens that llama.cpp chose."""
     text: str
@@ -207,13 +194,8 @@ class Reply:
 def ask(
     file: Path, prompts: Sequence[str], stops: Sequence[Sequence[str]], max_new_tokens: int, lora: Path | None = None
 ) -> list[Reply]:
-    """llama.cpp's greedy answers from a GGUF file to `prompts`, each with its own stop strings.
-
-    Parameters
-    ----------
-    lora
-        A GGUF file with an adapter that is added to the model.
-    """
+    """llama.cpp's greedy answers to `prompts`, each with its own stop strings, from a GGUF file, to which it adds the
+    adapter in the GGUF file `lora`."""
     job = {"file": str(file.absolute()), "lora": str(lora.absolute()) if lora else "", "tokens": max_new_tokens}
     job |= {"prompts": list(prompts), "stops": [list(each) for each in stops], "threads": torch.get_num_threads()}
     replies = _run("server", ["-m", "mini_symposium.release.llama_cpp_server"], json.dumps(job))
@@ -226,11 +208,6 @@ def read_gguf(file: Path, names: Sequence[str]) -> Tensors:
     llama.cpp permutes the rows of Llama's query and key matrices, because it rotates neighbouring elements where
     transformers rotates the two halves of a head (`permute` in its conversion/llama.py). They are permuted back here.
     Gemma's norms are stored plus one, because llama.cpp multiplies by them where transformers adds one first.
-
-    Parameters
-    ----------
-    names
-        Tensor names in the model's safetensors.
 
     Raises
     ------

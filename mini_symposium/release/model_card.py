@@ -27,7 +27,7 @@ LEDGER_COLUMNS = ("id", "claim", "metric", "value", "interval", "n", "seeds", "s
 
 
 def write_card(run: RunDirectory, out: Path, checkpoint: Path, license: str = "") -> list[Path]:
-    """Write README.md, and the figures that it shows, into the folder `out`, which may hold a model already.
+    """Write README.md, and the figures that it shows, into the folder `out`, which may hold a model; return the paths.
 
     Parameters
     ----------
@@ -35,11 +35,6 @@ def write_card(run: RunDirectory, out: Path, checkpoint: Path, license: str = ""
         The adapter whose model the card describes.
     license
         A licence, as the hub names it; by default the base model's, if it is known.
-
-    Returns
-    -------
-    list of Path
-        The files written.
 
     Raises
     ------

@@ -29,13 +29,7 @@ STORAGES = (*CASTS, STOCHASTIC, *FILE_TYPES, "NF4")
 
 
 def available(storages: Sequence[str]) -> tuple[list[str], str]:
-    """Those of `storages` that can be made here, and a line that says how to make the others; "" if all can.
-
-    Raises
-    ------
-    InputError
-        If there is no such storage.
-    """
+    """Those of `storages` that can be made here, and a line that says how to make the others; "" if all can."""
     unknown = [name for name in storages if name not in STORAGES]
     if unknown or not storages:
         raise InputError(f"storages {', '.join(unknown) or 'none'}: there are {', '.join(STORAGES)}")

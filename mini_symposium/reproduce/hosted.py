@@ -29,13 +29,7 @@ RUN = "runs/proxy"
 
 
 def make_ready(notebook: str) -> None:
-    """Bring what `notebook` needs on Colab or Binder; elsewhere only say that there is nothing to do.
-
-    Parameters
-    ----------
-    notebook
-        Its name, such as "03_loss_curves".
-    """
+    """Bring what a notebook such as "03_loss_curves" needs on Colab or Binder; elsewhere say that it needs nothing."""
     hosted = {COLAB, BINDER} & os.environ.keys() and "MINI_SYMPOSIUM_HEADLESS" not in os.environ
     if not hosted:
         if not any(name.startswith("VOILA_") for name in os.environ):  # there it would stand on the page
@@ -78,13 +72,7 @@ def missing(without: set[str]) -> list[str]:
 
 
 def install(requirements: list[str], kept: set[str]) -> None:
-    """Install `requirements` with pip; the distributions in `kept` stay as they are, or pip fails.
-
-    Raises
-    ------
-    subprocess.CalledProcessError
-        If pip fails. What it says of it goes to stderr.
-    """
+    """Install `requirements` with pip; the distributions in `kept` stay as they are, or pip fails."""
     if not requirements:
         return
     versions = {_name(each.name): each.version for each in metadata.distributions() if each.name}

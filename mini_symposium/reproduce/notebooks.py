@@ -37,13 +37,7 @@ OF_THE_RUN = {"RECIPE", "DATASET", "RUN", "OVERWRITE"}
 
 
 def read_notebooks(folder: Path) -> list[Notebook]:
-    """The notebooks NN_name.ipynb of a folder, in order.
-
-    Raises
-    ------
-    InputError
-        If there are none, or one is damaged or has parameters that are not literals.
-    """
+    """The notebooks NN_name.ipynb of a folder, in order."""
     paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not paths:
         raise InputError(f"{folder}: no notebooks NN_name.ipynb in it")

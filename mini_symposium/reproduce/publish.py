@@ -20,13 +20,7 @@ ABSOLUTE_PATH = re.compile(r"(?<![\w.])/(?:home|root|tmp|work|Users|usr|var)/\S+
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Remove in place what is not committed, and count the cells that are left.
-
-    Raises
-    ------
-    InputError
-        If an output holds a path of this machine.
-    """
+    """Remove in place what is not committed, and count the cells that are left."""
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     number = 0
