@@ -179,13 +179,7 @@ class Workbench:
     def chat(
         self, name: str, chats: Sequence[tuple[PromptFormat, Sequence[Mapping]]], user="User", char="Assistant"
     ) -> list[dict]:
-        """A cell for each pair of a format and the messages of a chat, in which `char` speaks next.
-
-        Raises
-        ------
-        InputError
-            If a last message is empty or too long.
-        """
+        """A cell for each pair of a format and the messages of a chat, in which `char` speaks next."""
         for _, messages in chats:
             _check_query(messages[-1]["content"])
         return [cell for form, messages in chats for cell in grid_cells([name], [form], [messages], user, char)]

@@ -92,13 +92,7 @@ def context_preset(form: PromptFormat) -> dict:
 def modelfile(
     model: str, form: PromptFormat, adapter: str = "", user: str = "User", char: str = "Assistant", note: str = ""
 ) -> str:
-    """Ollama's Modelfile: the GGUF file `model`, the format's template and stop strings, and the adapter's GGUF if any.
-
-    Raises
-    ------
-    InputError
-        If a sequence of the format holds three quotation marks in a row or an invisible character.
-    """
+    """Ollama's Modelfile: the GGUF file `model`, the format's template and stop strings, the adapter's GGUF file."""
     if macros := form.unfilled_macros():
         note += f"\nonly SillyTavern fills {', '.join(macros)}; here they stay as they are written"
     if form.parts.get("sysprompt"):

@@ -41,11 +41,6 @@ def choose(
 ) -> Resolved:
     """A run with the checkpoints to release, by default the last of its lowest learning rate; a model directory; or an
     adapter that no run trained, on `base_model` or the base that it names.
-
-    Raises
-    ------
-    InputError
-        If `run_or_model` is neither, or a checkpoint does not exist.
     """
     resolved = with_base(resolve(run_or_model, "run", *["adapter", "model"] * (not checkpoint)), base_model)
     if resolved.kind == "run":

@@ -208,11 +208,6 @@ def read_gguf(file: Path, names: Sequence[str]) -> Tensors:
     llama.cpp permutes the rows of Llama's query and key matrices, because it rotates neighbouring elements where
     transformers rotates the two halves of a head (`permute` in its conversion/llama.py). They are permuted back here.
     Gemma's norms are stored plus one, because llama.cpp multiplies by them where transformers adds one first.
-
-    Raises
-    ------
-    RunError
-        If the file lacks a tensor, or has it under a name that is not known here.
     """
     reader = _Reader(file)
     architecture = reader.fields["general.architecture"].contents()
