@@ -126,9 +126,9 @@ def seven() -> str:
     scored = pd.read_csv(ROOT / "figures/forecasts/checked.csv").dropna(subset="measured")
     return (
         f"Nobody has trained Mistral-7B here. By its size (`forecast --recipe paper --by-size`), at 1e-6 it would "
-        f"recite at epoch {told(high, 'recited')}; the card says about 100. At 1e-7 half of the tokens would be known, "
-        f"about the best moment, at epoch {told(low, 'known')}; the card stopped at 600. In brackets are 90% intervals; "
-        f"of {len(scored)} [forecasts that were tested](figures/forecasts/checked.csv), "
+        f"recite at epoch {told(high, 'recited')}; the card says about 100. At 1e-7 half of the tokens would be "
+        f"known, about the best moment, at epoch {told(low, 'known')}; the card stopped at 600. In brackets are 90% "
+        f"intervals; of {len(scored)} [forecasts that were tested](figures/forecasts/checked.csv), "
         f"{scored['inside'].sum():.0f} lay within theirs. `make reproduce RECIPE=paper` and `forecast --check "
         f"runs/paper` test [these](figures/forecasts/log.jsonl)."
     )
