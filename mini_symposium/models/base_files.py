@@ -75,6 +75,11 @@ def cached(name: str) -> Path:
     return catalog.cache_directory() / f"{name}-1"
 
 
+def ours(folder: Path) -> bool:
+    """Whether a model's directory is one that was made here and never changes."""
+    return folder.parent == catalog.cache_directory()
+
+
 def _made(name: str, make: Callable[[Path], object]) -> Path:
     """The model `name` in the cache; `make` is called with a new folder if it is not there."""
     folder = cached(name)

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Iterable
+from pathlib import Path
 
 import bitsandbytes
 import torch
@@ -27,7 +28,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from mini_symposium.errors import InputError, reason
-from mini_symposium.models.base_files import local_directory
+from mini_symposium.files.writing import written_whole
+from mini_symposium.models.base_files import local_directory, ours
 from mini_symposium.models.devices import (
     FILLED,
     device,
@@ -113,7 +115,8 @@ def load_model(
 ) -> PreTrainedModel:
     """`base_model`, by default with its linear layers in NF4 on this machine's device.
 
-    Other weights go where they fit: on the device, else in the CPU's memory, else a layer at a time from the disk.
+    Other weights go where they fit: on the device, else in the CPU's memory, else a layer at a time from the disk. Of a
+    model in the kit's cache, a CPU quantises only once: its 4-bit weights are kept there too.
 
     Parameters
     ----------
@@ -143,32 +146,49 @@ def load_model(
                 f"{base_model}: takes {size / 2**30:.1f} GiB dequantised, more than is free; close programs"
             )
     placement = {"device_map": {"": where}} if where else _streamed()
+    on_cpu = where is not None and where.type == "cpu"
+    in_4_bits = folder.with_name(f"{folder.name}-nf4") if load_in_4bit and on_cpu and ours(folder) else None
+    source = in_4_bits if in_4_bits and in_4_bits.is_dir() else folder
     try:
         with freed_memory_given_back():
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder,
+                source,
                 output_loading_info=True,
                 dtype=torch.bfloat16 if load_in_4bit else dtype,
-                quantization_config=nf4(dtype) if load_in_4bit else None,
+                **({"quantization_config": nf4(dtype)} if load_in_4bit and source == folder else {}),
                 **placement,
                 # On a CPU the backward pass of fused attention is slower than eager for a few hundred tokens. Elsewhere
                 # the model's own choice, for not every architecture has fused attention.
-                attn_implementation="eager" if where and where.type == "cpu" else None,
+                attn_implementation="eager" if on_cpu else None,
                 use_safetensors=True,
                 trust_remote_code=False,
             )
     except Exception as error:  # with a config that does not fit the weights, transformers raises anything
         if out_of_memory(error):
             raise
-        raise InputError(f"{folder}: cannot be loaded as a causal language model ({reason(error)})") from error
+        raise InputError(f"{source}: cannot be loaded as a causal language model ({reason(error)})") from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"{folder}: {len(missing)} weights that its config.json asks for are not in it, such as {missing[0]}; "
             "they would be random, so copy or download it again"
         )
+    if in_4_bits and source == folder:
+        _keep_in_4_bits(model, in_4_bits)
+    model.config._name_or_path = model.name_or_path = str(folder)
     if where is None:
         weakref.finalize(model, shutil.rmtree, placement["offload_folder"], ignore_errors=True)
-    return model.dequantize().to(dtype) if dequantised else model
+    return model.dequantize(torch.bfloat16).to(dtype) if dequantised else model
+
+
+def _keep_in_4_bits(model: PreTrainedModel, folder: Path) -> None:
+    """Save a quantised model beside the one it was made from: quantising on a CPU takes seconds to minutes, reading
+    the same bits less than one."""
+    try:
+        with written_whole(folder) as temporary:
+            model.save_pretrained(temporary)
+    except InputError as error:
+        if not folder.is_dir():  # another process may have been faster
+            print(f"not kept in 4 bits: {error}")
 
 
 def _streamed() -> dict:

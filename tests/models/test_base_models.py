@@ -1,8 +1,10 @@
+import errno
 import gc
 import hashlib
 import json
 import shutil
 from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -101,6 +103,37 @@ def test_a_local_copy_loads_as_the_original_does(tmp_path):
     assert load_tokenizer(str(tmp_path / "mine")).get_vocab() == load_tokenizer("tiny").get_vocab()
     a, b = (hashlib.sha256(m.model.layers[0].mlp.up_proj.weight.data.numpy().tobytes()) for m in (ours, theirs))
     assert a.digest() == b.digest()
+
+
+def bits(model):
+    """Every tensor of a model, those of its quantisation included."""
+    found = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if state := getattr(getattr(module, "weight", None), "quant_state", None):
+            found |= {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"dequantize": True}, {"dtype": torch.float32}], ids=str)
+def test_a_model_of_the_cache_is_quantised_once_and_read_with_equal_bits(options, tmp_path, monkeypatch, capsys):
+    shutil.copytree(local_directory("tiny"), tmp_path / "cache" / "tiny-1")
+    monkeypatch.setenv("MINI_SYMPOSIUM_CACHE", str(tmp_path / "cache"))
+    first = load_model("tiny", **options)
+    monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", lambda *args, **kept: pytest.fail("again"))
+    second = load_model("tiny", **options)
+    ours, theirs = bits(first), bits(second)
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in ours)
+    assert second.name_or_path == str(tmp_path / "cache" / "tiny-1"), "an adapter's checkpoint names its base"
+    assert not capsys.readouterr().out
+
+
+def test_a_model_that_cannot_be_kept_in_4_bits_is_loaded_and_says_so(tmp_path, monkeypatch, capsys):
+    shutil.copytree(local_directory("tiny"), tmp_path / "tiny-1")
+    monkeypatch.setenv("MINI_SYMPOSIUM_CACHE", str(tmp_path))
+    monkeypatch.setattr("os.fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    assert load_model("tiny").get_memory_footprint()
+    assert "not kept in 4 bits: " in capsys.readouterr().out and not list(tmp_path.glob("*nf4*"))
 
 
 def test_a_model_that_fits_nowhere_is_read_a_layer_at_a_time_and_predicts_the_same(monkeypatch, tmp_path):
