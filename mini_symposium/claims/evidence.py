@@ -115,7 +115,8 @@ def load_evidence(*paths: str | Path) -> Evidence:
                 trained.setdefault((training.name, training.seed, training.learning_rate), training)
             for curve in part.curves:
                 curves.setdefault((curve["seed"], curve["learning_rate"]), curve)
-    base = max((part.base for part in parts), key=lambda base: len(base.get("answers", ())))
+    # Of the base, what was measured most widely: without answers, what it recites still controls C1.
+    base = max((part.base for part in parts), key=lambda base: (len(base.get("answers", ())), len(base)))
     return replace(parts[0], base=base, trained=[*trained.values()], facts=facts, curves=[*curves.values()])
 
 

@@ -62,6 +62,13 @@ def test_parts_of_one_sweep_are_judged_together(tmp_path):
     assert "gathered and judged under" in said and judge(load_evidence(tmp_path / "both")) == judge(whole)
 
 
+def test_a_base_that_was_only_asked_for_its_rows_still_counts_beside_one_that_was_not_measured(tmp_path):
+    recited = {**evaluation(recall=0.1), "answers": []}
+    for name, base in {"nothing": {}, "rows": recited}.items():
+        replace(contrast(evaluation(), evaluation()), base=base).save(tmp_path / name)
+    assert load_evidence(tmp_path / "nothing", tmp_path / "rows").base == recited
+
+
 def test_a_damaged_part_is_refused(tmp_path):
     for name in ("first", "second"):
         replace(contrast(evaluation(), evaluation()), curves=[None] * (name == "second")).save(tmp_path / name)
