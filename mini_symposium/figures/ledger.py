@@ -1,6 +1,7 @@
 """Pictures of the ledger and of the memorization that its verdicts rest on."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -122,8 +123,7 @@ def ledger_picture(claims: Sequence[Claim] | Mapping[str, Sequence[Claim]], scal
         caption = (
             "Thick line: 95% interval. Thin line: interval corrected for all tests. Shaded: the side of the threshold "
             "on which the claim is supported. Circle: supported. Cross: not supported. Diamond: inconclusive. Hollow: "
-            "exploratory. Rows in the same unit share one scale. A verdict that depends on the comparison has a mark "
-            "for each."
+            "exploratory. Rows in the same unit share one scale. A verdict that depends has a mark for each."
         )
         several = len(models) > 1
         figure = titled((0.68 if several else 0.52) * len(rows) + 0.3, "The card's claims, one by one", scale, caption)
@@ -133,7 +133,7 @@ def ledger_picture(claims: Sequence[Claim] | Mapping[str, Sequence[Claim]], scal
         grid = figure.subplots(len(rows), len(models), squeeze=False)
         for line, (first, test, answers) in zip(grid, rows, strict=True):
             again, before = before == first.id, first.id
-            name = f"{test.name}: {test.rule}" if several else test.name
+            name = fill(f"{test.name}: {test.rule}", 56) if several else test.name
             name = name if again else f"{first.id}  {first.claim}\n{name}"
             name_rows(line[0], [0], [name], 8.5)
             for axes, (claim, answer), heading in zip(line, answers, models, strict=True):
