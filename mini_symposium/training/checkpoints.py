@@ -47,12 +47,16 @@ def _sealed(training: Training, epoch: int) -> dict:
 
 def compiled(training: Training, epoch: int) -> bool | None:
     """Whether the layers were compiled when a checkpoint was trained; None if it does not say."""
-    return _sealed(training, epoch).get("compiled")
+    found = _sealed(training, epoch).get("compiled")
+    return found if isinstance(found, bool) else None
 
 
 def companions(training: Training, epoch: int) -> set[Path]:
     """Folders of the adapters that trained in one pass up to a checkpoint; empty if it does not say."""
-    return {(training.run / name).resolve() for name in _sealed(training, epoch).get("companions", [])}
+    try:
+        return {(training.run / name).resolve() for name in _sealed(training, epoch).get("companions", [])}
+    except TypeError:  # edited by hand
+        return set()
 
 
 def _sha256(path: Path) -> str:
