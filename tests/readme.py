@@ -22,9 +22,9 @@ from mini_symposium.run import ROOT, RunDirectory, open_run
 from mini_symposium.training.forecast import read_log
 
 README = ROOT / "README.md"
-CURVES = "proxy", "base"
-"""Recipes with a committed curve: `train --stop best -p NUM_EPOCHS=84`, and of `sweep --recipe base --only curve` the
-first seed."""
+CURVES = "proxy", "base", "half"
+"""Recipes with a committed curve: `train --stop best -p NUM_EPOCHS=84`, and of `sweep --recipe base --only curve` and
+`half` the first seed."""
 
 
 def finding() -> str:
@@ -41,8 +41,8 @@ def finding() -> str:
         windows.append([each.last - each.first + 1 for each in best])
     worse, better = (all(sign * gap.interval[0 if sign > 0 else 1] > 0 for gap in gaps) for sign in (1, -1))
     apart = "is worse by" if worse else "is better by" if better else "is not told apart on each, by"
-    by = " and ".join("{:.3f} [{:.3f}, {:.3f}]".format(abs(gap.value), *map(abs, gap.interval)) for gap in gaps)
-    high, low = (" and ".join(map(str, each)) for each in zip(*windows, strict=True))
+    by = ", ".join("{:.3f} [{:.3f}, {:.3f}]".format(abs(gap.value), *map(abs, gap.interval)) for gap in gaps)
+    high, low = (", ".join(map(str, each)) for each in zip(*windows, strict=True))
     return (
         f"Held-out loss, in nats a token, falls {'; '.join(falls)}. The low rate's best {apart} {by} (95%, "
         f"each row at the epoch that the others choose). The low rate stays within "

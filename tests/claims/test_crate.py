@@ -11,6 +11,7 @@ from made_evidence import contrast, evaluation
 
 from mini_symposium import __version__
 from mini_symposium.claims.crate import CRATE, write_crate
+from mini_symposium.claims.evidence import load_evidence
 from mini_symposium.claims.registration import REGISTERED
 from mini_symposium.errors import InputError
 from mini_symposium.run import ROOT
@@ -45,7 +46,8 @@ def test_the_committed_crate_is_true_and_complete(saved):
     assert found[CRATE]["conformsTo"]["@id"] == "https://w3id.org/ro/crate/1.1"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", root["datePublished"]) and root["name"] and root["description"]
     assert found["#registration"]["sha256"] == REGISTERED.sha256, "run `make figures`"
-    assert found["#model"]["identifier"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    base = load_evidence(saved).facts["base_model"]
+    assert found["#model"]["name"] == base and found["#model"]["identifier"].endswith(f"/{base}")
     assert found["#kit"]["version"] == __version__
     assert set(references(list(found.values()))) <= {*found, "https://w3id.org/ro/crate/1.1"}
 
