@@ -147,8 +147,8 @@ def load_model(
             )
     placement = {"device_map": {"": where}} if where else _streamed()
     on_cpu = where is not None and where.type == "cpu"
-    in_4_bits = folder.with_name(f"{folder.name}-nf4") if load_in_4bit and on_cpu and ours(folder) else None
-    source = in_4_bits if in_4_bits and in_4_bits.is_dir() else folder
+    kept = kept_in_4_bits(folder) if load_in_4bit and on_cpu and ours(folder) else folder
+    source = kept if kept.is_dir() else folder
     try:
         with freed_memory_given_back():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -172,12 +172,17 @@ def load_model(
             f"{folder}: {len(missing)} weights that its config.json asks for are not in it, such as {missing[0]}; "
             "they would be random, so copy or download it again"
         )
-    if in_4_bits and source == folder:
-        _keep_in_4_bits(model, in_4_bits)
+    if source != kept:
+        _keep_in_4_bits(model, kept)
     model.config._name_or_path = model.name_or_path = str(folder)
     if where is None:
         weakref.finalize(model, shutil.rmtree, placement["offload_folder"], ignore_errors=True)
     return model.dequantize(torch.bfloat16).to(dtype) if dequantised else model
+
+
+def kept_in_4_bits(folder: Path) -> Path:
+    """Where the 4-bit weights of a model in the cache are kept, once a CPU has quantised it."""
+    return folder.with_name(f"{folder.name}-nf4")
 
 
 def _keep_in_4_bits(model: PreTrainedModel, folder: Path) -> None:

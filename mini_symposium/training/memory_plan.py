@@ -13,7 +13,15 @@ from transformers import PreTrainedModel
 
 from mini_symposium.data.dataset import Example, tokenize
 from mini_symposium.errors import InputError
-from mini_symposium.models.base_models import NF4_BYTES, load_tokenizer, model_config, predicted_bytes, shape_of
+from mini_symposium.models.base_files import cached
+from mini_symposium.models.base_models import (
+    NF4_BYTES,
+    kept_in_4_bits,
+    load_tokenizer,
+    model_config,
+    predicted_bytes,
+    shape_of,
+)
 from mini_symposium.models.devices import device, memory, training_dtype
 from mini_symposium.recipe import Recipe
 
@@ -92,7 +100,7 @@ def predicted(
     `shape_of` the base model, if it is at hand.
 
     In GiB, predicted and measured for three steps with one thread on a CPU without matrix units (AMD EPYC), rows of up
-    to 235 tokens, in bfloat16. Gemma has its shape and random weights; 4-bit recomputes its activations:
+    to 235 tokens, in bfloat16, quantised anew. Gemma has its shape and random weights; 4-bit recomputes activations:
 
     | | one adapter, resident | two in a pass | one, 4-bit | one, plain PEFT |
     |---|---|---|---|---|
@@ -109,7 +117,8 @@ def predicted(
     )
     if not on_cpu:
         return parts
-    mapped = training_dtype() == torch.bfloat16  # the other weights are read where the file is mapped into memory
+    # Weights that are quantised anew are read where their file is mapped into memory.
+    mapped = training_dtype() == torch.bfloat16 and not kept_in_4_bits(cached(recipe.base_model)).is_dir()
     return {
         "process and libraries": LIBRARIES,
         "base, linear layers as read": round(parts["base, NF4"] / NF4_BYTES * 2) if mapped else 0,
