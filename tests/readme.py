@@ -13,7 +13,7 @@ import pandas as pd
 
 from mini_symposium.claims.evidence import Evidence, load_all_evidence
 from mini_symposium.claims.ledger import judge
-from mini_symposium.claims.verdicts import INCONCLUSIVE
+from mini_symposium.claims.verdicts import INCONCLUSIVE, Answer
 from mini_symposium.evaluation.best_epoch import load_curves, recommend
 from mini_symposium.evaluation.influence import load_influence
 from mini_symposium.figures.style import scientific
@@ -53,38 +53,25 @@ def finding() -> str:
 
 def verdicts() -> str:
     """The ledger as a table: of each claim the verdict by model, and what was measured of the first that can tell."""
-    models = _ledgers()
+    models = {name: judge(each) for name, each in load_all_evidence("figures/claims").items()}
     headings = ["proxy, exploratory" if name == "exploratory" else name for name in models]
     lines = [f"| | the card says | {' | '.join(headings)} | measured |", "|---" * (3 + len(models)) + "|"]
     for same in zip(*models.values(), strict=True):
-        found = [row for row in same if row["value"] is not None]
-        shown = next((row for row in found if row["verdict"] != INCONCLUSIVE), (found or same)[0])
-        answers = [answer for answer in shown["answers"] if answer["value"] is not None]
-        told = "; ".join(map(_answer, answers)) or shown["note"]
-        said = ["–" if row["value"] is None else f"**{row['verdict']}**" for row in same]
-        lines.append(f"| {shown['id']} | {shown['claim']} | {' | '.join(said)} | {told} |")
-    return "\n".join([*_counts(next(iter(models.values()))), "", *lines])
-
-
-def _counts(ledger: list[dict]) -> list[str]:
-    """In a sentence, which claims have which verdict on the first model."""
+        found = [claim for claim in same if claim.value is not None]
+        shown = next((claim for claim in found if claim.verdict != INCONCLUSIVE), (found or same)[0])
+        told = "; ".join(_answer(answer) for answer in shown.answers if answer.interval) or shown.note
+        said = ["–" if claim.value is None else f"**{claim.verdict}**" for claim in same]
+        lines.append(f"| {shown.id} | {shown.claim} | {' | '.join(said)} | {told} |")
     by_verdict: dict[str, list[str]] = {}
-    for row in ledger:
-        verdict = "not measured yet" if row["verdict"] == INCONCLUSIVE and row["value"] is None else row["verdict"]
-        by_verdict.setdefault(verdict, []).append(row["id"])
-    order = sorted(by_verdict, key=["supported", "not supported", "depends", INCONCLUSIVE].__contains__, reverse=True)
-    told = "; ".join(f"{verdict}: {', '.join(by_verdict[verdict])}" for verdict in order)
-    return [f"Of the card's claims, on the proxy: {told}."]
+    for claim in next(iter(models.values())):
+        by_verdict.setdefault(claim.said, []).append(claim.id)
+    counts = "; ".join(f"{said}: {', '.join(ids)}" for said, ids in by_verdict.items())
+    return "\n".join([f"Of the card's claims, on the proxy, {counts}.", "", *lines])
 
 
-def _ledgers() -> dict[str, list[dict]]:
-    return {name: [row.row() for row in judge(each)] for name, each in load_all_evidence("figures/claims").items()}
-
-
-def _answer(answer: dict) -> str:
-    between = "" if answer["interval"] is None else " [{:.2g}, {:.2g}]".format(*answer["interval"])
-    equal = f" at equal {answer['equal']}" if answer.get("equal") else ""
-    return f"{answer['metric']}{equal}: {answer['value']:.2g}{between}"
+def _answer(answer: Answer) -> str:
+    equal = f" at equal {answer.equal}" * bool(answer.equal)
+    return f"{answer.metric}{equal}: {answer.value:.2g} [{answer.interval[0]:.2g}, {answer.interval[1]:.2g}]"
 
 
 def speed() -> str:

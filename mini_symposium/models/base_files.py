@@ -80,6 +80,11 @@ def ours(folder: Path) -> bool:
     return folder.parent == catalog.cache_directory()
 
 
+def kept_in_4_bits(folder: Path) -> Path:
+    """Where the 4-bit weights of a model that was made here are kept, once a CPU has quantised it."""
+    return folder.with_name(f"{folder.name}-nf4")
+
+
 def _made(name: str, make: Callable[[Path], object]) -> Path:
     """The model `name` in the cache; `make` is called with a new folder if it is not there."""
     folder = cached(name)

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mini_symposium.errors import InputError, reason
 from mini_symposium.files.writing import written_whole
-from mini_symposium.models.base_files import local_directory, ours
+from mini_symposium.models.base_files import kept_in_4_bits, local_directory, ours
 from mini_symposium.models.devices import (
     FILLED,
     device,
@@ -169,7 +169,7 @@ def load_model(
         raise InputError(f"{source}: cannot be loaded as a causal language model ({reason(error)})") from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(
-            f"{folder}: {len(missing)} weights that its config.json asks for are not in it, such as {missing[0]}; "
+            f"{source}: {len(missing)} weights that its config.json asks for are not in it, such as {missing[0]}; "
             "they would be random, so copy or download it again"
         )
     if source != kept:
@@ -178,11 +178,6 @@ def load_model(
     if where is None:
         weakref.finalize(model, shutil.rmtree, placement["offload_folder"], ignore_errors=True)
     return model.dequantize(torch.bfloat16).to(dtype) if dequantised else model
-
-
-def kept_in_4_bits(folder: Path) -> Path:
-    """Where the 4-bit weights of a model in the cache are kept, once a CPU has quantised it."""
-    return folder.with_name(f"{folder.name}-nf4")
 
 
 def _keep_in_4_bits(model: PreTrainedModel, folder: Path) -> None:

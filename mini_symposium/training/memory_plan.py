@@ -13,15 +13,8 @@ from transformers import PreTrainedModel
 
 from mini_symposium.data.dataset import Example, tokenize
 from mini_symposium.errors import InputError
-from mini_symposium.models.base_files import cached
-from mini_symposium.models.base_models import (
-    NF4_BYTES,
-    kept_in_4_bits,
-    load_tokenizer,
-    model_config,
-    predicted_bytes,
-    shape_of,
-)
+from mini_symposium.models.base_files import cached, kept_in_4_bits
+from mini_symposium.models.base_models import NF4_BYTES, load_tokenizer, model_config, predicted_bytes, shape_of
 from mini_symposium.models.devices import device, memory, training_dtype
 from mini_symposium.recipe import Recipe
 
